@@ -1,0 +1,42 @@
+# nanoGFT: `make train` and `make test` set everything up on their first run. `make` alone lists the targets.
+#
+#   make train ARGS="--bits 4 --k 0.1"      any key of `python train.py --help`
+#   make train PYTHON=python3.12            the Python that .venv is made with
+
+PYTHON ?= python3
+ARGS ?=
+VENV_PYTHON := .venv/bin/python
+# Touched only after a complete install: an interrupted one has no stamp and is taken up again.
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv and install requirements.txt, once
+
+train: $(STAMP) ## train configs/shakespeare_char_small.toml; more settings through ARGS="--key value"
+	@exec $(VENV_PYTHON) train.py configs/shakespeare_char_small.toml $(ARGS)
+
+test: $(STAMP) ## run the tests; pytest's options through ARGS="-k config"
+	@exec $(VENV_PYTHON) -m pytest -q $(ARGS)
+
+clean: ## remove .venv and caches; out/, the trained models, stays
+	rm -rf .venv .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "error: no $(PYTHON) found; install Python 3.11 or newer, or name it: make setup PYTHON=/path/to/python3" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), and Python 3.11 or newer is needed;" \
+	         "name one: make setup PYTHON=python3.12" >&2; \
+	    exit 1; }
+	@rm -f $@
+	@echo "Setting up .venv, once: PyTorch is a large download"
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@

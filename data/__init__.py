@@ -1,0 +1,10 @@
+"""Text for the models: found, checked, tokenised once, memory-mapped.
+
+    from data import load_text
+    text = load_text("tinyshakespeare", tokenizer="char", vocab_size=0)
+    text.train, text.val, text.tokenizer.decode(text.val[:100])
+"""
+
+from data.text import TextData, load_text
+
+__all__ = ["TextData", "load_text"]

@@ -1,0 +1,180 @@
+"""Where files are looked for, how an official one is checked, and how anything is written.
+
+An official file is looked for in this order:
+
+    1. the folder the person gave: `data_dir`, else the environment variable NANOGFT_DATA
+    2. the cache of an earlier run
+    3. a `shared/data` folder beside the checkout
+    4. its official address (kept in the cache)
+
+A file in 1 is taken as it is. In 2 to 4 its sha256 must be the official one: a truncated or altered file is named
+and the search goes on. Each file is written under a temporary name and renamed, so that a reader sees all of it or
+none, and two processes writing the same thing leave one good copy.
+"""
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.download import DownloadError, fetch
+from data.notice import notice
+from gft.errors import UserError
+
+SHARED_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A file that everyone gets from the same address: `path` is relative to a folder of data sets."""
+
+    path: str
+    url: str
+    size: int  # bytes
+    sha256: str
+
+    def fault(self, content: bytes) -> str:
+        """What is wrong with `content`; empty when it is the official file."""
+        seen = sha256(content)
+        if seen == self.sha256:
+            return ""
+        kind = "truncated" if len(content) < self.size else "altered"
+        return (
+            f"{kind}: {len(content):,} bytes, sha256 {seen}; "
+            f"the official file has {self.size:,} bytes, sha256 {self.sha256}"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The bytes of a source text. `where` is a path or an address; `why` says in words why this one is used."""
+
+    content: bytes
+    where: str
+    why: str
+
+
+def sha256(content: bytes | memoryview) -> str:
+    """Hexadecimal sha256 of bytes or of anything with the buffer protocol."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def cache_root() -> Path:
+    """$NANOGFT_CACHE, else $XDG_CACHE_HOME/nanogft, else ~/.cache/nanogft. Nothing is created.
+
+    Raises UserError when neither variable is set and this user has no home.
+    """
+    if chosen := os.environ.get("NANOGFT_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):  # the XDG specification says to ignore a relative one
+        return Path(xdg, "nanogft")
+    try:
+        return Path.home() / ".cache" / "nanogft"
+    except RuntimeError as error:
+        raise UserError("This user has no home folder to keep a cache in. Name one: NANOGFT_CACHE=FOLDER.") from error
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Makes `path` hold `content`, whole or not at all. Raises OSError; then nothing of it is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def find_official(name: str, file: OfficialFile, data_dir: str = "") -> Found:
+    """The official file of data set `name`, by the search order above.
+
+    Raises UserError when `data_dir` is given and lacks the file, and when no place has it: with every place and why.
+    """
+    failures: list[str] = []
+    found = _from_folder_given(name, file, data_dir, failures)
+    if found:
+        return found
+    cached = cache_root() / file.path
+    for path, why in (
+        (cached, "it is the copy an earlier run kept"),
+        (SHARED_DIR / file.path, "it is in the shared/data folder beside the checkout"),
+    ):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            failures.append(f"{path}: {_reason(error)}")
+            continue
+        if fault := file.fault(content):
+            notice(f"{path} is not used, it is {fault}. Delete it or put the official file in its place.")
+            failures.append(f"{path}: {fault}")
+            continue
+        return Found(content, str(path), why)
+    try:
+        content = fetch(file.url, file.size)
+    except DownloadError as error:
+        failures.append(f"{file.url}: not downloaded ({error})")
+    else:
+        if fault := file.fault(content):
+            notice(f"the download from {file.url} is not used, it is {fault}.")
+            failures.append(f"{file.url}: {fault}")
+        else:
+            return _keep(file, content, cached)
+    raise UserError(
+        f"data = {name!r} was found nowhere. Looked in:\n  "
+        + "\n  ".join(failures)
+        + f"\nPut the file into a folder and give that with --data_dir FOLDER (it may hold {file.path} or "
+        f"{Path(file.path).name}), or train on another text: --data FILE takes any UTF-8 file, "
+        "--data stdlib needs no network."
+    )
+
+
+def _from_folder_given(name: str, file: OfficialFile, data_dir: str, failures: list[str]) -> Found | None:
+    """The file in `data_dir` or $NANOGFT_DATA, taken as it is; None when there is none and the search may go on."""
+    folder = data_dir or os.environ.get("NANOGFT_DATA", "")
+    if not folder:
+        return None
+    setting = "data_dir" if data_dir else "NANOGFT_DATA"
+    base = Path(os.path.expanduser(folder))
+    looked = []
+    for path in (base / file.path, base / Path(file.path).name):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            looked.append(f"{path}: {_reason(error)}")
+            continue
+        taken_as_is = "" if sha256(content) == file.sha256 else " (taken as it is: not the official file)"
+        return Found(content, str(path), f"{setting} names its folder{taken_as_is}")
+    if data_dir:
+        raise UserError(
+            f"data_dir = {data_dir!r} does not hold {name}. Looked for:\n  "
+            + "\n  ".join(looked)
+            + "\nA data_dir that is given is the only place searched: put the file there, or leave data_dir out "
+            "to search the cache, shared/data and the official address.",
+            code=2,
+        )
+    notice(f"NANOGFT_DATA = {folder} does not hold {name} ({'; '.join(looked)}); looking elsewhere.")
+    failures.extend(looked)
+    return None
+
+
+def _keep(file: OfficialFile, content: bytes, path: Path) -> Found:
+    why = "it was found nowhere nearer and was downloaded"
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        notice(
+            f"the download cannot be kept as {path} ({_reason(error)}), so the next run downloads it again. "
+            "NANOGFT_CACHE=FOLDER names another cache."
+        )
+        return Found(content, file.url, why)
+    return Found(content, str(path), f"{why} from {file.url}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,40 @@
+"""One file over HTTP: bounded in size and in time, and never half-used."""
+
+import http.client
+import time
+import urllib.request
+
+SILENCE_SECONDS = 20
+TOTAL_SECONDS = 180
+CHUNK_BYTES = 1 << 16
+
+
+class DownloadError(Exception):
+    """The file could not be fetched; the text is a short reason."""
+
+
+def fetch(url: str, size: int) -> bytes:
+    """Returns what `url` holds, at most size + 1 bytes of it: one too many is enough to see that it is another file.
+
+    Raises DownloadError when nothing is heard for SILENCE_SECONDS, or the whole takes more than TOTAL_SECONDS.
+    """
+    deadline = time.monotonic() + TOTAL_SECONDS
+    received = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
+            while len(received) <= size and (chunk := response.read1(CHUNK_BYTES)):
+                received += chunk
+                if time.monotonic() > deadline:
+                    raise DownloadError(f"too slow: {len(received):,} of {size:,} bytes in {TOTAL_SECONDS} s")
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(short_reason(error)) from error
+    return bytes(received[: size + 1])
+
+
+def short_reason(error: BaseException) -> str:
+    """The innermost cause of a network failure in a few words, out of the layers libraries wrap around it."""
+    reason, seen = type(error).__name__, error
+    while seen is not None:
+        reason = getattr(seen, "strerror", None) or str(seen) or reason
+        seen = seen.__cause__ or seen.__context__
+    return reason

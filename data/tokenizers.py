@@ -1,0 +1,243 @@
+"""Between text and token ids: characters, a BPE vocabulary learned from the text, or GPT-2's.
+
+Every tokenizer is a list of byte strings, one per id; they differ in how they cut a text. `to_json` keeps all that
+sampling needs, so a checkpoint works without the data (GPT-2's vocabulary is public and only named).
+"""
+
+import base64
+import binascii
+import codecs
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from data.bpe import PATTERN, train_bpe
+from data.download import short_reason
+from data.notice import notice
+from gft.errors import UserError
+
+KINDS = ("char", "bpe", "gpt2")
+SMALLEST_BPE = 257  # 256 bytes and one joined token
+GPT2_SECONDS = 60
+
+
+class Tokenizer(ABC):
+    """Ids 0 .. vocab_size - 1, each standing for a byte string."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Raises UserError naming a character that has none."""
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an array, (len(ids),), uint16 or, for more than 65,536 ids, uint32."""
+        return np.array(self.encode(text), dtype=self.dtype)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest little-endian unsigned type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id. Raises ValueError when it is not in 0 .. vocab_size - 1."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside 0 .. {self.vocab_size - 1}, this tokenizer's vocabulary")
+        return self._bytes(int(token))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
+        return b"".join(self.token_bytes(token) for token in ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> "TextStream":
+        """A decoder that is fed one id at a time."""
+        return TextStream(self)
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """What `tokenizer_from_json` needs to make this tokenizer again."""
+
+    @abstractmethod
+    def _bytes(self, token: int) -> bytes: ...
+
+
+class TextStream:
+    """Text as its ids arrive: a character appears when its last byte does.
+
+    All that `push` and `flush` return, put together, is `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes, often none or several. Raises ValueError for an id out of range."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character whose last bytes never came, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in code point order."""
+
+    def __init__(self, chars: str) -> None:
+        """`chars`: the known characters; they are sorted, repeats do not matter."""
+        self._chars = "".join(sorted(set(chars)))
+        self._points = _code_points(self._chars)
+        self.vocab_size = len(self._chars)
+
+    @classmethod
+    def of_text(cls, text: str) -> "CharTokenizer":
+        return cls("".join(map(chr, np.unique(_code_points(text)))))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        ids = np.minimum(np.searchsorted(self._points, points), self.vocab_size - 1)
+        unknown = self._points[ids] != points
+        if unknown.any():
+            self._refuse(text, int(unknown.argmax()))
+        return ids.astype(self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "char", "chars": self._chars}
+
+    def _bytes(self, token: int) -> bytes:
+        return self._chars[token].encode("utf-8")
+
+    def _refuse(self, text: str, position: int) -> None:
+        char = text[position]
+        known = repr(self._chars if len(self._chars) <= 100 else self._chars[:100] + "...")
+        raise UserError(
+            f"The char tokenizer does not know {char!r} (U+{ord(char):04X}), character {position + 1} of the text. "
+            f"It knows the {self.vocab_size} characters of the text it was made from: {known}. "
+            "Leave the character out, or train with --tokenizer bpe, which knows every byte."
+        )
+
+
+class BpeTokenizer(Tokenizer):
+    """A byte-level BPE vocabulary, encoded by tiktoken."""
+
+    def __init__(self, vocabulary: list[bytes], pattern: str = PATTERN) -> None:
+        """`vocabulary`: byte strings in rank order. Raises ValueError when they cannot stand for every text."""
+        ranks = {token: rank for rank, token in enumerate(vocabulary)}
+        if len(ranks) != len(vocabulary) or any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("a BPE vocabulary holds each of the 256 bytes and no token twice")
+        self._vocabulary = vocabulary
+        self._pattern = pattern
+        self._encoding = tiktoken.Encoding("nanogft", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.vocab_size = len(vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def to_json(self) -> dict[str, Any]:
+        ranks = [base64.b64encode(token).decode("ascii") for token in self._vocabulary]
+        return {"kind": "bpe", "pattern": self._pattern, "ranks": ranks}
+
+    def _bytes(self, token: int) -> bytes:
+        return self._vocabulary[token]
+
+
+class Gpt2Tokenizer(Tokenizer):
+    """GPT-2's vocabulary of 50,257, which tiktoken fetches once and keeps."""
+
+    def __init__(self) -> None:
+        """Raises UserError when the vocabulary is neither kept nor to be fetched within GPT2_SECONDS."""
+        self._encoding = _fetch_gpt2()
+        self.vocab_size = self._encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "gpt2"}
+
+    def _bytes(self, token: int) -> bytes:
+        return self._encoding.decode_single_token_bytes(token)
+
+
+def make_tokenizer(kind: str, vocab_size: int, text: str, bpe_text: str) -> Tokenizer:
+    """A new tokenizer of `kind`: characters are those of all of `text`, BPE tokens are learned from `bpe_text` only.
+
+    `vocab_size` is for "bpe" alone. Raises UserError when gpt2 cannot be fetched.
+    """
+    if kind == "char":
+        return CharTokenizer.of_text(text)
+    if kind == "gpt2":
+        return Gpt2Tokenizer()
+    return BpeTokenizer(train_bpe(bpe_text, vocab_size))
+
+
+def tokenizer_from_json(stored: dict[str, Any]) -> Tokenizer:
+    """The tokenizer whose `to_json` is `stored`. Raises UserError when it is damaged or of an unknown kind."""
+    try:
+        kind = stored["kind"]
+        if kind == "char" and stored["chars"]:
+            return CharTokenizer(stored["chars"])
+        if kind == "bpe":
+            vocabulary = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
+            return BpeTokenizer(vocabulary, stored["pattern"])
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise UserError(f"The stored tokenizer is damaged ({type(error).__name__}: {error}). Train again.") from error
+    if kind == "gpt2":
+        return Gpt2Tokenizer()
+    raise UserError(f"The stored tokenizer is of kind {kind!r}; known are {', '.join(KINDS)}, none of them empty.")
+
+
+def check_request(kind: str, vocab_size: int) -> None:
+    """Raises UserError (a configuration error) when no such tokenizer can be made."""
+    if kind not in KINDS:
+        raise UserError(f"tokenizer = {kind!r} is unknown. It is one of {', '.join(KINDS)}.", code=2)
+    if kind == "bpe" and vocab_size < SMALLEST_BPE:
+        raise UserError(
+            f"vocab_size = {vocab_size} is too small for bpe: its first 256 ids are the bytes, so it must be at least "
+            f"{SMALLEST_BPE}; 512 is a good start.",
+            code=2,
+        )
+
+
+def tell_if_smaller(tokenizer: Tokenizer, kind: str, vocab_size: int) -> None:
+    """Says so when the text was too short for the vocabulary that was asked for."""
+    if kind == "bpe" and tokenizer.vocab_size < vocab_size:
+        notice(
+            f"the bpe vocabulary has {tokenizer.vocab_size:,} tokens, not vocab_size = {vocab_size:,}: "
+            "in the training text no further pair occurs twice."
+        )
+
+
+def _code_points(text: str) -> np.ndarray:
+    """(len(text),) uint32. Lone surrogates, which a terminal can deliver, are kept so that an error can name them."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _fetch_gpt2() -> tiktoken.Encoding:
+    """tiktoken's own fetch has no time limit, so it runs in a thread that is waited for only so long."""
+    outcome: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append(tiktoken.get_encoding("gpt2"))
+        except (OSError, ValueError) as error:  # the network or the disk; a file with the wrong hash
+            outcome.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(GPT2_SECONDS)
+    if outcome and isinstance(outcome[0], tiktoken.Encoding):
+        return outcome[0]
+    reason = short_reason(outcome[0]) if outcome else f"no answer in {GPT2_SECONDS} s"
+    raise UserError(
+        f"tokenizer = 'gpt2': its vocabulary could not be fetched ({reason}). tiktoken needs the network for it once; "
+        "afterwards it is kept (TIKTOKEN_CACHE_DIR names where). Without a network use --tokenizer bpe, which is "
+        "trained on the text itself, or --tokenizer char."
+    )

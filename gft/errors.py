@@ -1,0 +1,13 @@
+"""The one exception a program shows a person without a traceback."""
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend.
+
+    The message says what was seen, what the rule is and what to do. `code` is the
+    program's exit status: 2 for a configuration, 1 for everything else.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code

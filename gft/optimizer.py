@@ -1,0 +1,172 @@
+"""FlipOptimizer: the step that moves integer weights.
+
+    opt = FlipOptimizer(model, k=0.5, steps=500)
+    loss.backward(); opt.step()
+
+It finds the integer layers of any module, so it stands next to a torch.optim optimizer for the float layers
+of a hybrid net. Without `memory` it keeps nothing between steps but the step's number.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from gft.clock import Clock
+from gft.layers import IntEmbedding, IntLayer
+from gft.rules import RULES, Rule, flip, score
+from gft.schedule import scheduled, step_size
+from kernels.memory import remember
+from kernels.philox import Stream, dither_words
+from kernels.tiles import from_tiles, tile_grid, to_tiles
+
+MEMORY_TILE = 64  # one memory scale per tile of this side
+
+
+@dataclass
+class LayerStep:
+    """What one layer did in a step, for a monitor: the operands are those it held, None when they were summed."""
+
+    layer: IntLayer
+    delta: Tensor | None
+    votes: Tensor
+    flipped: Tensor
+
+
+@dataclass
+class Group:
+    """Layers that learn by one rule at one width."""
+
+    rule: Rule
+    layers: list[IntLayer] = field(default_factory=list)
+
+
+class FlipOptimizer:
+    """Moves the integer weights of `model` by their votes.
+
+    rule, ortho_tile, select_tile, flip_prob, flip_gamma: see kernels/scores.py and kernels/flip.py;
+    embedding_rule is the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule`
+    says ("linear", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight
+    units at the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta.
+    delta "sign" lets only the sign of delta vote; delta_scale "delayed" scales delta by the largest maximum of the
+    last 16 steps, so that micro-batches add up to exactly the one big batch; its first step only measures.
+
+    Raises ValueError if the model has no integer layer or a setting is unknown.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, k: float = 0.5, k_end: float = 0.0, k_schedule: str = "linear", k_warmup: int = 0,
+        steps: int = 1000, rule: str = "spectral", embedding_rule: str = "balanced", ortho_tile: int = 128,
+        select_tile: int = 64, flip_prob: str = "one", flip_gamma: float = 1.0, step_size: int = 1,
+        memory: str = "none", beta: float = 0.9, delta: str = "int8", delta_scale: str = "step", seed: int = 1,
+    ):  # fmt: skip
+        for name, value, known in (
+            ("rule", rule, RULES), ("embedding_rule", embedding_rule, RULES), ("flip_prob", flip_prob, ("one", "score")),
+            ("memory", memory, ("none", "int8")), ("delta", delta, ("int8", "sign")),
+            ("delta_scale", delta_scale, ("step", "delayed")),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"FlipOptimizer: {name} is {value!r}; it must be one of {', '.join(known)}")
+        self.layers = [m for m in model.modules() if isinstance(m, IntLayer)]
+        if not self.layers:
+            raise ValueError("FlipOptimizer: the model has no IntLinear or IntEmbedding layer to train")
+        self.k, self.k_end, self.k_schedule, self.k_warmup, self.steps = k, k_end, k_schedule, k_warmup, steps
+        self.start_size, self.memory, self.beta = step_size, memory, beta
+        self.clock = Clock(seed)
+        self.observer: Callable[[LayerStep], None] | None = None
+        hidden = Rule(rule, ortho_tile, select_tile, flip_prob, flip_gamma)
+        groups: dict[tuple[Rule, int], Group] = {}
+        for index, layer in enumerate(self.layers):
+            layer.index = index
+            layer.attach(self.clock)
+            layer.set_delta(delta, delta_scale)
+            own = replace(hidden, name=embedding_rule) if isinstance(layer, IntEmbedding) else hidden
+            groups.setdefault((own, layer.bits), Group(own)).layers.append(layer)
+        self.groups = list(groups.values())
+        self.memories: dict[int, tuple[Tensor, Tensor]] = {}
+        if memory == "int8":
+            self.memories = {layer.index: self._empty_memory(layer) for layer in self.layers}
+
+    @staticmethod
+    def _empty_memory(layer: IntLayer) -> tuple[Tensor, Tensor]:
+        down, across = tile_grid(tuple(layer.weight.shape), MEMORY_TILE)
+        scale = torch.zeros(down * across, 1, 1, device=layer.weight.device)
+        return torch.zeros_like(layer.weight), scale
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop votes of backward passes that no step has used; `set_to_none` is torch.optim's and changes nothing."""
+        for layer in self.layers:
+            layer.forget()
+
+    @torch.no_grad()
+    def step(self) -> int:
+        """Flip weights by the votes of the backward passes since the last step. Returns the number of flips."""
+        step = self.clock.step
+        k = scheduled(self.k, self.k_end, self.k_schedule, step, self.steps, self.k_warmup)
+        size = step_size(self.start_size, step, self.steps)
+        flips = sum(self._learn(group, k, size) for group in self.groups)
+        for layer in self.layers:
+            layer.finish_step()
+        self.clock.advance(step + 1)
+        return flips
+
+    def _learn(self, group: Group, k: float, size: int) -> int:
+        deltas = [layer.held[0][0] if len(layer.held) == 1 else None for layer in group.layers]
+        taken = [(layer, d, v) for layer, d in zip(group.layers, deltas, strict=True) if (v := layer.take_votes()) is not None]
+        if not taken:
+            return 0
+        layers, deltas, votes = (list(column) for column in zip(*taken, strict=True))
+        evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
+        flipped = flip(group.rule, layers, score(group.rule, layers, evidence), k, size, self.clock)
+        if self.observer is not None:
+            for row in zip(layers, deltas, votes, flipped, strict=True):
+                self.observer(LayerStep(*row))
+        return sum(int(mask.sum()) for mask in flipped)
+
+    def _remember(self, layer: IntLayer, votes: Tensor) -> Tensor:
+        stored, scale = self.memories[layer.index]
+        shape = tuple(stored.shape)
+        tiles = to_tiles(votes, MEMORY_TILE)
+        draw = (self.clock.seed, self.clock.step)
+        n = len(tiles) * MEMORY_TILE
+        rows, columns = (
+            dither_words(*draw, stream + 16 * layer.index, n).to(stored.device)
+            for stream in (Stream.MEMORY_ROWS, Stream.MEMORY_COLUMNS)
+        )
+        evidence, new, new_scale = remember(
+            to_tiles(stored, MEMORY_TILE), scale, tiles, self.beta,
+            rows.view(-1, MEMORY_TILE, 1), columns.view(-1, 1, MEMORY_TILE),
+        )  # fmt: skip
+        stored.copy_(from_tiles(new, shape))
+        scale.copy_(new_scale)
+        return from_tiles(evidence, shape)
+
+    def state_bytes(self) -> int:
+        """Bytes of state per weight kept between steps: 0, or one per weight with the int8 memory."""
+        return sum(stored.numel() * stored.element_size() for stored, _ in self.memories.values())
+
+    def scale_bytes(self) -> int:
+        """Bytes of scales kept between steps: of memory tiles and of delayed deltas (layer scales are the layers')."""
+        histories = [layer.delta_history for layer in self.layers if layer.delta_history is not None]
+        return sum(t.numel() * t.element_size() for t in [s for _, s in self.memories.values()] + histories)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that must be saved to go on exactly: the step, and the memory if there is one.
+
+        Delayed scales are buffers of the layers and travel with the model.
+        """
+        state = {"step": torch.tensor(self.clock.step)}
+        for index, (stored, scale) in self.memories.items():
+            state[f"memory.{index}"], state[f"memory_scale.{index}"] = stored, scale
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the state of `state_dict`. Raises ValueError if it is that of another model or memory setting."""
+        own = self.state_dict()
+        if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("FlipOptimizer: this state has other layers or another memory setting than the optimizer")
+        for index, (stored, scale) in self.memories.items():
+            stored.copy_(state[f"memory.{index}"])
+            scale.copy_(state[f"memory_scale.{index}"])
+        self.clock.advance(int(state["step"]))

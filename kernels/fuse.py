@@ -1,0 +1,47 @@
+"""Fusing the torch backend's element-wise work.
+
+A function marked `@fused` is plain torch. After `enable(True)` it runs through torch.compile, which
+needs a C++ compiler and turns a chain of passes over memory into one; before, it runs as written.
+The values are those of the same formula, though a sum may be taken in another order, so a run that must
+be repeated exactly keeps the setting (checkpoints record it).
+"""
+
+import functools
+import shutil
+from collections.abc import Callable
+
+import torch
+
+_enabled = False
+
+
+def enable(on: bool) -> None:
+    """Switch fusing on or off for every `@fused` function of the process."""
+    global _enabled
+    _enabled = on
+
+
+def enabled() -> bool:
+    """Whether `@fused` functions are compiled."""
+    return _enabled
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler torch.compile would use on a CPU, or None."""
+    return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+
+
+def fused(function: Callable) -> Callable:
+    """Mark a function of tensors whose passes over memory torch.compile may merge."""
+    compiled = None
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal compiled
+        if not _enabled or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if compiled is None:
+            compiled = torch.compile(function, dynamic=True)
+        return compiled(*args, **kwargs)
+
+    return call

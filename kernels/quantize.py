@@ -1,0 +1,61 @@
+"""Float rows to int8: activations on a fixed grid, delta on one scale per tensor.
+
+    activations  x^ = x / rms(x),  rms over a row;   X = clip(round(x^ * 127 / A), -127, 127)
+    delta        D  = clip(floor(delta / sigma + u), -127, 127),   sigma = max|delta| / 127,  u from `philox.dither`
+
+Rounding of activations is to nearest, halves to even. With `squared_relu` the norm is taken of
+relu(x)^2, so an MLP's hidden layer is read once. A row of zeros has x^ = 0.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.fuse import fused
+from kernels.philox import dither
+
+SMALLEST_MEAN_SQUARE = 1e-30  # keeps a row of zeros at zero; far below any real row
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    r = torch.relu(x)
+    return r * r
+
+
+@fused
+def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
+    """Normalise rows and put them on the int8 grid.
+
+    x float32 (T, n), act_range = A. Returns X int8 (T, n) and 1 / rms float32 (T, 1).
+    """
+    if squared_relu:
+        x = _squared_relu(x)
+    inverse_rms = torch.rsqrt((x * x).mean(dim=-1, keepdim=True).clamp_min(SMALLEST_MEAN_SQUARE))
+    grid = torch.round(x * inverse_rms * (127.0 / act_range))
+    return grid.clamp(-127, 127).to(torch.int8), inverse_rms
+
+
+@fused
+def absmax(delta: Tensor) -> Tensor:
+    """max |delta| as a float32 scalar tensor; exact, so it does not depend on how the rows are split."""
+    return delta.abs().amax()
+
+
+@fused
+def quantize_delta(delta: Tensor, sigma: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """delta / sigma rounded up or down at random: delta float32 (T, n), sigma float32 (), words int32 (T, 1), (n,).
+
+    Returns D int8 (T, n). A sigma of 0 (delta all zero) gives D = 0.
+    """
+    inverse = torch.where(sigma > 0, 1.0 / sigma, 0.0)
+    return torch.floor(delta * inverse + dither(rows, columns)).clamp(-127, 127).to(torch.int8)
+
+
+@fused
+def quantize_delta_rows(delta: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_delta` with one scale per row, which no other row can change.
+
+    Returns D int8 (T, n) and sigma float32 (T, 1). Used where a scale for the tensor is not known yet.
+    """
+    sigma = delta.abs().amax(dim=-1, keepdim=True) / 127.0
+    inverse = torch.where(sigma > 0, 1.0 / sigma, 0.0)
+    return torch.floor(delta * inverse + dither(rows, columns)).clamp(-127, 127).to(torch.int8), sigma
