@@ -87,6 +87,9 @@ class Config:
     batch_size: int = key(48, "training", "sequences a step, over all micro-batches", low=1, high=10**6)
     grad_accum: int = key(1, "training", "micro-batches a step, divides batch_size", low=1, high=10**6)
     lr: float = key(8e-3, "training", "learning rate of a baseline", above=0, high=1000, needs=BASELINES)
+    muon_lr: float = key(1.6e-2, "training", "learning rate of Muon, which trains the matrices of the blocks; lr is AdamW's, "
+                         "for embedding and head", above=0, high=1000, needs="method=muon")
+    beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1, needs=BASELINES)
     weight_decay: float = key(0.0, "training", "weight decay of a baseline", low=0, high=1000, needs=BASELINES)
     warmup: int = key(0, "training", "steps over which lr rises from 0", low=0, high=10**9, needs=BASELINES)
     lr_end: float = key(0.1, "training", "lr at the end, as a share of lr", low=0, high=1, needs=BASELINES)

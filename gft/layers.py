@@ -9,15 +9,17 @@ backward at all, even where the input needs no delta, is `tap`: a leaf of zero e
     y = W[token] s            an embedding                        s = gain / std(W)
 """
 
+import itertools
+import weakref
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gft.clock import Clock
 from kernels.contribution import add_votes, embedding_votes, votes
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.philox import Stream, normal
-from kernels.quantize import absmax, quantize_delta, quantize_delta_rows, rmsnorm_quantize
+from kernels.quantize import absmax, quantize_delta, rmsnorm_quantize
 from kernels.rmsnorm import rmsnorm_backward
 
 DELAY = 16  # steps whose largest delta sets a delayed scale
@@ -40,6 +42,10 @@ def initial_weight(shape: tuple[int, int], bits: int, spread: float, seed: int, 
     return torch.round(z * (spread * q)).clamp(-q, q).to(torch.int8)
 
 
+_handles = itertools.count()
+_layers: weakref.WeakValueDictionary[int, "IntLayer"] = weakref.WeakValueDictionary()
+
+
 class IntLayer(nn.Module):
     """What IntLinear and IntEmbedding share: the weight, its scale, and the operands held until the step.
 
@@ -57,7 +63,10 @@ class IntLayer(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         self.tap = torch.zeros(0, requires_grad=True)
+        self.handle = next(_handles)
+        _layers[self.handle] = self
         self.delta_kind, self.delta_scale = "int8", "step"
+        self.watched = False  # a monitor wants to know the share of delta at the limit of int8
         self.register_buffer("delta_history", None)
         self.attach(Clock(seed))
 
@@ -88,26 +97,40 @@ class IntLayer(nn.Module):
         self.summed: Tensor | None = None
         self.summed_sigma: Tensor | None = None
         self.rows_seen = 0
+        self.saturation = 0.0
         self.largest_delta: Tensor | None = None
 
-    def receive(self, delta: Tensor, operand: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise delta float32 (T, n), hold the operands of the votes, return (D int8, sigma () or (T, 1))."""
-        rows = self.clock.rows(self.rows_seen, len(delta), delta.device)
-        columns = self.clock.columns(self.first_column, delta.shape[1], delta.device)
-        self.rows_seen += len(delta)
+    def words_for(self, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rounding words of the next `count` tokens, int32 (count, 1), and of the columns, int32 (width,)."""
+        first, self.rows_seen = self.rows_seen, self.rows_seen + count
+        return self.clock.rows(first, count, device), self.clock.columns(self.first_column, width, device)
+
+    def delayed_sigma(self, delta: Tensor) -> Tensor:
+        """Scale of delta from earlier steps, float32 (T, 1), and note delta's own largest value for later ones.
+
+        In the first step there are no earlier ones: every row has a scale of its own, which no split of the batch
+        can change, and no vote is held.
+        """
         largest = absmax(delta)
         self.largest_delta = largest if self.largest_delta is None else torch.maximum(self.largest_delta, largest)
         if self.calibrating:
-            return quantize_delta_rows(delta, rows, columns)
-        if self.delta_scale == "delayed":
-            sigma = self.delta_history.amax() * (HEADROOM / 127.0)
-        else:
-            sigma = largest / 127.0
-        d = quantize_delta(delta, sigma, rows, columns)
+            return delta.abs().amax(dim=-1, keepdim=True) / 127.0
+        return (self.delta_history.amax() * (HEADROOM / 127.0)).expand(len(delta), 1).contiguous()
+
+    def hold(self, d: Tensor, operand: Tensor, sigma: Tensor) -> None:
+        """Keep the int8 operands of this pass's votes until the step."""
+        if self.calibrating:
+            return
+        if self.watched:
+            self.saturation = max(self.saturation, (d.abs() == 127).float().mean().item())
         if self.held:
             self._sum_held()
-        self.held.append((torch.sign(delta).to(torch.int8) if self.delta_kind == "sign" else d, operand, sigma))
-        return d, sigma
+        self.held.append((d, operand, sigma))
+
+    def add(self, d: Tensor, operand: Tensor, sigma: Tensor) -> None:
+        """As `hold`, but form the votes now: for operands whose memory is used again at once."""
+        self.hold(d, operand, sigma)
+        self._sum_held()
 
     def _sum_held(self) -> None:
         """Turn held operands into votes and add them to the sum, on one sigma."""
@@ -131,13 +154,8 @@ class IntLayer(nn.Module):
         """Votes (out, in) of all passes since the last step, or None if there were none; what was held is dropped."""
         if not self.held and self.summed is None:
             return None
-        if self.summed is None and len(self.held) == 1:
-            d, operand, _ = self.held[0]
-            result = self._votes(d, operand)
-        else:
-            self._sum_held()
-            result = self.summed
-        return result
+        self._sum_held()
+        return self.summed
 
     def finish_step(self) -> None:
         """Record this step's largest delta for a delayed scale and drop what was held."""
@@ -170,12 +188,14 @@ class IntLinear(IntLayer):
     def _votes(self, d: Tensor, operand: Tensor) -> Tensor:
         return votes(d, operand)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) float to (..., out) float32. Raises ValueError on another width."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"IntLinear: got rows of {x.shape[-1]}; this layer takes {self.in_features}")
-        return _IntLinearFunction.apply(x, self.tap, self)
+        return _IntLinearFunction.apply(
+            x, self.tap, self.weight, self.scale, self.act_range, self.squared_relu,
+            self.delta_kind, self.delta_scale, self.handle,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, squared_relu={self.squared_relu}"
@@ -195,49 +215,99 @@ class IntEmbedding(IntLayer):
     def _votes(self, d: Tensor, operand: Tensor) -> Tensor:
         return embedding_votes(d, operand, self.rows)
 
-    @torch.compiler.disable
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 (...) to float32 (..., width)."""
-        return _IntEmbeddingFunction.apply(tokens, self.tap, self)
+        return _IntEmbeddingFunction.apply(
+            tokens, self.tap, self.weight, self.scale, self.delta_kind, self.delta_scale, self.handle
+        )
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.width}, bits={self.bits}"
 
 
+# What a backward pass asks of its layer. A compiled graph reaches the layer through an opaque operator and the
+# layer's number; run eagerly, the layer is called directly.
+
+
+@torch.library.custom_op("nanogft::delta_words", mutates_args=())
+def _delta_words(delta: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+    rows, columns = _layers[handle].words_for(delta.shape[0], delta.shape[1], delta.device)
+    return rows.clone(), columns.clone()
+
+
+@_delta_words.register_fake
+def _(delta: Tensor, handle: int) -> tuple[Tensor, Tensor]:
+    return delta.new_empty((delta.shape[0], 1), dtype=torch.int32), delta.new_empty(delta.shape[1], dtype=torch.int32)
+
+
+@torch.library.custom_op("nanogft::delayed_sigma", mutates_args=())
+def _delayed_sigma(delta: Tensor, handle: int) -> Tensor:
+    return _layers[handle].delayed_sigma(delta)
+
+
+@_delayed_sigma.register_fake
+def _(delta: Tensor, handle: int) -> Tensor:
+    return delta.new_empty((delta.shape[0], 1))
+
+
+@torch.library.custom_op("nanogft::hold", mutates_args=())
+def _hold(d: Tensor, operand: Tensor, sigma: Tensor, handle: int) -> Tensor:
+    _layers[handle].add(d, operand, sigma.clone())
+    return torch.zeros(0)
+
+
+@_hold.register_fake
+def _(d: Tensor, operand: Tensor, sigma: Tensor, handle: int) -> Tensor:
+    return torch.empty(0)
+
+
+def _receive(delta: Tensor, operand: Tensor, kind: str, scale: str, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise delta float32 (T, n) and hold the operands of the votes: D int8, sigma () or (T, 1), the tap's gradient."""
+    compiling = torch.compiler.is_compiling()
+    rows, columns = _delta_words(delta, handle) if compiling else _layers[handle].words_for(*delta.shape, delta.device)
+    if scale == "delayed":
+        sigma = _delayed_sigma(delta, handle) if compiling else _layers[handle].delayed_sigma(delta)
+    else:
+        sigma = absmax(delta) / 127.0
+    d = quantize_delta(delta, sigma, rows, columns)
+    voter = torch.sign(delta).to(torch.int8) if kind == "sign" else d
+    if compiling:
+        return d, sigma, _hold(voter, operand, sigma, handle)
+    _layers[handle].hold(voter, operand, sigma)
+    return d, sigma, torch.zeros(0)
+
+
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, tap: Tensor, layer: IntLinear) -> Tensor:
-        flat = x.reshape(-1, layer.in_features).to(torch.float32)
-        if flat.shape[0] == 0:
-            raise ValueError(f"IntLinear: got an empty batch {tuple(x.shape)}; it needs at least one row")
-        grid, inverse_rms = rmsnorm_quantize(flat, layer.act_range, layer.squared_relu)
-        ctx.save_for_backward(flat, grid, inverse_rms)
-        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        y = int8_matmul(grid, layer.weight, layer.scale * (layer.act_range / 127.0))
-        return y.view(*x.shape[:-1], layer.out_features)
+    def forward(ctx, x, tap, weight, scale, act_range, squared_relu, kind, delta_scale, handle):
+        flat = x.reshape(-1, weight.shape[1]).to(torch.float32)
+        grid, inverse_rms = rmsnorm_quantize(flat, act_range, squared_relu)
+        ctx.save_for_backward(flat, grid, inverse_rms, weight, scale)
+        ctx.squared_relu, ctx.delta, ctx.shape, ctx.dtype = squared_relu, (kind, delta_scale, handle), x.shape, x.dtype
+        y = int8_matmul(grid, weight, scale * (act_range / 127.0))
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, delta: Tensor):
-        flat, grid, inverse_rms = ctx.saved_tensors
-        layer = ctx.layer
-        d, sigma = layer.receive(delta.reshape(-1, layer.out_features), grid)
+    def backward(ctx, delta):
+        flat, grid, inverse_rms, weight, scale = ctx.saved_tensors
+        d, sigma, tap = _receive(delta.reshape(-1, weight.shape[0]), grid, *ctx.delta)
         delta_x = None
         if ctx.needs_input_grad[0]:
-            product = int8_product(d, layer.weight)
-            delta_x = rmsnorm_backward(product, layer.scale * sigma, flat, inverse_rms, layer.squared_relu)
+            product = int8_product(d, weight)
+            delta_x = rmsnorm_backward(product, scale * sigma, flat, inverse_rms, ctx.squared_relu)
             delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
-        return delta_x, torch.zeros(0), None
+        return delta_x, tap, None, None, None, None, None, None, None
 
 
 class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens: Tensor, tap: Tensor, layer: IntEmbedding) -> Tensor:
-        ctx.layer, ctx.tokens = layer, tokens.reshape(-1)
-        return layer.weight[tokens].to(torch.float32) * layer.scale
+    def forward(ctx, tokens, tap, weight, scale, kind, delta_scale, handle):
+        ctx.save_for_backward(tokens)
+        ctx.delta = kind, delta_scale, handle
+        return weight[tokens].to(torch.float32) * scale
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, delta: Tensor):
-        ctx.layer.receive(delta.reshape(-1, ctx.layer.width), ctx.tokens)
-        return None, torch.zeros(0), None
+    def backward(ctx, delta):
+        (tokens,) = ctx.saved_tensors
+        _, _, tap = _receive(delta.reshape(-1, delta.shape[-1]), tokens.reshape(-1), *ctx.delta)
+        return None, tap, None, None, None, None, None

@@ -26,10 +26,9 @@ MEMORY_TILE = 64  # one memory scale per tile of this side
 
 @dataclass
 class LayerStep:
-    """What one layer did in a step, for a monitor: the operands are those it held, None when they were summed."""
+    """What one layer did in a step, for a monitor: its votes (out, in), and bool (out, in) where a weight was flipped."""
 
     layer: IntLayer
-    delta: Tensor | None
     votes: Tensor
     flipped: Tensor
 
@@ -112,15 +111,14 @@ class FlipOptimizer:
         return flips
 
     def _learn(self, group: Group, k: float, size: int) -> int:
-        deltas = [layer.held[0][0] if len(layer.held) == 1 else None for layer in group.layers]
-        taken = [(layer, d, v) for layer, d in zip(group.layers, deltas, strict=True) if (v := layer.take_votes()) is not None]
+        taken = [(layer, v) for layer in group.layers if (v := layer.take_votes()) is not None]
         if not taken:
             return 0
-        layers, deltas, votes = (list(column) for column in zip(*taken, strict=True))
+        layers, votes = (list(column) for column in zip(*taken, strict=True))
         evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
         flipped = flip(group.rule, layers, score(group.rule, layers, evidence), k, size, self.clock)
         if self.observer is not None:
-            for row in zip(layers, deltas, votes, flipped, strict=True):
+            for row in zip(layers, votes, flipped, strict=True):
                 self.observer(LayerStep(*row))
         return sum(int(mask.sum()) for mask in flipped)
 

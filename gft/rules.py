@@ -39,10 +39,11 @@ def score(rule: Rule, layers: list[IntLayer], votes: list[Tensor]) -> list[Tenso
         return [score_rules.contribution(v, layer.weight) for v, layer in zip(votes, layers, strict=True)]
     if rule.name == "balanced":
         return [score_rules.balanced(v) for v in votes]
+    dtype = score_rules.dot_dtype(votes[0].device)
     if rule.ortho_tile == 0:
-        return [score_rules.orthogonalise(v.to(torch.float32)) for v in votes]
+        return [score_rules.orthogonalise(v.to(torch.float32), dtype) for v in votes]
     tiles = [to_tiles(v, rule.ortho_tile) for v in votes]
-    scored = score_rules.orthogonalise(torch.cat(tiles).to(torch.float32)).split([len(t) for t in tiles])
+    scored = score_rules.orthogonalise(torch.cat(tiles).to(torch.float32), dtype).split([len(t) for t in tiles])
     return [from_tiles(s, tuple(v.shape)) for s, v in zip(scored, votes, strict=True)]
 
 
@@ -72,13 +73,11 @@ def flip(rule: Rule, layers: list[IntLayer], scores: list[Tensor], k: float, ste
 
     q, unit = layers[0].q, 2 if layers[0].bits == 1 else 1
     keys = rank_keys(score_blocks, weight, q, unit)
-    u = torch.cat([clock.uniform(Stream.TOPK + 16 * la.index, n) for la, n in zip(layers, counts, strict=True)])
+    u = clock.uniform(Stream.TOPK + 16 * layers[0].index, sum(counts))
     chosen = select(keys, topk_count(k, torch.cat(sizes), u).to(keys.device))
     if rule.flip_prob == "score":
-        n = keys.shape[1]
-        draws = [clock.uniform(Stream.FLIP + 16 * la.index, c * n) for la, c in zip(layers, counts, strict=True)]
-        chance = flip_probability(keys, score_blocks, rule.flip_gamma)
-        chosen &= torch.cat(draws).view(-1, n).to(keys.device) < chance
+        draws = clock.uniform(Stream.FLIP + 16 * layers[0].index, keys.numel()).view(keys.shape)
+        chosen &= draws.to(keys.device) < flip_probability(keys, score_blocks, rule.flip_gamma)
     moved = apply_moves(weight, score_blocks, chosen, q, unit * step_size)
     flipped = []
     for layer, shape, new, mask in zip(layers, shapes, moved.split(counts), chosen.split(counts), strict=True):

@@ -8,7 +8,9 @@ be repeated exactly keeps the setting (checkpoints record it).
 
 import functools
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -27,7 +29,9 @@ def enabled() -> bool:
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler torch.compile would use on a CPU, or None."""
+    """Path of the C++ compiler torch.compile would use on a CPU; None without one, or without Python's headers."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return None
     return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
 
 

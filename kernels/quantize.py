@@ -42,20 +42,9 @@ def absmax(delta: Tensor) -> Tensor:
 
 @fused
 def quantize_delta(delta: Tensor, sigma: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """delta / sigma rounded up or down at random: delta float32 (T, n), sigma float32 (), words int32 (T, 1), (n,).
+    """delta / sigma rounded up or down at random: delta float32 (T, n), words int32 (T, 1) and (n,).
 
-    Returns D int8 (T, n). A sigma of 0 (delta all zero) gives D = 0.
+    sigma is float32 () for the tensor or (T, 1) for each row. Returns D int8 (T, n); a sigma of 0 gives D = 0.
     """
     inverse = torch.where(sigma > 0, 1.0 / sigma, 0.0)
     return torch.floor(delta * inverse + dither(rows, columns)).clamp(-127, 127).to(torch.int8)
-
-
-@fused
-def quantize_delta_rows(delta: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """As `quantize_delta` with one scale per row, which no other row can change.
-
-    Returns D int8 (T, n) and sigma float32 (T, 1). Used where a scale for the tensor is not known yet.
-    """
-    sigma = delta.abs().amax(dim=-1, keepdim=True) / 127.0
-    inverse = torch.where(sigma > 0, 1.0 / sigma, 0.0)
-    return torch.floor(delta * inverse + dither(rows, columns)).clamp(-127, 127).to(torch.int8), sigma

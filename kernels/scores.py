@@ -6,7 +6,7 @@
     spectral      S = V with its singular values pushed to one, inside each ortho_tile or as a whole
 
 `gain` and `contribution` are integers and exact on every backend. The float rules start from V in fp32;
-`spectral` multiplies fp16 operands into fp32 sums.
+`spectral` multiplies 16-bit operands (`dot_dtype`) into fp32 sums.
 
 The Newton-Schulz iteration and its coefficients are those of Muon (Jordan et al., 2024): five steps of
 X <- a X + (b A + c A A) X, A = X X^T, take singular values in (0, 1] to about one.
@@ -14,8 +14,6 @@ X <- a X + (b A + c A A) X, A = X X^T, take singular values in (0, 1] to about o
 
 import torch
 from torch import Tensor
-
-from kernels.fuse import fused
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -46,34 +44,29 @@ def balanced(votes: Tensor) -> Tensor:
     return s
 
 
-def _native_fp16(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+def dot_dtype(device: torch.device) -> torch.dtype:
+    """Operand type of the spectral rule's products: fp16 on a GPU; on a CPU bf16 if it multiplies that, else fp32."""
+    if device.type == "cuda":
+        return torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _dot(a: Tensor, b: Tensor, native: bool) -> Tensor:
-    """fp16 (..., n, k) @ (..., k, m) with fp32 sums, rounded to fp16; in fp32 where the CPU has no fp16 dot."""
-    return a @ b if native else (a.float() @ b.float()).half()
+def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Singular values of each matrix to about one: float32 (..., n, m) to float32, zeros to zeros.
 
-
-@fused
-def _polynomial(a: Tensor, a_squared: Tensor) -> Tensor:
-    _, b, c = NEWTON_SCHULZ
-    return (b * a.float() + c * a_squared.float()).half()
-
-
-@fused
-def _advance(x: Tensor, product: Tensor) -> Tensor:
-    return (NEWTON_SCHULZ[0] * x.float() + product.float()).half()
-
-
-def orthogonalise(x: Tensor) -> Tensor:
-    """Singular values of each matrix to about one: float32 (..., n, m) to float32, zeros to zeros."""
+    Operands are `dtype`, sums fp32. The last product stays fp32, so that scores seldom tie.
+    """
     if x.shape[-2] > x.shape[-1]:
-        return orthogonalise(x.mT).mT
-    native = _native_fp16(x.device)
-    norm = x.flatten(-2).norm(dim=-1)[..., None, None]
-    x = (x / norm.clamp_min(TINY)).half()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        a = _dot(x, x.mT, native)
-        x = _advance(x, _dot(_polynomial(a, _dot(a, a, native)), x, native))
-    return x.float()
+        return orthogonalise(x.mT, dtype).mT
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    norm = x.flatten(1).norm(dim=1)[:, None, None]
+    x = (x / norm.clamp_min(TINY)).to(dtype)
+    a, b, c = NEWTON_SCHULZ
+    for step in range(NEWTON_SCHULZ_STEPS):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        if step == NEWTON_SCHULZ_STEPS - 1:
+            return (torch.bmm(polynomial, x).float() + a * x.float()).view(shape)
+        x = torch.baddbmm(x, polynomial, x, beta=a)

@@ -1,0 +1,98 @@
+"""Where and how a run computes: device, backend, compilation, threads; what was chosen and why."""
+
+import os
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from gft.config import Config
+from gft.errors import UserError
+from kernels import fuse
+
+STEPS_WORTH_COMPILING = 300  # compiling takes about as long as it saves in that many small steps
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The choices of a run; `reasons` are lines to print."""
+
+    device: torch.device
+    backend: str
+    compile: bool
+    threads: int
+    reasons: tuple[str, ...]
+
+    def environment(self) -> dict[str, str | int | bool]:
+        """What exact repetition is promised within: recorded in checkpoints and results."""
+        return {"torch": torch.__version__, "device": self.device.type, "backend": self.backend,
+                "compile": self.compile, "threads": self.threads}  # fmt: skip
+
+
+def choose(cfg: Config) -> Runtime:
+    """Resolve "auto" and check explicit choices. Sets torch's thread count and kernel fusing for the process.
+
+    Raises UserError for a device or backend that is not there.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device, why_device = _device(cfg.device)
+    backend, why_backend = _backend(cfg.backend)
+    compiling, why_compile = _compile(cfg, device)
+    fuse.enable(compiling)
+    threads = torch.get_num_threads()
+    reasons = (
+        f"device: {device.type}, {why_device}; {threads} threads",
+        f"backend: {backend}, {why_backend}",
+        f"compile: {'on' if compiling else 'off'}, {why_compile}",
+    )
+    return Runtime(device, backend, compiling, threads, reasons)
+
+
+def _device(wanted: str) -> tuple[torch.device, str]:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch")
+    if wanted != "auto":
+        return torch.device(wanted), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), "because torch finds a CUDA GPU"
+    return torch.device("cpu"), "because torch finds no CUDA GPU"
+
+
+def _backend(wanted: str) -> tuple[str, str]:
+    if wanted == "triton":
+        raise UserError("backend = triton: the Triton kernels are not in this version; use --backend torch")
+    return "torch", "as asked" if wanted == "torch" else "because it is the only one in this version"
+
+
+def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
+    missing = device.type == "cpu" and fuse.compiler() is None
+    why_missing = "no C++ compiler with Python's headers was found"
+    if cfg.compile == "true":
+        if missing:
+            raise UserError(f"compile = true: {why_missing}; install g++ and Python's headers, or use --compile false")
+        return True, "as asked"
+    if cfg.compile == "false":
+        return False, "as asked"
+    if missing:
+        return False, f"because {why_missing}"
+    if cfg.steps < STEPS_WORTH_COMPILING:
+        return False, f"because {cfg.steps} steps are too few to earn it back"
+    return True, "because a compiler is there (the first step takes a minute, later runs find its work cached)"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+    """Memory the process holds now, or None where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

@@ -1,0 +1,297 @@
+"""Train a transformer of small integers, or one of its rivals, on text.
+
+    python train.py shakespeare_char_small                    a config of configs/, or a path
+    python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
+    python train.py shakespeare_char_small --resume           go on after a kill, exactly
+
+Writes to out/NAME: last.json, best.json and their safetensors (gft/checkpoint.py), metrics.jsonl, loss.png.
+The last line of standard output is one JSON object.
+"""
+
+import json
+import math
+import signal
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import TextData, load_text
+from gft import checkpoint, runtime
+from gft.config import Config, check_against_data, differences, from_dict, load, to_dict
+from gft.curve import draw
+from gft.errors import UserError
+from gft.learner import FlipLearner, make_learner
+from gft.monitor import Monitor, warnings
+from gft.progress import Metrics, Progress
+from kernels.philox import Stream, uniform
+from model import ModelConfig, Transformer
+from sample import decoded, generate, start_ids
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a request; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def windows(tokens, starts: Tensor, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the windows that begin at `starts`: int64 (B, context) each."""
+    rows = torch.stack([torch.from_numpy(tokens[s : s + context + 1].astype("int64")) for s in starts.tolist()])
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
+
+
+def batch_starts(cfg: Config, step: int, n_tokens: int) -> Tensor:
+    """Where the windows of a step begin: a function of (seed, step), int64 (batch_size,)."""
+    u = uniform(cfg.seed, step, Stream.BATCH, cfg.batch_size)
+    return (u * (n_tokens - cfg.context)).long()
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over tokens, nats: logits (B, T, V), targets (B, T)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(net: Transformer, tokens, cfg: Config, device: torch.device) -> float:
+    """Mean loss over `eval_windows` windows spread evenly over `tokens`, nats per token."""
+    last = len(tokens) - cfg.context - 1
+    starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
+    total = 0.0
+    for part in starts.split(cfg.batch_size // cfg.grad_accum):
+        x, y = windows(tokens, part, cfg.context, device)
+        total += summed_loss(net(x), y).item()
+    return total / (len(starts) * cfg.context)
+
+
+class Run:
+    """A run's net, learner and progress, and how they are saved and taken up again."""
+
+    def __init__(self, cfg: Config, data: TextData, run: runtime.Runtime, out: Path):
+        self.cfg, self.data, self.run, self.out = cfg, data, run, out
+        self.net = Transformer(ModelConfig.from_config(cfg, data.tokenizer.vocab_size), seed=cfg.seed).to(run.device)
+        self.learner = make_learner(self.net, cfg)
+        self.step, self.changed, self.seconds = 0, 0, 0.0
+        self.losses: list[float] = []
+        self.weights = sum(t.numel() for t in self.weight_tensors().values())
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The net's weights by name: int8 for gft, fp32 for the baselines."""
+        return {name: t for name, t in self.net.state_dict().items() if name.endswith("weight")}
+
+    def save(self, name: str) -> None:
+        """Write checkpoint `name` ("last" or "best")."""
+        tensors = checkpoint.join(model=self.net.state_dict(), learner=self.learner.state())
+        meta = {
+            "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.data.tokenizer.vocab_size,
+            "tokenizer": self.data.tokenizer.to_json(), "environment": self.run.environment(),
+            "data": {"name": self.data.name, "sha256": self.data.sha256},
+            "progress": {"changed": self.changed, "seconds": self.seconds, "losses": self.losses},
+        }  # fmt: skip
+        checkpoint.save(self.out, name, tensors, meta)
+
+    def load(self, name: str) -> None:
+        """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or text."""
+        tensors, meta = checkpoint.load(self.out, name)
+        where = f"checkpoint {self.out / name}.json"
+        different = differences(from_dict(meta["config"]), self.cfg)
+        if different:
+            raise UserError(f"{where} is of another config: {'; '.join(different)}; give the same settings to go on, or "
+                            "another --out_dir for a new run")  # fmt: skip
+        if meta["data"]["sha256"] != self.data.sha256:
+            raise UserError(f"{where} was trained on another text (sha256 {meta['data']['sha256'][:12]}..., this one has "
+                            f"{self.data.sha256[:12]}...); give the same text, or another --out_dir")  # fmt: skip
+        now = self.run.environment()
+        changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
+        if changed:
+            print(f"note: going on exactly is promised on one set-up only: {'; '.join(changed)}", file=sys.stderr)
+        self.net.load_state_dict(checkpoint.group(tensors, "model"))
+        self.learner.load(checkpoint.group(tensors, "learner"))
+        self.step = meta["step"]
+        self.changed, self.seconds, self.losses = (meta["progress"][k] for k in ("changed", "seconds", "losses"))
+
+    def summary(self, val_loss: float, step_seconds: list[float]) -> dict:
+        """The final JSON object."""
+        cfg, state = self.cfg, self.net.state_dict()
+        integer = sum(t.nbytes for t in state.values() if t.dtype == torch.int8)
+        tokens = cfg.batch_size * cfg.context
+        typical = statistics.median(step_seconds) if step_seconds else float("nan")
+        return {
+            "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
+            "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
+            "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
+            "step_seconds": round(typical, 5), "tokens_per_second": round(tokens / typical, 1) if step_seconds else None,
+            "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1), "accuracy": None,
+            "weights": self.weights, "int_weight_bytes": integer,
+            "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
+            "float_param_bytes": sum(p.nbytes for p in self.net.parameters()),
+            "optimizer_state_bytes": self.learner.state_bytes(), "scale_bytes": self.learner.scale_bytes(),
+            "peak_memory_bytes": runtime.peak_memory_bytes(self.run.device),
+            "weights_sha256": checkpoint.weights_sha256(self.weight_tensors()),
+            "environment": self.run.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
+        }  # fmt: skip
+
+
+def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
+    """One step over all its micro-batches. Returns the training loss in nats per token and the weights changed."""
+    cfg, device = run.cfg, run.run.device
+    tokens = cfg.batch_size * cfg.context
+    half = cfg.precision == "bf16" and cfg.method != "gft"
+    total = 0.0
+    for part in batch_starts(cfg, run.step, len(run.data.train)).chunk(cfg.grad_accum):
+        x, y = windows(run.data.train, part, cfg.context, device)
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            loss = loss_of(forward(x), y)
+        (loss * run.learner.loss_scale(tokens)).backward()
+        total += loss.item()
+    changed = run.learner.step(run.step)
+    run.step += 1
+    run.changed += changed
+    return total / tokens, changed
+
+
+def sample_text(run: Run, count: int) -> str:
+    """`count` tokens of the net's own text, drawn from the run's seed."""
+    tokens = generate(run.net, start_ids(run.data.tokenizer, ""), count, 0.8, 0, 1.0, run.cfg.seed)
+    return "".join(decoded(run.data.tokenizer, tokens)).strip()
+
+
+def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
+    """The loop, from run.step to the last step. Returns the summary, or None if it was stopped."""
+    cfg = run.cfg
+    # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
+    forward = torch.compile(run.net, dynamic=False) if run.run.compile else run.net
+    loss_of = torch.compile(summed_loss, dynamic=False) if run.run.compile else summed_loss
+    monitor = None
+    if isinstance(run.learner, FlipLearner):
+        names = {layer.index: name for name, layer in run.net.named_modules() if layer in run.learner.optimizer.layers}
+        monitor = Monitor(run.learner.optimizer, names, cfg.monitor_every, cfg.seed)
+    progress = Progress(cfg.steps, run.step, cfg.batch_size * cfg.context)
+    said, resident, step_seconds, val_loss = set(), [], [], math.nan
+
+    while run.step < cfg.steps:
+        begun = time.perf_counter()
+        if monitor:
+            monitor.before(run.step)
+        loss, changed = take_step(run, forward, loss_of)
+        took = time.perf_counter() - begun
+        run.seconds += took
+        step_seconds.append(took)
+        record = {"step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4)}
+        if monitor and (layers := monitor.report()):
+            record["layers"] = layers
+        last = run.step == cfg.steps
+        if run.step % cfg.eval_every == 0 or last:
+            val_loss = evaluate(run.net, run.data.val, cfg, run.run.device)
+            record["val_loss"] = round(val_loss, 5)
+            run.losses.append(val_loss)
+        metrics.write(record)
+        progress.show(record)
+        if "val_loss" in record:
+            if cfg.sample_chars:
+                progress.text(sample_text(run, cfg.sample_chars))
+            resident.append(runtime.resident_bytes() or 0)
+            chance = math.log(run.data.tokenizer.vocab_size)
+            for sign, text in warnings(run.losses, run.step / cfg.steps, chance, resident).items():
+                if sign not in said:
+                    said.add(sign)
+                    progress.line(f"warning: {text}")
+            if val_loss <= min(run.losses):
+                run.save("best")
+        if run.step % cfg.save_every == 0 or last or stop.signal:
+            run.save("last")
+        if stop.signal and not last:
+            return None
+    if not step_seconds:  # resumed at the end
+        val_loss = evaluate(run.net, run.data.val, cfg, run.run.device)
+    return run.summary(val_loss, step_seconds[1:])
+
+
+def choose_folder(cfg: Config) -> Path:
+    """The run's folder. Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no
+    --out_dir of its own; a resumed one takes the newest of its name."""
+    first = cfg.out_path
+    used = [p for p in (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 10_000))) if _has_run(p)]
+    if cfg.resume:
+        if not used:
+            raise UserError(f"--resume {cfg.resume}: {first} holds no run; start one without --resume, or name its --out_dir")
+        return first if cfg.out_dir else used[-1]
+    if not _has_run(first):
+        return first
+    if cfg.out_dir:
+        raise UserError(f"--out_dir {cfg.out_dir} already holds a run; --resume goes on with it, another --out_dir starts anew")
+    return next(p for n in range(2, 10_000) if not _has_run(p := first.with_name(f"{first.name}-{n}")))
+
+
+def _has_run(folder: Path) -> bool:
+    return any(checkpoint.exists(folder, name) for name in ("last", "best", "previous"))
+
+
+def run_config(cfg: Config) -> int:
+    """Train as cfg says. Returns the exit status."""
+    chosen = runtime.choose(cfg)
+    data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
+    check_against_data(cfg, len(data.train), len(data.val))
+    out = choose_folder(cfg)
+    run = Run(cfg, data, chosen, out)
+    stop = Stop()
+    if cfg.resume:
+        run.load(cfg.resume)
+    print(f"data: {data.name} from {data.source}; {len(data.train):,} tokens to train on, {len(data.val):,} to evaluate")
+    print("\n".join(chosen.reasons))
+    print(f"net: {run.weights:,} weights, method {cfg.method}"
+          + (f", {cfg.bits} bits, rule {cfg.rule}, memory {cfg.memory}" if cfg.method == "gft" else ""))  # fmt: skip
+    print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
+    metrics = Metrics(out / "metrics.jsonl", run.step)
+    summary = train(run, metrics, stop)
+    command = f"python train.py {sys.argv[1] if len(sys.argv) > 1 else ''}".rstrip()
+    if summary is None:
+        print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\ngo on: the same command with --resume, e.g. "
+              f"{command} --resume --out_dir {out}")  # fmt: skip
+        return 128 + stop.signal
+    curve = out / "loss.png"
+    draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
+    print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
+          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}\nsample: python sample.py {out} --prompt \"ROMEO:\"")  # fmt: skip
+    print(json.dumps(summary))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; returns its exit status."""
+    try:
+        return run_config(load(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _out_of_memory(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        return _out_of_memory(error)
+
+
+def _out_of_memory(error: BaseException) -> int:
+    reason = str(error).splitlines()[0][:200] if str(error) else "no memory left"
+    print(f"error: out of memory ({reason}). Checkpoints saved before are intact. A smaller --batch_size needs less, and "
+          "so does --grad_accum 2 or more with --delta_scale delayed", file=sys.stderr)  # fmt: skip
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
