@@ -10,6 +10,7 @@ The last line of standard output is one JSON object.
 
 import json
 import math
+import shlex
 import signal
 import statistics
 import sys
@@ -241,8 +242,8 @@ def _has_run(folder: Path) -> bool:
     return any(checkpoint.exists(folder, name) for name in ("last", "best", "previous"))
 
 
-def run_config(cfg: Config) -> int:
-    """Train as cfg says. Returns the exit status."""
+def run_config(cfg: Config, argv: list[str]) -> int:
+    """Train as cfg says; argv is what was typed. Returns the exit status."""
     chosen = runtime.choose(cfg)
     data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
     check_against_data(cfg, len(data.train), len(data.val))
@@ -258,10 +259,10 @@ def run_config(cfg: Config) -> int:
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
     metrics = Metrics(out / "metrics.jsonl", run.step)
     summary = train(run, metrics, stop)
-    command = f"python train.py {sys.argv[1] if len(sys.argv) > 1 else ''}".rstrip()
     if summary is None:
-        print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\ngo on: the same command with --resume, e.g. "
-              f"{command} --resume --out_dir {out}")  # fmt: skip
+        again = f"--resume last --out_dir {shlex.quote(str(out))}"  # a key given twice: the last counts
+        print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
+              f"go on: python train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
     curve = out / "loss.png"
     draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
@@ -274,7 +275,7 @@ def run_config(cfg: Config) -> int:
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
     try:
-        return run_config(load(argv))
+        return run_config(load(argv), argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

@@ -60,8 +60,8 @@ class Config:
     k: float = key(0.5, "gft", "share of the weights selected at a step, at the start", low=0, high=1,
                    needs="method=gft")
     k_end: float = key(0.0, "gft", "the same share at the end", low=0, high=1,
-                       needs="method=gft k_schedule=linear|cosine")
-    k_schedule: str = key("linear", "gft", "the way from k to k_end", choices=("linear", "cosine", "constant"),
+                       needs="method=gft k_schedule=linear|quadratic|cosine")
+    k_schedule: str = key("linear", "gft", "the way from k to k_end", choices=("linear", "quadratic", "cosine", "constant"),
                           needs="method=gft")
     k_warmup: int = key(0, "gft", "steps over which k rises from 0", low=0, high=10**9, needs="method=gft")
     step_size: int = key(1, "gft", "largest move of a weight in its units, falling to 1", low=1, high=127,

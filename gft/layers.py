@@ -50,7 +50,9 @@ class IntLayer(nn.Module):
     """What IntLinear and IntEmbedding share: the weight, its scale, and the operands held until the step.
 
     `held` is a list of (D, operand, sigma): one entry after one backward pass. From the second on, votes are
-    summed instead, so micro-batches cost one integer matrix however many there are.
+    summed instead, so micro-batches cost one integer matrix however many there are. Rounding words go to rows in the
+    order of the backward passes: a layer used twice in one forward pass learns rightly, but not bit for bit alike for
+    every number of micro-batches.
     """
 
     def __init__(self, shape: tuple[int, int], bits: int, fan_in: int, gain: float, spread: float, seed: int, index: int):
@@ -63,12 +65,21 @@ class IntLayer(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         self.tap = torch.zeros(0, requires_grad=True)
-        self.handle = next(_handles)
-        _layers[self.handle] = self
+        self._take_handle()
         self.delta_kind, self.delta_scale = "int8", "step"
         self.watched = False  # a monitor wants to know the share of delta at the limit of int8
-        self.register_buffer("delta_history", None)
+        # Training state, kept by the optimizer's state_dict: a net that only samples has none.
+        self.register_buffer("delta_history", None, persistent=False)
         self.attach(Clock(seed))
+
+    def _take_handle(self) -> None:
+        """A number by which a backward pass finds this layer; a copy needs its own."""
+        self.handle = next(_handles)
+        _layers[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._take_handle()
 
     def attach(self, clock: Clock) -> None:
         """Take step and random words from `clock`; FlipOptimizer calls this."""
@@ -84,12 +95,17 @@ class IntLayer(nn.Module):
     def set_delta(self, kind: str, scale: str) -> None:
         """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (see design of DELAY)."""
         self.delta_kind, self.delta_scale = kind, scale
-        self.delta_history = torch.zeros(DELAY, device=self.weight.device) if scale == "delayed" else None
+        self.take_history(torch.zeros(DELAY) if scale == "delayed" else None)
+
+    def take_history(self, largest: Tensor | None) -> None:
+        """Set the largest |delta| of the last DELAY steps, newest first, float32 (DELAY,); zeros before the first."""
+        self.delta_history = None if largest is None else largest.to(self.weight.device, copy=True)
+        self.measured = largest is not None and bool((largest > 0).any())
 
     @property
     def calibrating(self) -> bool:
-        """First step of a delayed scale: deltas are measured row by row, and no weight moves."""
-        return self.delta_scale == "delayed" and self.clock.step == 0
+        """A delayed scale that has seen no step yet: deltas are measured row by row, and no weight moves."""
+        return self.delta_scale == "delayed" and not self.measured
 
     def forget(self) -> None:
         """Drop what was held for a step that will not be taken."""
@@ -162,6 +178,7 @@ class IntLayer(nn.Module):
         if self.delta_scale == "delayed" and self.largest_delta is not None:
             self.delta_history = torch.roll(self.delta_history, 1)
             self.delta_history[0] = self.largest_delta
+            self.measured = True
         self.forget()
 
 
@@ -216,7 +233,9 @@ class IntEmbedding(IntLayer):
         return embedding_votes(d, operand, self.rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 (...) to float32 (..., width)."""
+        """tokens int64 (...) to float32 (..., width). Raises ValueError on an empty batch."""
+        if tokens.numel() == 0:
+            raise ValueError(f"IntEmbedding: got an empty batch {tuple(tokens.shape)}; it needs at least one token")
         return _IntEmbeddingFunction.apply(
             tokens, self.tap, self.weight, self.scale, self.delta_kind, self.delta_scale, self.handle
         )

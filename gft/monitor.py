@@ -51,7 +51,7 @@ class Monitor:
             return
         weight = layer.weight
         self.rows[self.names[layer.index]] = {
-            "flips": _share(done.flipped),
+            "flips": done.flips / weight.numel(),
             "at_limit": _share(weight.abs() == layer.q),
             "zeros": _share(weight == 0),
             "saturation": layer.saturation,

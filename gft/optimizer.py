@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gft.clock import Clock
 from gft.layers import IntEmbedding, IntLayer
 from gft.rules import RULES, Rule, flip, score
-from gft.schedule import scheduled, step_size
+from gft.schedule import KINDS as SCHEDULES
+from gft.schedule import scheduled, step_size_at
 from kernels.memory import remember
 from kernels.philox import Stream, dither_words
 from kernels.tiles import from_tiles, tile_grid, to_tiles
@@ -26,11 +27,11 @@ MEMORY_TILE = 64  # one memory scale per tile of this side
 
 @dataclass
 class LayerStep:
-    """What one layer did in a step, for a monitor: its votes (out, in), and bool (out, in) where a weight was flipped."""
+    """What one layer did in a step, for a monitor: its votes (out, in) and the number of weights flipped."""
 
     layer: IntLayer
     votes: Tensor
-    flipped: Tensor
+    flips: int
 
 
 @dataclass
@@ -46,7 +47,7 @@ class FlipOptimizer:
 
     rule, ortho_tile, select_tile, flip_prob, flip_gamma: see kernels/scores.py and kernels/flip.py;
     embedding_rule is the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule`
-    says ("linear", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight
+    says ("linear", "quadratic", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight
     units at the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta.
     delta "sign" lets only the sign of delta vote; delta_scale "delayed" scales delta by the largest maximum of the
     last 16 steps, so that micro-batches add up to exactly the one big batch; its first step only measures.
@@ -60,13 +61,24 @@ class FlipOptimizer:
         select_tile: int = 64, flip_prob: str = "one", flip_gamma: float = 1.0, step_size: int = 1,
         memory: str = "none", beta: float = 0.9, delta: str = "int8", delta_scale: str = "step", seed: int = 1,
     ):  # fmt: skip
-        for name, value, known in (
-            ("rule", rule, RULES), ("embedding_rule", embedding_rule, RULES), ("flip_prob", flip_prob, ("one", "score")),
-            ("memory", memory, ("none", "int8")), ("delta", delta, ("int8", "sign")),
-            ("delta_scale", delta_scale, ("step", "delayed")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"FlipOptimizer: {name} is {value!r}; it must be one of {', '.join(known)}")
+        known = {
+            "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES), "flip_prob": (flip_prob, ("one", "score")),
+            "memory": (memory, ("none", "int8")), "delta": (delta, ("int8", "sign")),
+            "delta_scale": (delta_scale, ("step", "delayed")), "k_schedule": (k_schedule, SCHEDULES),
+        }  # fmt: skip
+        for name, (value, choices) in known.items():
+            if value not in choices:
+                raise ValueError(f"FlipOptimizer: {name} is {value!r}; it must be one of {', '.join(choices)}")
+        ranges = {
+            "k": (k, 0 <= k <= 1, "from 0 to 1"), "k_end": (k_end, 0 <= k_end <= 1, "from 0 to 1"),
+            "steps": (steps, steps >= 1, "at least 1"), "k_warmup": (k_warmup, k_warmup >= 0, "at least 0"),
+            "step_size": (step_size, step_size >= 1, "at least 1"), "beta": (beta, 0 <= beta < 1, "from 0 to below 1"),
+            "select_tile": (select_tile, select_tile >= 0, "at least 0"),
+            "ortho_tile": (ortho_tile, ortho_tile >= 0, "at least 0"), "flip_gamma": (flip_gamma, flip_gamma > 0, "above 0"),
+        }  # fmt: skip
+        for name, (value, right, rule_text) in ranges.items():
+            if not right:
+                raise ValueError(f"FlipOptimizer: {name} is {value}; it must be {rule_text}")
         self.layers = [m for m in model.modules() if isinstance(m, IntLayer)]
         if not self.layers:
             raise ValueError("FlipOptimizer: the model has no IntLinear or IntEmbedding layer to train")
@@ -103,7 +115,7 @@ class FlipOptimizer:
         """Flip weights by the votes of the backward passes since the last step. Returns the number of flips."""
         step = self.clock.step
         k = scheduled(self.k, self.k_end, self.k_schedule, step, self.steps, self.k_warmup)
-        size = step_size(self.start_size, step, self.steps)
+        size = step_size_at(self.start_size, step, self.steps)
         flips = sum(self._learn(group, k, size) for group in self.groups)
         for layer in self.layers:
             layer.finish_step()
@@ -116,11 +128,11 @@ class FlipOptimizer:
             return 0
         layers, votes = (list(column) for column in zip(*taken, strict=True))
         evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
-        flipped = flip(group.rule, layers, score(group.rule, layers, evidence), k, size, self.clock)
+        flips = flip(group.rule, layers, score(group.rule, layers, evidence), k, size, self.clock)
         if self.observer is not None:
-            for row in zip(layers, votes, flipped, strict=True):
+            for row in zip(layers, votes, flips, strict=True):
                 self.observer(LayerStep(*row))
-        return sum(int(mask.sum()) for mask in flipped)
+        return sum(flips)
 
     def _remember(self, layer: IntLayer, votes: Tensor) -> Tensor:
         stored, scale = self.memories[layer.index]
@@ -150,11 +162,11 @@ class FlipOptimizer:
         return sum(t.numel() * t.element_size() for t in [s for _, s in self.memories.values()] + histories)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that must be saved to go on exactly: the step, and the memory if there is one.
-
-        Delayed scales are buffers of the layers and travel with the model.
-        """
+        """All that must be saved to go on exactly: the step, the delayed scales and the memory if there are any."""
         state = {"step": torch.tensor(self.clock.step)}
+        for layer in self.layers:
+            if layer.delta_history is not None:
+                state[f"delta_history.{layer.index}"] = layer.delta_history
         for index, (stored, scale) in self.memories.items():
             state[f"memory.{index}"], state[f"memory_scale.{index}"] = stored, scale
         return state
@@ -167,4 +179,7 @@ class FlipOptimizer:
         for index, (stored, scale) in self.memories.items():
             stored.copy_(state[f"memory.{index}"])
             scale.copy_(state[f"memory_scale.{index}"])
+        for layer in self.layers:
+            if layer.delta_history is not None:
+                layer.take_history(state[f"delta_history.{layer.index}"])
         self.clock.advance(int(state["step"]))

@@ -7,7 +7,6 @@ together for a group of layers that learn alike, so that small layers are scored
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from gft.clock import Clock
@@ -15,7 +14,7 @@ from gft.layers import IntLayer
 from kernels import scores as score_rules
 from kernels.flip import apply_moves, flip_probability, rank_keys, select, topk_count
 from kernels.philox import Stream
-from kernels.tiles import from_tiles, tile_sizes, to_tiles
+from kernels.tiles import stack_tiles, tile_sizes, unstack_tiles
 
 RULES = ("contribution", "gain", "balanced", "spectral")
 
@@ -42,45 +41,46 @@ def score(rule: Rule, layers: list[IntLayer], votes: list[Tensor]) -> list[Tenso
     dtype = score_rules.dot_dtype(votes[0].device)
     if rule.ortho_tile == 0:
         return [score_rules.orthogonalise(v.to(torch.float32), dtype) for v in votes]
-    tiles = [to_tiles(v, rule.ortho_tile) for v in votes]
-    scored = score_rules.orthogonalise(torch.cat(tiles).to(torch.float32), dtype).split([len(t) for t in tiles])
-    return [from_tiles(s, tuple(v.shape)) for s, v in zip(scored, votes, strict=True)]
+    scored = score_rules.orthogonalise(stack_tiles(votes, rule.ortho_tile, torch.float32), dtype)
+    return unstack_tiles(scored, [tuple(v.shape) for v in votes], torch.float32)
 
 
-def _blocks(matrix: Tensor, side: int) -> Tensor:
-    """(out, in) to (tiles, weights of a tile); side 0 is one tile."""
-    return rearrange(to_tiles(matrix, side), "t a b -> t (a b)") if side else matrix.reshape(1, -1)
-
-
-def _unblock(blocks: Tensor, shape: tuple[int, int], side: int) -> Tensor:
-    return from_tiles(rearrange(blocks, "t (a b) -> t a b", a=side), shape) if side else blocks.view(shape)
-
-
-def flip(rule: Rule, layers: list[IntLayer], scores: list[Tensor], k: float, step_size: int, clock: Clock) -> list[Tensor]:
+def flip(rule: Rule, layers: list[IntLayer], scores: list[Tensor], k: float, step_size: int, clock: Clock) -> list[int]:
     """Make the moves of one step in place.
 
     The layers share `bits`; `k` is the share of a tile's weights to flip, `step_size` the largest move in weight
-    units. Returns a bool (out, in) for each layer, True where the weight was chosen.
+    units. Returns the number of flips of each layer.
     """
     side = rule.select_tile
-    if side == 0 and len(layers) > 1:  # whole layers differ in length and do not stack
-        return [flip(rule, [la], [s], k, step_size, clock)[0] for la, s in zip(layers, scores, strict=True)]
+    if side == 0:  # whole layers differ in length and do not stack
+        return [_flip_layer(rule, la, s, k, step_size, clock) for la, s in zip(layers, scores, strict=True)]
     shapes = [tuple(layer.weight.shape) for layer in layers]
-    weight = torch.cat([_blocks(layer.weight, side) for layer in layers])
-    score_blocks = torch.cat([_blocks(s, side) for s in scores])
-    sizes = [tile_sizes(shape, side) if side else torch.tensor([shape[0] * shape[1]]) for shape in shapes]
-    counts = [len(s) for s in sizes]
+    weight = stack_tiles([layer.weight for layer in layers], side, torch.int8).flatten(1)
+    score_tiles = stack_tiles(scores, side, scores[0].dtype).flatten(1)
+    sizes = [tile_sizes(shape, side) for shape in shapes]
+    moved, chosen = _flip_tiles(rule, layers[0], weight, score_tiles, torch.cat(sizes), k, step_size, clock)
+    for layer, new in zip(layers, unstack_tiles(moved.view(-1, side, side), shapes, torch.int8), strict=True):
+        layer.weight.copy_(new)
+    flips = chosen.sum(dim=1).split([len(s) for s in sizes])
+    return [int(part.sum()) for part in flips]
 
-    q, unit = layers[0].q, 2 if layers[0].bits == 1 else 1
-    keys = rank_keys(score_blocks, weight, q, unit)
-    u = clock.uniform(Stream.TOPK + 16 * layers[0].index, sum(counts))
-    chosen = select(keys, topk_count(k, torch.cat(sizes), u).to(keys.device))
+
+def _flip_layer(rule: Rule, layer: IntLayer, scores: Tensor, k: float, step_size: int, clock: Clock) -> int:
+    weight, size = layer.weight.view(1, -1), torch.tensor([layer.weight.numel()])
+    moved, chosen = _flip_tiles(rule, layer, weight, scores.reshape(1, -1), size, k, step_size, clock)
+    weight.copy_(moved)
+    return int(chosen.sum())
+
+
+def _flip_tiles(
+    rule: Rule, first: IntLayer, weight: Tensor, scores: Tensor, sizes: Tensor, k: float, step_size: int, clock: Clock
+) -> tuple[Tensor, Tensor]:
+    """New weights and which were chosen, both (tiles, n); `first` lends its width and its random streams."""
+    q, unit = first.q, 2 if first.bits == 1 else 1
+    keys = rank_keys(scores, weight, q, unit)
+    u = clock.uniform(Stream.TOPK + 16 * first.index, len(sizes))
+    chosen = select(keys, topk_count(k, sizes, u).to(keys.device))
     if rule.flip_prob == "score":
-        draws = clock.uniform(Stream.FLIP + 16 * layers[0].index, keys.numel()).view(keys.shape)
-        chosen &= draws.to(keys.device) < flip_probability(keys, score_blocks, rule.flip_gamma)
-    moved = apply_moves(weight, score_blocks, chosen, q, unit * step_size)
-    flipped = []
-    for layer, shape, new, mask in zip(layers, shapes, moved.split(counts), chosen.split(counts), strict=True):
-        layer.weight.copy_(_unblock(new, shape, side))
-        flipped.append(_unblock(mask, shape, side))
-    return flipped
+        draws = clock.uniform(Stream.FLIP + 16 * first.index, keys.numel()).view(keys.shape)
+        chosen &= draws.to(keys.device) < flip_probability(keys, scores, rule.flip_gamma)
+    return apply_moves(weight, scores, chosen, q, unit * step_size), chosen

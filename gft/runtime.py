@@ -42,7 +42,7 @@ def choose(cfg: Config) -> Runtime:
     fuse.enable(compiling)
     threads = torch.get_num_threads()
     reasons = (
-        f"device: {device.type}, {why_device}; {threads} threads",
+        f"device: {device.type}, {why_device}; {threads} thread{'s' if threads > 1 else ''}",
         f"backend: {backend}, {why_backend}",
         f"compile: {'on' if compiling else 'off'}, {why_compile}",
     )

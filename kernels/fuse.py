@@ -35,8 +35,13 @@ def compiler() -> str | None:
     return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
 
 
-def fused(function: Callable) -> Callable:
-    """Mark a function of tensors whose passes over memory torch.compile may merge."""
+def fused(function: Callable | None = None, *, dynamic: bool = True) -> Callable:
+    """Mark a function of tensors whose passes over memory torch.compile may merge.
+
+    `dynamic` is torch.compile's: False compiles anew for every shape, for functions that always see the same ones.
+    """
+    if function is None:
+        return functools.partial(fused, dynamic=dynamic)
     compiled = None
 
     @functools.wraps(function)
@@ -45,7 +50,7 @@ def fused(function: Callable) -> Callable:
         if not _enabled or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if compiled is None:
-            compiled = torch.compile(function, dynamic=True)
+            compiled = torch.compile(function, dynamic=dynamic)
         return compiled(*args, **kwargs)
 
     return call

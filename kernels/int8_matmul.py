@@ -28,6 +28,8 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"int8_product: got an empty operand, {tuple(a.shape)} x {tuple(b.shape)}")
     if a.shape[1] > MAX_REDUCTION:
         raise ValueError(f"int8_product: {a.shape[1]} products can overflow int32; the limit is {MAX_REDUCTION}")
+    # torch._int_mm reads an expanded operand (a stride of 0) as if it were not: measured wrong on a CPU.
+    a, b = (m.contiguous() if 0 in m.stride() else m for m in (a, b))
     if not a.is_cuda:
         return torch._int_mm(a, b)
     # cuBLAS wants more than 16 rows and multiples of 8; zeros add nothing to a sum.

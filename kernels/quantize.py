@@ -4,7 +4,7 @@
     delta        D  = clip(floor(delta / sigma + u), -127, 127),   sigma = max|delta| / 127,  u from `philox.dither`
 
 Rounding of activations is to nearest, halves to even. With `squared_relu` the norm is taken of
-relu(x)^2, so an MLP's hidden layer is read once. A row of zeros has x^ = 0.
+relu(x)^2, so an MLP's hidden layer is read once. A row of zeros has x^ = 0 and 1 / rms = 0: no delta passes it.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.fuse import fused
 from kernels.philox import dither
 
-SMALLEST_MEAN_SQUARE = 1e-30  # keeps a row of zeros at zero; far below any real row
+SMALLEST_MEAN_SQUARE = 1e-30  # below this a row counts as zeros, which have no direction to normalise
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -25,11 +25,12 @@ def _squared_relu(x: Tensor) -> Tensor:
 def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
     """Normalise rows and put them on the int8 grid.
 
-    x float32 (T, n), act_range = A. Returns X int8 (T, n) and 1 / rms float32 (T, 1).
+    x float32 (T, n), act_range = A. Returns X int8 (T, n) and 1 / rms float32 (T, 1), 0 for rows of zeros.
     """
     if squared_relu:
         x = _squared_relu(x)
-    inverse_rms = torch.rsqrt((x * x).mean(dim=-1, keepdim=True).clamp_min(SMALLEST_MEAN_SQUARE))
+    mean_square = (x * x).mean(dim=-1, keepdim=True)
+    inverse_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, torch.rsqrt(mean_square), 0.0)
     grid = torch.round(x * inverse_rms * (127.0 / act_range))
     return grid.clamp(-127, 127).to(torch.int8), inverse_rms
 

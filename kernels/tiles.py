@@ -9,6 +9,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.fuse import fused
+
 
 def tile_grid(shape: tuple[int, int], side: int) -> tuple[int, int]:
     """How many tiles of side x side cover a matrix, downwards and across."""
@@ -36,3 +38,17 @@ def tile_sizes(shape: tuple[int, int], side: int) -> Tensor:
     heights = [min(side, shape[0] - r * side) for r in range(rows)]
     widths = [min(side, shape[1] - c * side) for c in range(columns)]
     return torch.tensor([h * w for h in heights for w in widths])
+
+
+@fused(dynamic=False)
+def stack_tiles(matrices: list[Tensor], side: int, dtype: torch.dtype) -> Tensor:
+    """Tiles of several matrices one after another, as `dtype`: (all tiles, side, side)."""
+    return torch.cat([to_tiles(matrix.to(dtype), side) for matrix in matrices])
+
+
+@fused(dynamic=False)
+def unstack_tiles(tiles: Tensor, shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """The inverse of `stack_tiles`: matrices of `shapes`, as `dtype`, each contiguous."""
+    counts = [(grid := tile_grid(shape, tiles.shape[-1]))[0] * grid[1] for shape in shapes]
+    parts = zip(tiles.split(counts), shapes, strict=True)
+    return [from_tiles(part, shape).to(dtype).contiguous() for part, shape in parts]

@@ -1,0 +1,1 @@
+"""Sweeps and the tables of RESULTS.md: `python -m experiments NAME`."""

@@ -1,0 +1,87 @@
+"""python -m experiments NAME [--quick] [--jobs N]: run an experiment and redraw RESULTS.md.
+
+    small     the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (about an hour and a half on two cores)
+    speed     seconds per training step, each method alone on the machine (five minutes)
+    report    redraw RESULTS.md from the results that are there
+
+A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
+RESULTS.md alone.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments import small, speed
+from experiments.sweep import ROOT, Store
+from gft.errors import UserError
+
+RESULTS = ROOT / "results" / "cpu"
+EXPERIMENTS = {"small": small, "speed": speed}
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=[*EXPERIMENTS, "report"])
+    parser.add_argument("--quick", action="store_true", help="a few steps of a few cells, to see that it works")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default 2)")
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    try:
+        if options.quick and options.name != "report":
+            return _quick(options.name, options.jobs)
+        if options.name != "report":
+            module = EXPERIMENTS[options.name]
+            common = {} if module is speed else {"threads": 1}
+            module.run(Store(RESULTS / f"{options.name}.jsonl"), options.jobs, False, common)
+        report()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("\nstopped; finished cells are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quick(name: str, jobs: int) -> int:
+    module = EXPERIMENTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder, f"{name}.jsonl"))
+        module.run(store, jobs, True, {"threads": 1})
+        print(module.table(store))
+    return 0
+
+
+def report() -> None:
+    """Write RESULTS.md from results/: each section with the command that made it."""
+    text = ["# Results", "", "Every table below is redrawn by `python -m experiments report` from the lines in results/, and "
+            "remade by the command under its heading. None of them was edited by hand.", ""]  # fmt: skip
+    for name, module in EXPERIMENTS.items():
+        store = Store(RESULTS / f"{name}.jsonl")
+        if store.done:
+            text += section(name, module, store)
+    text += ["## On a GPU", "", "Not measured yet.", ""]
+    (ROOT / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
+    print(f"wrote {ROOT / 'RESULTS.md'}")
+
+
+def section(name: str, module, store: Store) -> list[str]:
+    """Heading, command, explanation and tables of one experiment."""
+    title, *paragraphs = (module.__doc__ or "").strip().split("\n\n")
+    environment = next(iter(store.done.values()))["environment"]
+    where = f"torch {environment['torch']}, {environment['device']}, {environment['threads']} thread(s) a run"
+    lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
+             module.table(store), ""]  # fmt: skip
+    if module is small:
+        lines += ["<details><summary>All that was tried while tuning</summary>", "", small.tuning_table(store), "", "</details>", ""]
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""The main table: integer transformers against AdamW and Muon on Tiny Shakespeare, at the small CPU size.
+
+Every row is tuned on a part held out of the training text (eval_on = "tune", one seed); the winner of a row's
+grid is then trained three times on the whole training part and judged by the loss of its last step on the
+usual last 10 % (eval_on = "val").
+"""
+
+from dataclasses import dataclass
+from statistics import mean
+
+from experiments.sweep import Cell, Store, best_of, run_cells, spread
+
+SEEDS = (1, 2, 3)
+CONFIG = "shakespeare_char_small"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its name, the target it has, and the cells its settings are chosen from."""
+
+    name: str
+    must: float | None  # nats over AdamW that it may lose by at most
+    aim: float | None
+    cells: tuple[Cell, ...]
+
+
+def grid(name: str, common: dict, *choices: dict) -> tuple[Cell, ...]:
+    """Cells of one row: `common` settings and one of `choices` each."""
+    return tuple(Cell(name, CONFIG).with_(**common | choice) for choice in choices)
+
+
+MEMORY = {"method": "gft", "memory": "int8"}
+PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contribution", "select_tile": 0, "flip_prob": "score"}
+
+ROWS = (
+    Row("AdamW, fp32", None, None, grid(
+        "AdamW, fp32", {"method": "adamw", "warmup": 50, "weight_decay": 0.1},
+        {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 12e-3}, {"lr": 16e-3}, {"lr": 8e-3, "weight_decay": 0.0},
+    )),
+    Row("Muon, fp32", None, None, grid(
+        "Muon, fp32", {"method": "muon", "lr": 8e-3, "warmup": 0},
+        {"muon_lr": 8e-3}, {"muon_lr": 16e-3}, {"muon_lr": 24e-3}, {"muon_lr": 32e-3},
+        {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
+    )),
+    Row("GFT, no memory", 0.02, 0.0, grid(
+        "GFT, no memory", {"method": "gft"},
+        {"bits": 6, "k": 0.5}, {"bits": 6, "k": 0.4}, {"bits": 6, "k": 0.5, "init_spread": 0.4},
+        {"bits": 7, "k": 0.55, "step_size": 2},
+    )),
+    Row("GFT, int8 memory", -0.02, None, grid(
+        "GFT, int8 memory", MEMORY,
+        {"bits": 6, "k": 0.2}, {"bits": 6, "k": 0.3}, {"bits": 7, "k": 0.3, "step_size": 2},
+        {"bits": 8, "k": 0.4, "step_size": 4},
+    )),
+    Row("GFT, 4 bits, no memory", 0.12, 0.04, grid(
+        "GFT, 4 bits, no memory", {"method": "gft", "bits": 4},
+        {"k": 0.1, "init_spread": 0.5}, {"k": 0.15, "init_spread": 0.5}, {"k": 0.1, "init_spread": 0.7},
+    )),
+    Row("GFT, 4 bits, int8 memory", 0.0, -0.03, grid(
+        "GFT, 4 bits, int8 memory", MEMORY | {"bits": 4},
+        {"k": 0.06}, {"k": 0.06, "init_spread": 0.5}, {"k": 0.1, "init_spread": 0.5},
+    )),
+    Row("GFT, ternary, no memory", 0.40, 0.20, grid(
+        "GFT, ternary, no memory", {"method": "gft", "bits": 2},
+        {"k": 0.015, "init_spread": 0.6}, {"k": 0.05, "init_spread": 1.0, "k_schedule": "quadratic"},
+        {"k": 0.02, "init_spread": 0.8, "k_schedule": "quadratic"},
+    )),
+    Row("GFT, ternary, int8 memory", 0.17, 0.08, grid(
+        "GFT, ternary, int8 memory", MEMORY | {"bits": 2, "beta": 0.95},
+        {"k": 0.02}, {"k": 0.02, "init_spread": 0.6}, {"k": 0.01, "init_spread": 0.6},
+    )),
+    Row("GFT, paper mode", None, None, grid(
+        "GFT, paper mode", {"method": "gft"} | PAPER,
+        {"bits": 6, "k": 0.5}, {"bits": 2, "k": 0.5}, {"bits": 2, "k": 0.1},
+    )),
+)  # fmt: skip
+
+
+def tuning_cells(row: Row, **short) -> list[Cell]:
+    """The row's grid on the held-out part of the training text."""
+    return [cell.with_(eval_on="tune", seed=1, **short) for cell in row.cells]
+
+
+def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """Tune every row, then train its winner with each seed."""
+    short = {"steps": 12, "warmup": 0, "eval_windows": 20, "compile": "false"} if quick else {}
+    short |= common
+    grids = {row.name: tuning_cells(row, **short)[: 2 if quick else None] for row in ROWS}
+    run_cells([cell for cells in grids.values() for cell in cells], store, jobs)
+    finals = [
+        best_of(grids[row.name], store).with_(eval_on="val", seed=seed)
+        for seed in (SEEDS[:1] if quick else SEEDS)
+        for row in ROWS
+    ]
+    run_cells(finals, store, jobs)
+
+
+def table(store: Store) -> str:
+    """The table as markdown, from what the store holds."""
+    records = list(store.done.values())
+    lines = [
+        "| row | bits | settings chosen on the held-out part | val loss, last step | against AdamW | must / aim | "
+        "flips per weight and step | float weights, bytes | optimizer state, bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    finals = {row.name: [r for r in records if r["label"] == row.name and r["eval_on"] == "val"] for row in ROWS}
+    base = mean(r["val_loss"] for r in finals["AdamW, fp32"])
+    for row in ROWS:
+        runs = finals[row.name]
+        losses = [r["val_loss"] for r in runs]
+        target = f"{row.must:+.2f} / {row.aim:+.2f}" if row.must is not None else ""
+        lines.append(
+            f"| {row.name} | {runs[0]['bits']} | {_settings(runs[0])} | {spread(losses)} ({len(losses)} seeds) | "
+            f"{mean(losses) - base:+.4f} | {target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
+            f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def tuning_table(store: Store) -> str:
+    """Every cell tried while tuning, with its loss on the held-out part."""
+    lines = ["| row | settings | loss on the held-out part |", "|---|---|---|"]
+    for record in store.done.values():
+        if record["eval_on"] == "tune":
+            lines.append(f"| {record['label']} | {_settings(record)} | {record['val_loss']:.4f} |")
+    return "\n".join(lines)
+
+
+def _settings(record: dict) -> str:
+    hidden = {"eval_on", "seed", "threads", "method", "bits"}
+    pairs = zip(record["arguments"][1::2], record["arguments"][2::2], strict=True)
+    return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in hidden)

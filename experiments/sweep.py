@@ -1,0 +1,120 @@
+"""Run many cells, each a training run, two or more side by side; a finished cell is never run again.
+
+A cell is a config with overrides and a seed. Its result, the final JSON of `train.py`, is one line of
+`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from gft.config import FIELDS, Config, load, to_dict
+from gft.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it."""
+
+    label: str
+    config: str
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    def with_(self, **more: Any) -> "Cell":
+        """The cell with further overrides."""
+        return replace(self, overrides=tuple(sorted((dict(self.overrides) | more).items())))
+
+    def arguments(self) -> list[str]:
+        """What follows `python train.py`."""
+        return [self.config, *(part for key, value in self.overrides for part in (f"--{key}", str(value)))]
+
+    def resolved(self) -> Config:
+        """The checked config. Raises UserError."""
+        return load(self.arguments())
+
+    def key(self) -> str:
+        """Hash of every setting that can change the result."""
+        settings = {k: v for k, v in to_dict(self.resolved()).items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Store:
+    """Finished cells of one experiment, in a file of JSON lines."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock = path, threading.Lock()
+        self.done: dict[str, dict] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                self.done[record["key"]] = record
+
+    def get(self, cell: Cell) -> dict | None:
+        """The cell's result, or None if it has not been run."""
+        return self.done.get(cell.key())
+
+    def add(self, cell: Cell, result: dict) -> None:
+        """Keep a result, at once and on disk."""
+        record = {"key": cell.key(), "label": cell.label, "arguments": cell.arguments(), **result}
+        record.pop("out_dir", None)
+        with self.lock:
+            self.done[cell.key()] = record
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def run_cell(cell: Cell) -> dict:
+    """Train the cell in a process of its own and return its final JSON. Raises UserError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="nanogft-") as folder:
+        # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
+        command = [sys.executable, "train.py", *cell.arguments(), "--out_dir", folder, "--sample_chars", "0",
+                   "--eval_every", "100", "--save_every", "1000000"]  # fmt: skip
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(t)} if (t := cell.resolved().threads) else {})}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"the run `train.py {' '.join(cell.arguments())}` failed:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_cells(cells: Iterable[Cell], store: Store, jobs: int) -> list[dict]:
+    """Results of `cells`, in order; those not in the store are run, `jobs` at a time."""
+    cells = list(cells)
+    waiting = list({cell.key(): cell for cell in cells if store.get(cell) is None}.values())
+    begun = time.monotonic()
+
+    def work(numbered: tuple[int, Cell]) -> None:
+        number, cell = numbered
+        store.add(cell, run_cell(cell))
+        loss = store.get(cell)["val_loss"]
+        print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {loss:.4f}  {cell.label}: "
+              f"{' '.join(cell.arguments())}", flush=True)  # fmt: skip
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(work, enumerate(waiting, 1)):
+            pass
+    return [store.get(cell) for cell in cells]
+
+
+def best_of(cells: Sequence[Cell], store: Store) -> Cell:
+    """The cell of lowest validation loss among finished ones."""
+    return min(cells, key=lambda cell: store.get(cell)["val_loss"])
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """"mean ± standard deviation" of a few runs; the mean alone of one."""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text

@@ -1,0 +1,205 @@
+"""model.py and the layers in it: attention, cache, baselines, micro-batches, torch.compile, and nets that learn."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gft.layers import IntEmbedding, IntLinear
+from gft.optimizer import FlipOptimizer
+from kernels import fuse
+from model import Block, FloatEmbedding, FloatLinear, ModelConfig, Transformer, fake_quantize, rope_table, window_mask
+
+VOCAB = 13
+METHODS = ("gft", "adamw", "muon", "ste")
+
+
+def tiny(method: str = "gft", n_layer: int = 2, context: int = 12, bits: int = 6, seed: int = 1) -> Transformer:
+    return Transformer(ModelConfig(VOCAB, n_layer, 2, 16, context, method, bits), seed=seed)
+
+
+def sequences(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def int_weights(net: nn.Module) -> list[torch.Tensor]:
+    return [m.weight.clone() for m in net.modules() if isinstance(m, (IntLinear, IntEmbedding))]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def cached_logits(net: Transformer, tokens: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    cache = net.new_cache(len(tokens))
+    with torch.no_grad():
+        return torch.cat([net(part, cache) for part in tokens.split(chunks, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "chunks", [[1] * 40, [40], [5, 1, 20, 1, 1, 12], [12, 28]], ids=["singly", "whole", "mixed", "after a context"]
+)
+def test_cache_gives_the_logits_of_no_cache_far_past_the_context(method, chunks):
+    net, tokens = tiny(method), sequences(3, 40)
+    with torch.no_grad():
+        plain = net(tokens)
+    cached = cached_logits(net, tokens, chunks)
+    # A last-bit difference of attention can round an activation to the next step of its grid.
+    torch.testing.assert_close(cached, plain, rtol=0, atol=0.1 if method == "gft" else 1e-4)
+    assert (cached.argmax(-1) == plain.argmax(-1)).double().mean() >= 0.99
+
+
+def test_cache_keeps_no_more_than_the_context():
+    net = tiny()
+    cache = net.new_cache(1)
+    with torch.no_grad():
+        for part in sequences(1, 30).split([20, 1, 9], dim=1):
+            net(part, cache)
+    assert cache.seen == 30 and all(t.shape == (1, 2, 12, 8) for pair in cache.layers for t in pair)
+
+
+def test_window_mask_is_itself_and_context_minus_one_back():
+    mask = window_mask(3, 7, 4, torch.device("cpu"))
+    seen = [[key for key in range(7) if mask[row, key]] for row in range(3)]
+    assert seen == [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("method", ["gft", "adamw"])
+@pytest.mark.parametrize("length", [12, 30], ids=["a context", "longer"])
+def test_a_later_token_changes_no_earlier_logit(method, length):
+    net, tokens = tiny(method), sequences(2, length)
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % VOCAB
+    with torch.no_grad():
+        a, b = net(tokens), net(changed)
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert (a[:, 9:] != b[:, 9:]).any(-1).double().mean() > 0.5
+
+
+def test_one_layer_sees_one_window():
+    """With one block of context 4, a token is felt by itself and the next three positions."""
+    net, tokens = tiny("adamw", n_layer=1, context=4), sequences(1, 12)
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % VOCAB
+    with torch.no_grad():
+        felt = (net(tokens) - net(changed)).abs().amax(-1)[0] > 1e-6
+    assert felt.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+def test_block_is_the_formula():
+    """A float block against attention and MLP written out head by head."""
+    config = ModelConfig(VOCAB, 3, 2, 16, 8, "adamw")
+    block = tiny("adamw", n_layer=3).blocks[1]
+    assert isinstance(block, Block) and config.d_model == 16
+    x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
+
+    def norm(t):
+        return t / t.pow(2).mean(-1, keepdim=True).sqrt()
+
+    def rotate(t):
+        angle = torch.arange(6.0)[:, None] / 10_000 ** (torch.arange(4) / 4)
+        a, b = t[:, :4], t[:, 4:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+
+    q, k, v = (norm(x[0]) @ block.qkv.weight.T).split(16, dim=-1)
+    y = []
+    for head in range(2):
+        part = slice(8 * head, 8 * head + 8)
+        attention = rotate(norm(q[:, part])) @ rotate(norm(k[:, part])).T * 1.5 / math.sqrt(8)
+        attention = attention.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        y.append(attention.softmax(-1) @ v[:, part])
+    h = x[0] + norm(torch.cat(y, -1)) @ block.out.weight.T / math.sqrt(6)
+    hidden = (norm(h) @ block.up.weight.T).clamp_min(0) ** 2
+    wanted = h + norm(hidden) @ block.down.weight.T / math.sqrt(6)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, rope_table(0, 6, 8, x.device))[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gft_has_no_float_parameter_and_baselines_as_many_weights():
+    nets = {method: tiny(method) for method in METHODS}
+    assert list(nets["gft"].parameters()) == []
+    assert {b.dtype for b in nets["gft"].buffers() if b.numel() > 1} == {torch.int8}
+    n = sum(w.numel() for w in int_weights(nets["gft"]))
+    assert n == 2 * VOCAB * 16 + 2 * 12 * 16 * 16
+    for method in METHODS[1:]:
+        assert sum(p.numel() for p in nets[method].parameters()) == n
+        assert all(p.dtype == torch.float32 for p in nets[method].parameters()) and not list(nets[method].buffers())
+
+
+def test_every_layer_starts_with_weights_of_its_own():
+    layers = [w for w in int_weights(tiny()) if w.shape == (64, 16)]
+    assert len(layers) == 2 and (layers[0] != layers[1]).double().mean() > 0.8
+    assert same(int_weights(tiny()), int_weights(tiny())) and not same(int_weights(tiny()), int_weights(tiny(seed=2)))
+
+
+@pytest.mark.parametrize("bits, q", [(1, 1), (2, 1), (4, 7), (8, 127)])
+def test_fake_quantize_grid_and_straight_through_gradient(bits, q):
+    w = torch.randn(9, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    quantized = fake_quantize(w, bits)
+    plain = w.detach()
+    grid = plain.abs().mean() if bits <= 2 else plain.abs().max() / q
+    level = quantized.detach() / grid
+    torch.testing.assert_close(level, level.round(), rtol=0, atol=1e-4)
+    assert level.abs().max().round() == q and level.round().unique().numel() <= 2 * q + 1
+    if bits == 1:
+        assert torch.equal(level.sign(), plain.sign())
+    else:
+        inside = plain.abs() < grid * q
+        assert ((quantized - plain).abs()[inside] <= grid * 0.5001).all()
+    upstream = torch.randn(9, 40, generator=torch.Generator().manual_seed(2))
+    quantized.backward(upstream)
+    assert torch.equal(w.grad, upstream)
+
+
+def test_no_bits_is_no_rounding_and_ste_layers_round():
+    w = torch.randn(3, 3)
+    assert fake_quantize(w, None) is w
+    for layer in tiny("ste", bits=2).modules():
+        if isinstance(layer, (FloatLinear, FloatEmbedding)):
+            assert layer.bits == 2
+            assert fake_quantize(layer.weight, layer.bits).detach().mul(1e4).round().unique().numel() == 3
+
+
+def grown(rule: str, memory: str, splits: list[int], delta_scale: str = "delayed", delta: str = "int8"):
+    """Weights after six steps on twelve sequences a step, fed in parts of `splits`; and after the first step."""
+    net = tiny()
+    opt = FlipOptimizer(
+        net, rule=rule, embedding_rule="gain" if rule == "gain" else "balanced", k=0.3, steps=8, memory=memory,
+        ortho_tile=64, delta_scale=delta_scale, delta=delta,
+    )  # fmt: skip
+    first = None
+    for step in range(6):
+        batch = sequences(12, 13, seed=step)
+        for part in batch.split(splits):
+            loss_of(net(part[:, :-1]), part[:, 1:]).backward()
+        opt.step()
+        first = first or int_weights(net)
+    return int_weights(net), first
+
+
+@pytest.mark.parametrize("rule, memory", [("gain", "none"), ("spectral", "none"), ("spectral", "int8")], ids=str)
+def test_micro_batches_give_the_weights_of_the_whole_batch(rule, memory):
+    """Contract 5. The first step of a delayed scale only measures."""
+    whole, first = grown(rule, memory, [12])
+    assert same(first, int_weights(tiny())) and all((a != b).any() for a, b in zip(whole, first, strict=True))
+    for splits in ([4, 4, 4], [1] * 12, [5, 7]):
+        assert same(whole, grown(rule, memory, splits)[0]), f"{splits}"
+
+
+def test_micro_batches_with_the_scale_of_each_step_come_close():
+    start = int_weights(tiny())
+    whole, first = grown("gain", "none", [12], "step")
+    assert not same(first, start), "learns from the first step on"
+    parts = grown("gain", "none", [4, 4, 4], "step")[1]
+    moved = [(a - s, b - s) for a, b, s in zip(first, parts, start, strict=True)]
+    agree = sum(int((a * b).sum()) for a, b in moved) / sum(int((a != 0).sum()) for a, _ in moved)
+    assert agree > 0.9
+
+
