@@ -34,11 +34,11 @@ PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contributio
 
 ROWS = (
     Row("AdamW, fp32", None, None, grid(
-        "AdamW, fp32", {"method": "adamw", "warmup": 50, "weight_decay": 0.1},
-        {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 12e-3}, {"lr": 16e-3}, {"lr": 8e-3, "weight_decay": 0.0},
+        "AdamW, fp32", {"method": "adamw", "warmup": 50, "weight_decay": 0.1, "lr_end": 0.0},
+        {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 12e-3}, {"lr": 16e-3}, {"lr": 8e-3, "lr_end": 0.1},
     )),
     Row("Muon, fp32", None, None, grid(
-        "Muon, fp32", {"method": "muon", "lr": 8e-3, "warmup": 0},
+        "Muon, fp32", {"method": "muon", "lr": 8e-3, "warmup": 0, "lr_end": 0.0},
         {"muon_lr": 8e-3}, {"muon_lr": 16e-3}, {"muon_lr": 24e-3}, {"muon_lr": 32e-3},
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
     )),
@@ -63,7 +63,8 @@ ROWS = (
     Row("GFT, ternary, no memory", 0.40, 0.20, grid(
         "GFT, ternary, no memory", {"method": "gft", "bits": 2},
         {"k": 0.015, "init_spread": 0.6}, {"k": 0.05, "init_spread": 1.0, "k_schedule": "quadratic"},
-        {"k": 0.02, "init_spread": 0.8, "k_schedule": "quadratic"},
+        {"k": 0.03, "init_spread": 0.6, "steps": 250, "batch_size": 96},
+        {"k": 0.02, "init_spread": 0.8, "steps": 250, "batch_size": 96},
     )),
     Row("GFT, ternary, int8 memory", 0.17, 0.08, grid(
         "GFT, ternary, int8 memory", MEMORY | {"bits": 2, "beta": 0.95},

@@ -203,3 +203,112 @@ def test_micro_batches_with_the_scale_of_each_step_come_close():
     assert agree > 0.9
 
 
+def three_steps(delta_scale: str, backend: str | None):
+    """Votes of the first step that has any, and weights after three steps of a 1-block net; None runs eagerly."""
+    net = tiny(n_layer=1)
+    run = torch.compile(net, fullgraph=True, backend=backend) if backend else net
+    opt = FlipOptimizer(net, rule="gain", embedding_rule="gain", k=0.3, steps=8, delta_scale=delta_scale)
+    votes = None
+    for step in range(3):
+        batch = sequences(4, 13, seed=step)
+        loss_of(run(batch[:, :-1]), batch[:, 1:]).backward()
+        if votes is None and opt.layers[0].take_votes() is not None:
+            votes = [layer.take_votes().clone() for layer in opt.layers]
+        opt.step()
+    return votes, int_weights(net)
+
+
+COMPILED = pytest.param("inductor", "delayed", marks=pytest.mark.skipif(
+    fuse.compiler() is None, reason="inductor needs a C++ compiler on a CPU"))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend, delta_scale", [("aot_eager", "step"), ("aot_eager", "delayed"), COMPILED])
+def test_compiled_in_one_graph_it_learns_like_eager(backend, delta_scale):
+    """Compiled float parts may round differently, so a few votes and flips may; most must not."""
+    torch._dynamo.reset()
+    (votes, end), (compiled_votes, compiled_end) = (three_steps(delta_scale, b) for b in (None, backend))
+    for a, b in zip(votes, compiled_votes, strict=True):
+        assert ((a - b).abs() > 0.02 * a.abs().max()).double().mean() < 0.01
+    moved = sum(int((a != s).sum()) for a, s in zip(end, int_weights(tiny(n_layer=1)), strict=True))
+    differ = sum(int((a != b).sum()) for a, b in zip(end, compiled_end, strict=True))
+    assert moved > 1000 and differ < 0.1 * moved
+
+
+@pytest.mark.xfail(strict=True, reason="the graph merges equal calls of operators that are declared pure")
+def test_a_layer_used_twice_votes_twice_when_compiled():
+    votes = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        layer = IntLinear(8, 8)
+
+        def twice(x, layer=layer):
+            return layer(x) + layer(x)
+
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+        (torch.compile(twice, backend="aot_eager") if compiled else twice)(x).backward(x)
+        votes.append(layer.take_votes())
+    assert torch.equal(*votes)
+
+
+@pytest.mark.xfail(strict=True, reason="delta_history is a buffer that a net without an optimizer does not know")
+def test_weights_trained_with_a_delayed_scale_load_in_a_net_without_an_optimizer():
+    trained, fresh = tiny(), tiny(seed=2)
+    FlipOptimizer(trained, delta_scale="delayed")
+    fresh.load_state_dict(trained.state_dict())
+    assert same(int_weights(trained), int_weights(fresh))
+
+
+class Hybrid(nn.Module):
+    """Float features by nn.Linear, an integer read-out of their squares."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.back = nn.Linear(6, 32), IntLinear(32, 4, squared_relu=True)
+
+    def forward(self, x):
+        return self.back(self.front(x))
+
+
+def hybrid_loss(train_float: bool, train_int: bool) -> float:
+    """Loss on fresh inputs of a 4-way quadrant task after 60 steps with one part, both or none learning."""
+    net = Hybrid()
+    adamw = torch.optim.AdamW(net.parameters(), lr=0.02 * train_float, weight_decay=0.0)
+    flip = FlipOptimizer(net, rule="gain", k=0.3 * train_int, steps=60)
+    for step in range(61):
+        x = torch.randn(64 if step < 60 else 2000, 6, generator=torch.Generator().manual_seed(step))
+        loss = F.cross_entropy(net(x), (x[:, 0] > x[:, 1]).long() + 2 * (x[:, 2] > 0).long())
+        adamw.zero_grad()
+        flip.zero_grad()
+        if step < 60:
+            loss.backward()
+            adamw.step()
+            flip.step()
+    return loss.item()
+
+
+def test_hybrid_net_learns_better_than_with_either_part_frozen():
+    none, only_float, only_int, both = (hybrid_loss(f, i) for f, i in ((0, 0), (1, 0), (0, 1), (1, 1)))
+    assert none > 1.2 and only_float < 0.9 * none and only_int < 0.9 * none
+    assert both < 0.9 * min(only_float, only_int), (none, only_float, only_int, both)
+
+
+@pytest.mark.parametrize("method", ["gft", "adamw", "ste"])
+def test_a_repeated_pattern_is_learnt(method):
+    """From about ln 13 = 2.6 nats to under 0.5 in 40 steps."""
+    net = tiny(method, n_layer=1)
+    if method == "gft":
+        opt = FlipOptimizer(net, k=0.3, steps=40, ortho_tile=64)
+    else:
+        opt = torch.optim.AdamW(net.parameters(), lr=8e-3, weight_decay=0.0)
+    pattern = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
+    losses = []
+    for step in range(40):
+        start = torch.arange(8) + step
+        tokens = pattern[(start[:, None] + torch.arange(13)) % 12]
+        loss = loss_of(net(tokens[:, :-1]), tokens[:, 1:]) / (8 * 12)
+        losses.append(loss.item())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert losses[0] > 2 and losses[-1] < 0.5
