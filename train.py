@@ -159,6 +159,9 @@ def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
             loss = loss_of(forward(x), y)
         (loss * run.learner.loss_scale(tokens)).backward()
         total += loss.item()
+    if not math.isfinite(total):
+        raise UserError(f"the loss became {total} at step {run.step + 1}, so this step was not made; checkpoints saved before "
+                        "are intact. Go on from one with a lower --lr in a new --out_dir")  # fmt: skip
     changed = run.learner.step(run.step)
     run.step += 1
     run.changed += changed

@@ -35,7 +35,8 @@ PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contributio
 ROWS = (
     Row("AdamW, fp32", None, None, grid(
         "AdamW, fp32", {"method": "adamw", "warmup": 50, "weight_decay": 0.1, "lr_end": 0.0},
-        {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 12e-3}, {"lr": 16e-3}, {"lr": 8e-3, "lr_end": 0.1},
+        {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 12e-3}, {"lr": 16e-3}, {"lr": 24e-3}, {"lr": 32e-3},
+        {"lr": 8e-3, "lr_end": 0.1},
     )),
     Row("Muon, fp32", None, None, grid(
         "Muon, fp32", {"method": "muon", "lr": 8e-3, "warmup": 0, "lr_end": 0.0},

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gft.clock import Clock
-from kernels.contribution import add_votes, embedding_votes, votes
+from kernels.contribution import add_votes, votes
+from kernels.embedding import embedding, embedding_votes
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.philox import Stream, normal
 from kernels.quantize import absmax, quantize_delta, rmsnorm_quantize
@@ -55,8 +56,12 @@ class IntLayer(nn.Module):
     every number of micro-batches.
     """
 
-    def __init__(self, shape: tuple[int, int], bits: int, fan_in: int, gain: float, spread: float, seed: int, index: int):
+    def __init__(
+        self, shape: tuple[int, int], bits: int, fan_in: int, gain: float, spread: float, seed: int, index: int | None
+    ):
         super().__init__()
+        self._take_handle()
+        index = self.handle if index is None else index
         self.bits, self.q, self.index = bits, largest_weight(bits), index
         weight = initial_weight(shape, bits, spread, seed, index)
         std = weight.to(torch.float64).std(correction=0).item()
@@ -65,7 +70,6 @@ class IntLayer(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         self.tap = torch.zeros(0, requires_grad=True)
-        self._take_handle()
         self.delta_kind, self.delta_scale = "int8", "step"
         self.watched = False  # a monitor wants to know the share of delta at the limit of int8
         # Training state, kept by the optimizer's state_dict: a net that only samples has none.
@@ -178,7 +182,7 @@ class IntLayer(nn.Module):
         if self.delta_scale == "delayed" and self.largest_delta is not None:
             self.delta_history = torch.roll(self.delta_history, 1)
             self.delta_history[0] = self.largest_delta
-            self.measured = True
+            self.measured = self.measured or bool(self.largest_delta > 0)
         self.forget()
 
 
@@ -186,13 +190,13 @@ class IntLinear(IntLayer):
     """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output float32 (..., out).
 
     `gain` scales the output, `squared_relu` puts relu(x)^2 in front of the norm, `spread` is the standard
-    deviation of the initial weights in units of Q, `act_range` the A of the activation grid. `index` tells
-    layers of one model apart: it chooses their random streams.
+    deviation of the initial weights in units of Q, `act_range` the A of the activation grid. With `seed`, `index` fixes
+    the initial weights; without one, layers made one after another differ.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bits: int = 6, gain: float = 1.0, squared_relu: bool = False,
-        spread: float = 0.33, act_range: float = 6.0, seed: int = 1, index: int = 0,
+        spread: float = 0.33, act_range: float = 6.0, seed: int = 1, index: int | None = None,
     ):  # fmt: skip
         self.in_features, self.out_features = in_features, out_features
         super().__init__((out_features, in_features), bits, in_features, gain, spread, seed, index)
@@ -221,7 +225,8 @@ class IntLinear(IntLayer):
 class IntEmbedding(IntLayer):
     """y = W[token] s with integer W (rows, width). Tokens int64 of any shape, output float32 (..., width)."""
 
-    def __init__(self, rows: int, width: int, bits: int = 6, gain: float = 1.0, spread: float = 0.33, seed: int = 1, index: int = 0):
+    def __init__(self, rows: int, width: int, bits: int = 6, gain: float = 1.0, spread: float = 0.33, seed: int = 1,
+                 index: int | None = None):  # fmt: skip
         self.rows, self.width = rows, width
         super().__init__((rows, width), bits, 1, gain, spread, seed, index)
 
@@ -299,7 +304,7 @@ def _receive(delta: Tensor, operand: Tensor, kind: str, scale: str, handle: int)
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tap, weight, scale, act_range, squared_relu, kind, delta_scale, handle):
-        flat = x.reshape(-1, weight.shape[1]).to(torch.float32)
+        flat = x.reshape(-1, weight.shape[1]).to(torch.float32).contiguous()
         grid, inverse_rms = rmsnorm_quantize(flat, act_range, squared_relu)
         ctx.save_for_backward(flat, grid, inverse_rms, weight, scale)
         ctx.squared_relu, ctx.delta, ctx.shape, ctx.dtype = squared_relu, (kind, delta_scale, handle), x.shape, x.dtype
@@ -323,7 +328,7 @@ class _IntEmbeddingFunction(torch.autograd.Function):
     def forward(ctx, tokens, tap, weight, scale, kind, delta_scale, handle):
         ctx.save_for_backward(tokens)
         ctx.delta = kind, delta_scale, handle
-        return weight[tokens].to(torch.float32) * scale
+        return embedding(tokens, weight, scale)
 
     @staticmethod
     def backward(ctx, delta):

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from gft.clock import Clock
 from gft.layers import IntEmbedding, IntLayer
-from gft.rules import RULES, Rule, flip, score
+from gft.rules import Rule, learn
 from gft.schedule import KINDS as SCHEDULES
 from gft.schedule import scheduled, step_size_at
-from kernels.memory import remember
+from kernels.memory import MEMORY_TILE, remember_
 from kernels.philox import Stream, dither_words
-from kernels.tiles import from_tiles, tile_grid, to_tiles
-
-MEMORY_TILE = 64  # one memory scale per tile of this side
+from kernels.scores import RULES
+from kernels.tiles import tile_grid
 
 
 @dataclass
@@ -128,7 +127,7 @@ class FlipOptimizer:
             return 0
         layers, votes = (list(column) for column in zip(*taken, strict=True))
         evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
-        flips = flip(group.rule, layers, score(group.rule, layers, evidence), k, size, self.clock)
+        flips = learn(group.rule, layers, evidence, k, size, self.clock)
         if self.observer is not None:
             for row in zip(layers, votes, flips, strict=True):
                 self.observer(LayerStep(*row))
@@ -136,21 +135,10 @@ class FlipOptimizer:
 
     def _remember(self, layer: IntLayer, votes: Tensor) -> Tensor:
         stored, scale = self.memories[layer.index]
-        shape = tuple(stored.shape)
-        tiles = to_tiles(votes, MEMORY_TILE)
-        draw = (self.clock.seed, self.clock.step)
-        n = len(tiles) * MEMORY_TILE
-        rows, columns = (
-            dither_words(*draw, stream + 16 * layer.index, n).to(stored.device)
-            for stream in (Stream.MEMORY_ROWS, Stream.MEMORY_COLUMNS)
-        )
-        evidence, new, new_scale = remember(
-            to_tiles(stored, MEMORY_TILE), scale, tiles, self.beta,
-            rows.view(-1, MEMORY_TILE, 1), columns.view(-1, 1, MEMORY_TILE),
-        )  # fmt: skip
-        stored.copy_(from_tiles(new, shape))
-        scale.copy_(new_scale)
-        return from_tiles(evidence, shape)
+        streams = (Stream.MEMORY_ROWS + 16 * layer.index, Stream.MEMORY_COLUMNS + 16 * layer.index)
+        n = scale.numel() * MEMORY_TILE
+        rows, columns = (dither_words(self.clock.seed, self.clock.step, s, n).to(stored.device) for s in streams)
+        return remember_(stored, scale, votes, self.beta, rows, columns)
 
     def state_bytes(self) -> int:
         """Bytes of state per weight kept between steps: 0, or one per weight with the int8 memory."""
@@ -176,6 +164,7 @@ class FlipOptimizer:
         own = self.state_dict()
         if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
             raise ValueError("FlipOptimizer: this state has other layers or another memory setting than the optimizer")
+        self.zero_grad()
         for index, (stored, scale) in self.memories.items():
             stored.copy_(state[f"memory.{index}"])
             scale.copy_(state[f"memory_scale.{index}"])

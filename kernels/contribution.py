@@ -24,14 +24,6 @@ def votes(d: Tensor, x: Tensor) -> Tensor:
     return sum(int8_product(dp.t(), xp).to(torch.int64) for dp, xp in parts)
 
 
-def embedding_votes(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """Votes of a table of `rows` rows: V[tokens[t]] += D[t]. d int8 (T, n), tokens int64 (T,). Returns int32 (rows, n)."""
-    if d.shape[0] > MAX_REDUCTION * 127:
-        raise ValueError(f"embedding_votes: {d.shape[0]} rows can overflow int32; the limit is {MAX_REDUCTION * 127}")
-    out = torch.zeros(rows, d.shape[1], dtype=torch.int32, device=d.device)
-    return out.index_add_(0, tokens, d.to(torch.int32))
-
-
 def add_votes(a: Tensor, b: Tensor, bound: int) -> Tensor:
     """a + b, widened to int64 when a sum of `bound` tokens no longer fits int32."""
     return a + b if bound <= MAX_REDUCTION else a.to(torch.int64) + b.to(torch.int64)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.fuse import fused
+from kernels.tiles import stack_tiles, tile_sizes, unstack_tiles
 
 
 @fused
@@ -21,10 +22,12 @@ def rank_keys(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
     """Integers ordered as |S| for legal moves, 0 for the others.
 
     scores int32, int64 or float32, weight int8, both (tiles, n). Returns int32 (float scores: the bits of |S|,
-    which order as the numbers do) or int64.
+    which order as the numbers do) or int64. Raises ValueError for scores of another float type.
     """
-    direction = torch.sign(scores).to(torch.int16)
-    legal = (weight.to(torch.int16) - unit * direction).abs() <= q
+    if scores.is_floating_point() and scores.dtype != torch.float32:
+        raise ValueError(f"rank_keys: got scores of {scores.dtype}; float scores must be float32")
+    direction = torch.sign(scores).to(torch.int16)  # int8 would overflow one past +-127
+    legal = (weight - unit * direction).abs() <= q
     if scores.dtype == torch.float32:
         return torch.where(legal, scores.abs(), 0.0).view(torch.int32)
     return torch.where(legal, scores.to(torch.int64).abs(), 0)
@@ -48,10 +51,11 @@ def select(keys: Tensor, m: Tensor) -> Tensor:
         return select_reference(keys, m)
     values, chosen = keys.numpy(), np.zeros(keys.shape, dtype=bool)
     n = values.shape[1]
-    for count in np.unique(m.numpy()):
+    wanted = m.clamp_max(n).numpy()
+    for count in np.unique(wanted):
         if count == 0:
             continue
-        tiles = np.flatnonzero(m.numpy() == count)
+        tiles = np.flatnonzero(wanted == count)
         part = values[tiles]
         threshold = np.partition(part, n - count, axis=1)[:, n - count, None]
         mask = part >= threshold
@@ -74,5 +78,42 @@ def flip_probability(keys: Tensor, scores: Tensor, gamma: float) -> Tensor:
 @fused
 def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
     """W - width * sign(S) clipped to [-Q, Q] where chosen: int8 (tiles, n). `width` is step size times unit."""
-    moved = (weight.to(torch.int16) - width * torch.sign(scores).to(torch.int16)).clamp(-q, q)
-    return torch.where(chosen, moved, weight.to(torch.int16)).to(torch.int8)
+    moved = (weight - width * torch.sign(scores).to(torch.int16)).clamp(-q, q)
+    return torch.where(chosen, moved, weight).to(torch.int8)
+
+
+def flip(
+    weights: list[Tensor], scores: list[Tensor], u: Tensor, *, bits: int, k: float, step_size: int = 1,
+    select_tile: int = 64, draws: Tensor | None = None, gamma: float = 1.0,
+) -> list[int]:  # fmt: skip
+    """Make the moves of one step in matrices of `bits` bits, in place.
+
+    weights int8 and scores, (out, in) each; k is the share of a tile's weights to flip, step_size the largest move in
+    weight units. u float64 (tiles,) in [0, 1) rounds m, tiles numbered over all matrices; draws float64, one for each
+    weight of each tile, switches on p = (|S| / largest)^gamma. select_tile 0 takes one whole matrix as its tile.
+    Returns the flips of each matrix. Raises ValueError if select_tile is 0 and there are several matrices.
+    """
+    if select_tile == 0 and len(weights) > 1:
+        raise ValueError(f"flip: got {len(weights)} matrices and select_tile 0; whole matrices do not stack, give one")
+    shapes = [tuple(w.shape) for w in weights]
+    if select_tile:
+        sizes = [tile_sizes(shape, select_tile) for shape in shapes]
+        weight = stack_tiles(weights, select_tile, torch.int8).flatten(1)
+        widest = max((s.dtype for s in scores), key=lambda dtype: dtype.itemsize)  # votes of long batches are int64
+        score = stack_tiles(scores, select_tile, widest).flatten(1)
+    else:
+        sizes = [torch.tensor([weights[0].numel()])]
+        weight, score = weights[0].reshape(1, -1), scores[0].reshape(1, -1)
+    q, unit = (1, 2) if bits == 1 else (max(1, 2 ** (bits - 1) - 1), 1)
+    keys = rank_keys(score, weight, q, unit)
+    chosen = select(keys, topk_count(k, torch.cat(sizes), u).to(keys.device))
+    if draws is not None:
+        chosen &= draws.view(keys.shape).to(keys.device) < flip_probability(keys, score, gamma)
+    moved = apply_moves(weight, score, chosen, q, unit * step_size)
+    if select_tile:
+        new = unstack_tiles(moved.view(-1, select_tile, select_tile), shapes, torch.int8)
+    else:
+        new = [moved.view(shapes[0])]
+    for w, value in zip(weights, new, strict=True):
+        w.copy_(value)
+    return [int(part.sum()) for part in chosen.sum(dim=1).split([len(s) for s in sizes])]

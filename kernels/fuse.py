@@ -7,7 +7,9 @@ be repeated exactly keeps the setting (checkpoints record it).
 """
 
 import functools
+import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,7 @@ def compiler() -> str | None:
     """Path of the C++ compiler torch.compile would use on a CPU; None without one, or without Python's headers."""
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return None
-    return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
 def fused(function: Callable | None = None, *, dynamic: bool = True) -> Callable:

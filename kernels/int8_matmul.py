@@ -13,10 +13,18 @@ from torch import Tensor
 from kernels.fuse import fused
 
 MAX_REDUCTION = (2**31 - 1) // (127 * 127)  # 133,144
+CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
+MAX_FLOAT_REDUCTION = 2**24 // (127 * 127)  # 1,040: the longest sum that fp32 holds exactly
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """The exact product through fp32, in parts short enough: for CPUs whose int8 product is a plain loop."""
+    parts = zip(a.split(MAX_FLOAT_REDUCTION, dim=1), b.split(MAX_FLOAT_REDUCTION, dim=0), strict=True)
+    return sum((left.float() @ right.float()).to(torch.int32) for left, right in parts)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for int8 (M, K) and (K, N) of any stride: int32 (M, N), exact.
+    """a @ b for int8 (M, K) and (K, N) of any stride, values in [-127, 127]: int32 (M, N), exact.
 
     Raises ValueError on other types or shapes, an empty operand, or K above `MAX_REDUCTION`.
     """
@@ -31,7 +39,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     # torch._int_mm reads an expanded operand (a stride of 0) as if it were not: measured wrong on a CPU.
     a, b = (m.contiguous() if 0 in m.stride() else m for m in (a, b))
     if not a.is_cuda:
-        return torch._int_mm(a, b)
+        return torch._int_mm(a, b) if CPU_MULTIPLIES_INT8 else _float_product(a, b)
     # cuBLAS wants more than 16 rows and multiples of 8; zeros add nothing to a sum.
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))

@@ -73,5 +73,3 @@ def dither_words(seed: int, step: int, stream: int, n: int, start: int = 0) -> T
 def dither(rows: Tensor, columns: Tensor) -> Tensor:
     """u[t, c] in [0, 1) from int32 words: rows (..., T, 1) and columns (..., 1, C) give float32 (..., T, C)."""
     return ((rows + columns) & (2**DITHER_BITS - 1)).to(torch.float32) * 2.0**-DITHER_BITS
-
-

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.fuse import fused
 from kernels.philox import dither
 
+SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 SMALLEST_MEAN_SQUARE = 1e-30  # below this a row counts as zeros, which have no direction to normalise
 
 
@@ -47,5 +48,5 @@ def quantize_delta(delta: Tensor, sigma: Tensor, rows: Tensor, columns: Tensor) 
 
     sigma is float32 () for the tensor or (T, 1) for each row. Returns D int8 (T, n); a sigma of 0 gives D = 0.
     """
-    inverse = torch.where(sigma > 0, 1.0 / sigma, 0.0)
+    inverse = torch.where(sigma > SMALLEST_SCALE, 1.0 / sigma, 0.0)
     return torch.floor(delta * inverse + dither(rows, columns)).clamp(-127, 127).to(torch.int8)

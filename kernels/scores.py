@@ -15,6 +15,9 @@ X <- a X + (b A + c A A) X, A = X X^T, take singular values in (0, 1] to about o
 import torch
 from torch import Tensor
 
+from kernels.tiles import stack_tiles, unstack_tiles
+
+RULES = ("contribution", "gain", "balanced", "spectral")
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 SINKHORN_ROUNDS = 3
@@ -27,11 +30,12 @@ def gain(votes: Tensor) -> Tensor:
 
 
 def contribution(votes: Tensor, weight: Tensor) -> Tensor:
-    """Votes of weights that work against the loss or are zero, ranked by |W V|: int64 (out, in).
+    """Votes of weights that work against the loss or are zero, ranked by |W V|: int64 (out, in), float32 of float votes.
 
     |S| < 2^38 for votes of `MAX_REDUCTION` tokens, which is why it is never formed in int32.
     """
-    v, w = votes.to(torch.int64), weight.to(torch.int64)
+    v = votes if votes.is_floating_point() else votes.to(torch.int64)
+    w = weight.to(v.dtype)
     return torch.where((w * v > 0) | (w == 0), v * w.abs().clamp_min(1), 0)
 
 
@@ -55,7 +59,7 @@ def dot_dtype(device: torch.device) -> torch.dtype:
 def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """Singular values of each matrix to about one: float32 (..., n, m) to float32, zeros to zeros.
 
-    Operands are `dtype`, sums fp32. The last product stays fp32, so that scores seldom tie.
+    Operands are `dtype`, sums inside a product fp32. The last step adds its two terms in fp32, so that scores seldom tie.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, dtype).mT
@@ -70,3 +74,25 @@ def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
         if step == NEWTON_SCHULZ_STEPS - 1:
             return (torch.bmm(polynomial, x).float() + a * x.float()).view(shape)
         x = torch.baddbmm(x, polynomial, x, beta=a)
+
+
+def score(rule: str, votes: list[Tensor], weights: list[Tensor], ortho_tile: int) -> list[Tensor]:
+    """Signed scores of matrices that learn by one rule, scored in one batch where they are small.
+
+    votes integer or float32 (out, in), weights int8 of the same shapes; ortho_tile is the side of spectral's tiles,
+    0 for whole matrices. Returns one (out, in) each: integers for gain and contribution of integer votes, else float32.
+    Raises ValueError for an unknown rule.
+    """
+    if rule == "gain":
+        return [gain(v) for v in votes]
+    if rule == "contribution":
+        return [contribution(v, w) for v, w in zip(votes, weights, strict=True)]
+    if rule == "balanced":
+        return [balanced(v) for v in votes]
+    if rule != "spectral":
+        raise ValueError(f"score: got rule {rule!r}; known are {', '.join(RULES)}")
+    dtype = dot_dtype(votes[0].device)
+    if ortho_tile == 0:
+        return [orthogonalise(v.to(torch.float32), dtype) for v in votes]
+    scored = orthogonalise(stack_tiles(votes, ortho_tile, torch.float32), dtype)
+    return unstack_tiles(scored, [tuple(v.shape) for v in votes], torch.float32)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.int8_matmul as int8_matmul_module
 from kernels import fuse
-from kernels.contribution import add_votes, embedding_votes, votes
+from kernels.contribution import add_votes, votes
+from kernels.embedding import embedding_votes
 from kernels.int8_matmul import MAX_REDUCTION, int8_matmul, int8_product
 from kernels.philox import DITHER_BITS, Stream, dither_words
 from kernels.quantize import absmax, quantize_delta, rmsnorm_quantize
@@ -64,8 +66,11 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout._
 
 
 @layouts
+@pytest.mark.parametrize("native", [True, False], ids=["native", "through-fp32"])
 @pytest.mark.parametrize("shape", PRODUCTS, ids=shape_id)
-def test_products_and_votes_are_exact(shape, layout):
+def test_products_and_votes_are_exact(shape, native, layout, monkeypatch):
+    if not native:
+        monkeypatch.setattr(int8_matmul_module, "CPU_MULTIPLIES_INT8", False)
     m, k, n = shape
     a, b = int8s(m, k), int8s(k, n, 1)
     expected = a.long() @ b.long()
@@ -89,8 +94,11 @@ def test_product_of_an_expanded_operand():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_products_at_the_limit_of_int32(sign):
+@pytest.mark.parametrize("native", [True, False], ids=["native", "through-fp32"])
+def test_products_at_the_limit_of_int32(native, monkeypatch, sign):
     assert MAX_REDUCTION == 133_144
+    if not native:
+        monkeypatch.setattr(int8_matmul_module, "CPU_MULTIPLIES_INT8", False)
     d = torch.full((MAX_REDUCTION + 1, 2), 127, dtype=torch.int8)
     x = torch.full((MAX_REDUCTION + 1, 3), sign * 127, dtype=torch.int8)
     expected = torch.full((2, 3), sign * 127 * 127 * MAX_REDUCTION)

@@ -271,15 +271,18 @@ def test_embedding_is_the_formula(bits, shape):
     assert torch.equal(table.take_votes().long(), wanted)
 
 
-def test_a_layer_used_twice_sums_its_votes_on_the_larger_scale():
+@pytest.mark.parametrize("factors", [(1, 5), (5, 1)], ids=str)
+def test_a_layer_used_twice_sums_its_votes_on_the_larger_scale(factors):
     layer = IntLinear(8, 8)
     held = spy(layer)
-    layer(3 * torch.relu(layer(randn(6, 8)))).backward(randn(6, 8, seed=1))
-    assert len(held) == 2 and held[0][2] != held[1][2]
+    x = torch.relu(layer(randn(6, 8)))
+    (factors[0] * layer(x)).backward(randn(6, 8, seed=1))
+    layer(randn(4, 8, seed=2)).backward(factors[1] * randn(4, 8, seed=3))
+    assert len(held) == 3 and len({float(sigma) for _, _, sigma in held}) == 3
     top = max(sigma for _, _, sigma in held).double()
     wanted = sum((d.long().T @ grid.long()) * (sigma.double() / top) for d, grid, sigma in held)
     votes = layer.take_votes()
-    assert (votes - wanted).abs().max() <= 1 and torch.equal(votes, layer.take_votes())
+    assert (votes - wanted).abs().max() <= 2 and torch.equal(votes, layer.take_votes())
 
 
 def test_a_blank_row_does_not_drown_the_others():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.memory import remember
 from kernels.philox import DITHER_BITS, Stream, dither_words
-from kernels.tiles import from_tiles, tile_grid, tile_sizes, to_tiles
+from kernels.tiles import from_tiles, stack_tiles, tile_grid, tile_sizes, to_tiles, unstack_tiles
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (13, 37), (37, 13), (63, 65), (64, 64), (65, 123), (300, 7)]
 
@@ -52,6 +52,16 @@ def test_tiles_keep_small_integers():
     weight = torch.randint(-127, 128, (13, 37), dtype=torch.int8, generator=generator(2))
     tiles = to_tiles(weight, 7)
     assert tiles.dtype == torch.int8 and torch.equal(from_tiles(tiles, (13, 37)), weight)
+
+
+def test_stacked_tiles_of_several_matrices_against_loops_and_back():
+    matrices = [torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator(3)) for shape in SHAPES]
+    matrices = [m.t().contiguous().t() if i % 2 else m for i, m in enumerate(matrices)]
+    stacked = stack_tiles(matrices, 13, torch.int16)
+    assert stacked.dtype == torch.int16
+    assert stacked.tolist() == [tile for matrix in matrices for tile in tile_by_tile(matrix, 13)]
+    for matrix, found in zip(matrices, unstack_tiles(stacked, SHAPES, torch.int8), strict=True):
+        assert found.dtype == torch.int8 and found.is_contiguous() and torch.equal(found, matrix)
 
 
 # memory
