@@ -23,6 +23,18 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
     return sum((left.float() @ right.float()).to(torch.int32) for left, right in parts)
 
 
+def _plain(m: Tensor) -> Tensor:
+    """m itself if its rows or its columns lie one after another, else a copy whose rows do.
+
+    torch._int_mm on a CPU takes any strides and is wrong on some: an expanded operand (a stride of 0), and a single
+    row with strides (1, 1), as the transpose of a column has.
+    """
+    (rows, columns), (down, across) = m.shape, m.stride()
+    by_rows = across == 1 and down >= columns
+    by_columns = down == 1 and across >= rows and min(rows, columns) > 1
+    return m if by_rows or by_columns else m.clone(memory_format=torch.contiguous_format)
+
+
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for int8 (M, K) and (K, N) of any stride, values in [-127, 127]: int32 (M, N), exact.
 
@@ -36,8 +48,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"int8_product: got an empty operand, {tuple(a.shape)} x {tuple(b.shape)}")
     if a.shape[1] > MAX_REDUCTION:
         raise ValueError(f"int8_product: {a.shape[1]} products can overflow int32; the limit is {MAX_REDUCTION}")
-    # torch._int_mm reads an expanded operand (a stride of 0) as if it were not: measured wrong on a CPU.
-    a, b = (m.contiguous() if 0 in m.stride() else m for m in (a, b))
+    a, b = _plain(a), _plain(b)
     if not a.is_cuda:
         return torch._int_mm(a, b) if CPU_MULTIPLIES_INT8 else _float_product(a, b)
     # cuBLAS wants more than 16 rows and multiples of 8; zeros add nothing to a sum.

@@ -93,6 +93,16 @@ def test_product_of_an_expanded_operand():
                 assert torch.equal(int8_product(left, right).long(), left.long() @ right.long())
 
 
+@pytest.mark.parametrize("k", [1, 2, 7, 37, 64])
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_votes_of_one_output(k, n):
+    """delta of one column: its transpose is a row of strides (1, 1)."""
+    d, x = int8s(k, 1), int8s(k, n, 1)
+    assert d.t().stride() == (1, 1)
+    assert torch.equal(votes(d, x).long(), d.t().long() @ x.long())
+    assert torch.equal(int8_product(x.t(), d).long(), x.t().long() @ d.long())
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "through-fp32"])
 def test_products_at_the_limit_of_int32(native, monkeypatch, sign):
