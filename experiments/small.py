@@ -40,6 +40,7 @@ ROWS = (
     Row("Muon, fp32", "", grid(
         "Muon, fp32", {"method": "muon", "lr": 8e-3, "warmup": 0, "lr_end": 0.0},
         {"muon_lr": 8e-3}, {"muon_lr": 16e-3}, {"muon_lr": 24e-3}, {"muon_lr": 32e-3},
+        {"muon_lr": 48e-3}, {"muon_lr": 64e-3},
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
     )),
     Row("GFT, no memory", "+0.02 / 0", grid(

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from gft.config import FIELDS, Config, load, to_dict
+from gft.config import FIELDS, Config, load, unmet
 from gft.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,9 @@ class Cell:
 
     def key(self) -> str:
         """Hash of every setting that can change the result."""
-        settings = {k: v for k, v in to_dict(self.resolved()).items() if k in FIELDS and not FIELDS[k].metadata.get("free")}
+        cfg = self.resolved()
+        counts = [k for k, f in FIELDS.items() if not f.metadata.get("free") and not unmet(cfg, f)]
+        settings = {k: getattr(cfg, k) for k in counts}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -161,7 +161,7 @@ def load(argv: Sequence[str], prog: str = "train.py") -> Config:
     refuse(problems)
     cfg = validate(Config(name=name, **values))
 
-    notes = [f"--{k} has no effect here: it needs {needs}" for k in given if (needs := _unmet(cfg, FIELDS[k]))]
+    notes = [f"--{k} has no effect here: it needs {needs}" for k in given if (needs := unmet(cfg, FIELDS[k]))]
     if target is None:
         notes.insert(0, f"no config named, so the defaults are used; --help lists the configs there are")
     for note in notes:
@@ -312,7 +312,7 @@ def _conflicts(c: Config) -> list[str]:
     return found
 
 
-def _unmet(cfg: Config, f: dataclasses.Field) -> str:
+def unmet(cfg: Config, f: dataclasses.Field) -> str:
     """The conditions under which f has an effect and that cfg does not meet, readable; empty if there are none."""
     unmet = []
     for condition in f.metadata.get("needs", "").split():
