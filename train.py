@@ -10,6 +10,7 @@ The last line of standard output is one JSON object.
 
 import json
 import math
+import os
 import shlex
 import signal
 import statistics
@@ -196,8 +197,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         run.seconds += took
         step_seconds.append(took)
         record = {"step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4)}
-        if monitor and (layers := monitor.report()):
-            record["layers"] = layers
+        if monitor:
+            record |= monitor.report()
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
             val_loss = evaluate(run.net, run.data.val, cfg, run.run.device)
@@ -245,6 +246,13 @@ def _has_run(folder: Path) -> bool:
     return any(checkpoint.exists(folder, name) for name in ("last", "best", "previous"))
 
 
+def python() -> str:
+    """How to call this interpreter from here: by its path if it is that of a virtual environment not activated."""
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        return "python"
+    return shlex.quote(os.path.relpath(os.path.join(sys.prefix, "bin", "python")))
+
+
 def run_config(cfg: Config, argv: list[str]) -> int:
     """Train as cfg says; argv is what was typed. Returns the exit status."""
     chosen = runtime.choose(cfg)
@@ -265,12 +273,12 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     if summary is None:
         again = f"--resume last --out_dir {shlex.quote(str(out))}"  # a key given twice: the last counts
         print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
-              f"go on: python train.py {shlex.join(argv)} {again}")  # fmt: skip
+              f"go on: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
     curve = out / "loss.png"
     draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
-          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}\nsample: python sample.py {out} --prompt \"ROMEO:\"")  # fmt: skip
+          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}\nsample: {python()} sample.py {out} --prompt \"ROMEO:\"")  # fmt: skip
     print(json.dumps(summary))
     return 0
 
@@ -284,6 +292,9 @@ def main(argv: list[str]) -> int:
         return error.code
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _out_of_memory(error)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; checkpoints saved before are intact", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise

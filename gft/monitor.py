@@ -59,13 +59,15 @@ class Monitor:
             "undone": followed.take_undone(),
         }
 
-    def report(self) -> dict[str, dict[str, float]]:
-        """Measurements of the last due step, layer by layer, with "all" as their mean; empty if none is new."""
-        rows, self.rows = self.rows, {}
-        if rows:
-            keys = next(iter(rows.values())).keys()
-            rows["all"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
-        return {name: {key: round(value, 5) for key, value in row.items()} for name, row in rows.items()}
+    def report(self) -> dict[str, dict]:
+        """Measurements of the last due step: "layers", and "monitor", their mean; empty if there is none new."""
+        layers, self.rows = self.rows, {}
+        if not layers:
+            return {}
+        keys = next(iter(layers.values())).keys()
+        mean = {key: round(sum(row[key] for row in layers.values()) / len(layers), 5) for key in keys}
+        rounded = {name: {key: round(value, 5) for key, value in row.items()} for name, row in layers.items()}
+        return {"monitor": mean, "layers": rounded}
 
 
 class _Followed:

@@ -50,11 +50,13 @@ class Progress:
         self.first, self.begun = step, time.monotonic()
         self.shown = self.begun
         self.val_loss: float | None = None
+        self.monitor: dict[str, float] | None = None
         self.terminal = sys.stdout.isatty()
 
     def show(self, record: dict) -> None:
         """Show the record of a step."""
         self.val_loss = record.get("val_loss", self.val_loss)
+        self.monitor = record.get("monitor", self.monitor)
         now = time.monotonic()
         evaluated = "val_loss" in record
         if not self.terminal and not evaluated and now - self.shown < QUIET_SECONDS:
@@ -71,6 +73,10 @@ class Progress:
             print("\r\x1b[K" + text, end="\n" if evaluated else "", flush=True)
         else:
             print(text, flush=True)
+        if evaluated and self.monitor:
+            m = self.monitor
+            self.line(f"    weights at the limit {m['at_limit']:.1%}, at zero {m['zeros']:.1%}; moves undone {m['undone']:.0%}; "
+                      f"delta saturated {m['saturation']:.2%}; dead rows {m['dead_rows']:.1%}")  # fmt: skip
 
     def line(self, text: str) -> None:
         """Print a line of its own."""

@@ -37,8 +37,8 @@ def test_shares_are_those_of_the_weights():
         if not report:
             continue
         seen += 1
-        row, weight = report["only"], layer.weight
-        assert report["all"] == row
+        row, weight = report["layers"]["only"], layer.weight
+        assert report["monitor"] == row
         assert row["flips"] == pytest.approx((history[-1] != history[-2]).float().mean().item(), abs=1e-5)
         assert row["at_limit"] == pytest.approx((weight.abs() == 3).float().mean().item(), abs=1e-5)
         assert row["zeros"] == pytest.approx((weight == 0).float().mean().item(), abs=1e-5)
@@ -58,7 +58,7 @@ def test_undone_moves_are_counted():
         moved += int((move != 0).sum())
         last = torch.where(move != 0, move, last)
     assert 0 < undone < moved
-    assert report["only"]["undone"] == pytest.approx(undone / moved, abs=0.15)
+    assert report["layers"]["only"]["undone"] == pytest.approx(undone / moved, abs=0.15)
 
 
 FALLING = [3.0, 2.5, 2.3, 2.2, 2.1, 2.0, 1.95]

@@ -72,8 +72,8 @@ def test_final_json_and_files(capsys, tmp_path):
     assert [r["step"] for r in records] == list(range(1, 13))
     assert [r["step"] for r in records if "val_loss" in r] == [6, 12]
     layers = records[9]["layers"]
-    assert {"embedding", "blocks.0.qkv", "head", "all"} <= set(layers)
-    assert set(layers["all"]) == {"flips", "at_limit", "zeros", "saturation", "dead_rows", "undone"}
+    assert {"embedding", "blocks.0.qkv", "head"} <= set(layers)
+    assert set(records[9]["monitor"]) == {"flips", "at_limit", "zeros", "saturation", "dead_rows", "undone"}
     assert result["val_loss"] == pytest.approx(records[-1]["val_loss"], abs=1e-4)
 
 
