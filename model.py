@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gft.layers import IntEmbedding, IntLinear, initial_weight, largest_weight
+from gft.baselines import FloatEmbedding, FloatLinear
+from gft.layers import IntEmbedding, IntLinear
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
@@ -38,49 +39,6 @@ class ModelConfig:
         """Pick the model's keys out of a gft.config.Config."""
         keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range")
         return cls(vocab_size, **{key: getattr(config, key) for key in keys})
-
-
-class FloatLinear(nn.Module):
-    """The baselines' layer: IntLinear's formula with fp32 weights, or (`bits`) latent ones rounded to `bits` bits.
-
-    The straight-through estimator passes the gradient to the latent weight as if it had not been rounded; the
-    grid is max|w| / Q per matrix, mean|w| at one and two bits.
-    """
-
-    def __init__(self, in_features: int, out_features: int, gain: float, squared_relu: bool, bits: int | None, seed: int, index: int):
-        super().__init__()
-        start = initial_weight((out_features, in_features), 8, 0.33, seed, index).float()
-        self.weight = nn.Parameter(start / start.std() / in_features**0.5)
-        self.gain, self.squared_relu, self.bits = gain, squared_relu, bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
-        if self.squared_relu:
-            x = F.relu(x).square()
-        return F.linear(F.rms_norm(x, x.shape[-1:]), fake_quantize(self.weight, self.bits)) * self.gain
-
-
-class FloatEmbedding(nn.Module):
-    """The baselines' embedding: rows of unit variance."""
-
-    def __init__(self, rows: int, width: int, bits: int | None, seed: int, index: int):
-        super().__init__()
-        start = initial_weight((rows, width), 8, 0.33, seed, index).float()
-        self.weight, self.bits = nn.Parameter(start / start.std()), bits
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (...) to (..., width)."""
-        return F.embedding(tokens, fake_quantize(self.weight, self.bits))
-
-
-def fake_quantize(w: Tensor, bits: int | None) -> Tensor:
-    """w on the grid of `bits` bits, with the gradient of w itself (straight-through); None returns w."""
-    if bits is None:
-        return w
-    q = largest_weight(bits)
-    grid = (w.abs().mean() if bits <= 2 else w.abs().amax() / q).detach()
-    rounded = torch.where(w < 0, -1.0, 1.0) if bits == 1 else torch.round(w / grid).clamp(-q, q)
-    return w + (rounded * grid - w).detach()
 
 
 class LayerFactory:

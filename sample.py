@@ -10,7 +10,6 @@ inverse of the distribution function, so sample i is the same text whatever --sa
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -205,8 +204,7 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
     """The net, its tokenizer and a line that says which checkpoint they are; UserError if it cannot be used."""
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
-    # the training machine's choices do not bind the machine that samples
-    cfg = dataclasses.replace(from_dict(meta["config"]), device=device, backend="auto", compile="false")
+    cfg = from_dict(meta["config"])
     net = Transformer(ModelConfig.from_config(cfg, meta["vocab_size"]), seed=cfg.seed)
     try:
         net.load_state_dict(checkpoint.group(tensors, "model"))
@@ -218,6 +216,8 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
 def _prompt(given: str) -> str:
     if given != "-":
         return given
+    if sys.stdin is None:
+        raise UserError("--prompt -: standard input is closed; pipe a text in, or give it as --prompt TEXT", code=2)
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as exc:

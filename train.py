@@ -8,9 +8,11 @@ Writes to out/NAME: last.json, best.json and their safetensors (gft/checkpoint.p
 The last line of standard output is one JSON object.
 """
 
+import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -18,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn.functional as F
@@ -131,12 +134,12 @@ class Run:
         cfg, state = self.cfg, self.net.state_dict()
         integer = sum(t.nbytes for t in state.values() if t.dtype == torch.int8)
         tokens = cfg.batch_size * cfg.context
-        typical = statistics.median(step_seconds) if step_seconds else float("nan")
+        typical = statistics.median(step_seconds) if step_seconds else None
         return {
             "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
             "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
             "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
-            "step_seconds": round(typical, 5), "tokens_per_second": round(tokens / typical, 1) if step_seconds else None,
+            "step_seconds": typical and round(typical, 5), "tokens_per_second": typical and round(tokens / typical, 1),
             "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1), "accuracy": None,
             "weights": self.weights, "int_weight_bytes": integer,
             "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
@@ -161,8 +164,9 @@ def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
         (loss * run.learner.loss_scale(tokens)).backward()
         total += loss.item()
     if not math.isfinite(total):
-        raise UserError(f"the loss became {total} at step {run.step + 1}, so this step was not made; checkpoints saved before "
-                        "are intact. Go on from one with a lower --lr in a new --out_dir")  # fmt: skip
+        calmer = "--k" if cfg.method == "gft" else "--lr"
+        raise UserError(f"the loss became {total} at step {run.step + 1}, so this step was not made; checkpoints saved "
+                        f"before are intact. Start anew with a lower {calmer} in another --out_dir")  # fmt: skip
     changed = run.learner.step(run.step)
     run.step += 1
     run.changed += changed
@@ -207,8 +211,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         metrics.write(record)
         progress.show(record)
         if "val_loss" in record:
-            if cfg.sample_chars:
-                progress.text(sample_text(run, cfg.sample_chars))
+            if cfg.sample_tokens:
+                progress.text(sample_text(run, cfg.sample_tokens))
             resident.append(runtime.resident_bytes() or 0)
             chance = math.log(run.data.tokenizer.vocab_size)
             for sign, text in warnings(run.losses, run.step / cfg.steps, chance, resident).items():
@@ -226,20 +230,41 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
     return run.summary(val_loss, step_seconds[1:])
 
 
-def choose_folder(cfg: Config) -> Path:
-    """The run's folder. Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no
-    --out_dir of its own; a resumed one takes the newest of its name."""
+def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
+    """The run's folder, and its lock, which is held while the file is open.
+
+    Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no --out_dir of its own; a
+    resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
+    """
     first = cfg.out_path
-    used = [p for p in (first, *(first.with_name(f"{first.name}-{n}") for n in range(2, 10_000))) if _has_run(p)]
+    numbers = [2, *(int(m[1]) + 1 for p in first.parent.glob(f"{first.name}-*") if (m := re.search(r"-(\d+)$", p.name)))]
+    numbered = [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, max(numbers) + 1))]
+    if cfg.out_dir:
+        numbered = [first]
     if cfg.resume:
+        used = [folder for folder in numbered if _has_run(folder)]
         if not used:
             raise UserError(f"--resume {cfg.resume}: {first} holds no run; start one without --resume, or name its --out_dir")
-        return first if cfg.out_dir else used[-1]
-    if not _has_run(first):
-        return first
-    if cfg.out_dir:
-        raise UserError(f"--out_dir {cfg.out_dir} already holds a run; --resume goes on with it, another --out_dir starts anew")
-    return next(p for n in range(2, 10_000) if not _has_run(p := first.with_name(f"{first.name}-{n}")))
+        return used[-1], _lock(used[-1])
+    for folder in numbered:
+        if not _has_run(folder):
+            try:
+                return folder, _lock(folder)
+            except BlockingIOError:  # a run that has not saved anything yet
+                if cfg.out_dir:
+                    raise
+    raise UserError(f"{first} already holds a run; --resume goes on with it, another --out_dir starts anew")
+
+
+def _lock(folder: Path) -> TextIO:
+    """An open file only one process can hold. Raises BlockingIOError if another one does, UserError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; make it a writable folder or choose another --out_dir") from None
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def _has_run(folder: Path) -> bool:
@@ -258,7 +283,8 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     chosen = runtime.choose(cfg)
     data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
     check_against_data(cfg, len(data.train), len(data.val))
-    out = choose_folder(cfg)
+    runtime.check_memory(cfg, data.tokenizer.vocab_size, chosen.device)
+    out, lock = choose_folder(cfg)
     run = Run(cfg, data, chosen, out)
     stop = Stop()
     if cfg.resume:
@@ -269,6 +295,8 @@ def run_config(cfg: Config, argv: list[str]) -> int:
           + (f", {cfg.bits} bits, rule {cfg.rule}, memory {cfg.memory}" if cfg.method == "gft" else ""))  # fmt: skip
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
     metrics = Metrics(out / "metrics.jsonl", run.step)
+    if not cfg.resume:
+        run.save("last")  # so that a kill before the first save can be resumed too
     summary = train(run, metrics, stop)
     if summary is None:
         again = f"--resume last --out_dir {shlex.quote(str(out))}"  # a key given twice: the last counts
@@ -276,15 +304,21 @@ def run_config(cfg: Config, argv: list[str]) -> int:
               f"go on: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
     curve = out / "loss.png"
-    draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
+    try:
+        draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
+    except OSError as error:
+        print(f"note: {curve} cannot be written: {error.strerror}", file=sys.stderr)
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
           f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}\nsample: {python()} sample.py {out} --prompt \"ROMEO:\"")  # fmt: skip
-    print(json.dumps(summary))
+    print(json.dumps({key: None if value != value else value for key, value in summary.items()}, allow_nan=False))
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # samples are UTF-8 whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run_config(load(argv), argv)
     except UserError as error:
@@ -292,6 +326,15 @@ def main(argv: list[str]) -> int:
         return error.code
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _out_of_memory(error)
+    except KeyboardInterrupt:
+        print("stopped before the first step", file=sys.stderr)
+        return 130
+    except BlockingIOError:
+        print("error: another run is writing into this folder; wait for it, or choose another --out_dir", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stdout = None
+        return 141
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; checkpoints saved before are intact", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ grid is then trained three times on the whole training part and judged by the lo
 usual last 10 % (eval_on = "val").
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from experiments.sweep import Cell, Store, best_of, run_cells, spread
@@ -25,7 +25,7 @@ class Row:
 
 def grid(name: str, common: dict, *choices: dict) -> tuple[Cell, ...]:
     """Cells of one row: `common` settings and one of `choices` each."""
-    return tuple(Cell(name, CONFIG).with_(**common | choice) for choice in choices)
+    return tuple(Cell(name, CONFIG).with_(**{"steps": 500} | common | choice) for choice in choices)
 
 
 MEMORY = {"method": "gft", "memory": "int8"}
@@ -83,33 +83,37 @@ def tuning_cells(row: Row, **short) -> list[Cell]:
     return [cell.with_(eval_on="tune", seed=1, **short) for cell in row.cells]
 
 
+def finals(row: Row, store: Store, seeds: tuple[int, ...], **short) -> list[Cell]:
+    """The winner of the row's grid on the part that is reported, once for each seed."""
+    winner = best_of(tuning_cells(row, **short), store)
+    return [winner.with_(eval_on="val", seed=seed) for seed in seeds]
+
+
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Tune every row, then train its winner with each seed."""
     short = {"steps": 12, "warmup": 0, "eval_windows": 20, "compile": "false"} if quick else {}
-    short |= common
-    grids = {row.name: tuning_cells(row, **short)[: 2 if quick else None] for row in ROWS}
-    run_cells([cell for cells in grids.values() for cell in cells], store, jobs)
-    finals = [
-        best_of(grids[row.name], store).with_(eval_on="val", seed=seed)
-        for seed in (SEEDS[:1] if quick else SEEDS)
-        for row in ROWS
-    ]
-    run_cells(finals, store, jobs)
+    rows = [replace(row, cells=row.cells[:2]) for row in ROWS] if quick else ROWS
+    run_cells([cell for row in rows for cell in tuning_cells(row, **short, **common)], store, jobs)
+    last = [finals(row, store, SEEDS[:1] if quick else SEEDS, **short, **common) for row in rows]
+    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs)
 
 
-def table(store: Store) -> str:
-    """The table as markdown, from what the store holds."""
-    records = list(store.done.values())
+def table(store: Store, threads: int = 1) -> str:
+    """The table as markdown: the rows whose grid and finals are in the store."""
     lines = [
         "| row | bits | settings chosen on the held-out part | val loss, last step | against AdamW | must / aim | "
         "flips per weight and step | float weights, bytes | optimizer state, bytes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    finals = {row.name: [r for r in records if r["label"] == row.name and r["eval_on"] == "val"] for row in ROWS}
-    base = mean(r["val_loss"] for r in finals["AdamW, fp32"])
+    base = None
     for row in ROWS:
-        runs = finals[row.name]
+        if any(store.get(cell) is None for cell in tuning_cells(row, threads=threads)):
+            continue
+        runs = [r for cell in finals(row, store, SEEDS, threads=threads) if (r := store.get(cell)) is not None]
+        if not runs:
+            continue
         losses = [r["val_loss"] for r in runs]
+        base = mean(losses) if base is None else base  # AdamW is the first row
         lines.append(
             f"| {row.name} | {runs[0]['bits']} | {_settings(runs[0])} | {spread(losses)} ({len(losses)} seeds) | "
             f"{mean(losses) - base:+.4f} | {row.target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "

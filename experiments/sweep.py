@@ -60,9 +60,15 @@ class Store:
         self.path, self.lock = path, threading.Lock()
         self.done: dict[str, dict] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
+            text = path.read_text(encoding="utf-8")
+            for line in text.splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # torn by a kill
+                    continue
                 self.done[record["key"]] = record
+            if text and not text.endswith("\n"):
+                path.write_text(text + "\n", encoding="utf-8")
 
     def get(self, cell: Cell) -> dict | None:
         """The cell's result, or None if it has not been run."""
@@ -70,7 +76,7 @@ class Store:
 
     def add(self, cell: Cell, result: dict) -> None:
         """Keep a result, at once and on disk."""
-        record = {"key": cell.key(), "label": cell.label, "arguments": cell.arguments(), **result}
+        record = {"key": cell.key(), "label": cell.label, "arguments": cell.arguments(), "commit": commit(), **result}
         record.pop("out_dir", None)
         with self.lock:
             self.done[cell.key()] = record
@@ -79,11 +85,18 @@ class Store:
                 file.write(json.dumps(record) + "\n")
 
 
+def commit() -> str:
+    """The commit the code is at, with "+" if it was changed since; empty outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def run_cell(cell: Cell) -> dict:
     """Train the cell in a process of its own and return its final JSON. Raises UserError if it fails."""
     with tempfile.TemporaryDirectory(prefix="nanogft-") as folder:
         # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
-        command = [sys.executable, "train.py", *cell.arguments(), "--out_dir", folder, "--sample_chars", "0",
+        command = [sys.executable, "train.py", *cell.arguments(), "--out_dir", folder, "--sample_tokens", "0",
                    "--eval_every", "100", "--save_every", "1000000"]  # fmt: skip
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(t)} if (t := cell.resolved().threads) else {})}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; an unfinished last line is left out."""
+    """The records of a metrics.jsonl; what follows an unfinished or damaged line is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 
@@ -32,14 +35,16 @@ def draw(metrics: Path, png: Path, title: str) -> None:
         gridspec_kw={"height_ratios": [3, 1] if integer else [1]}, layout="constrained",
     )  # fmt: skip
     top = axes[0, 0]
-    top.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training batch")
+    if train:
+        top.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training batch")
     if val:
         top.plot(*zip(*val, strict=True), color="C0", marker="o", markersize=3, label="validation")
         step, loss = val[-1]
         top.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center", color="C0")
     top.set(ylabel="loss, nats per token", title=title)
     top.grid(alpha=0.3)
-    top.legend(frameon=False)
+    if train or val:
+        top.legend(frameon=False)
     if integer:
         axes[1, 0].plot(*zip(*flips, strict=True), color="C1", linewidth=0.9)
         axes[1, 0].set(ylabel="flips per weight", ylim=(0, None))

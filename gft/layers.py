@@ -97,7 +97,7 @@ class IntLayer(nn.Module):
         raise NotImplementedError
 
     def set_delta(self, kind: str, scale: str) -> None:
-        """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (see design of DELAY)."""
+        """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (from the last DELAY steps)."""
         self.delta_kind, self.delta_scale = kind, scale
         self.take_history(torch.zeros(DELAY) if scale == "delayed" else None)
 
@@ -181,7 +181,7 @@ class IntLayer(nn.Module):
         """Record this step's largest delta for a delayed scale and drop what was held."""
         if self.delta_scale == "delayed" and self.largest_delta is not None:
             self.delta_history = torch.roll(self.delta_history, 1)
-            self.delta_history[0] = self.largest_delta
+            self.delta_history[0] = torch.nan_to_num(self.largest_delta, nan=0.0, posinf=0.0)
             self.measured = self.measured or bool(self.largest_delta > 0)
         self.forget()
 
@@ -250,7 +250,8 @@ class IntEmbedding(IntLayer):
 
 
 # What a backward pass asks of its layer. A compiled graph reaches the layer through an opaque operator and the
-# layer's number; run eagerly, the layer is called directly.
+# layer's number; run eagerly, the layer is called directly. The operators change the layer behind the graph's back, so
+# their results are used (the words in D, what `hold` returns as the tap's gradient): that keeps them in the graph, in order.
 
 
 @torch.library.custom_op("nanogft::delta_words", mutates_args=())

@@ -95,8 +95,7 @@ class GradientLearner:
         """Take what `state` gave."""
         for name, optimizer, p in self._parameters():
             own = {key.removeprefix(name + "."): value for key, value in state.items() if key.startswith(name + ".")}
-            on_host = {"step"}  # AdamW keeps its counter as the optimizer made it
-            optimizer.state[p] = {k: v if k in on_host else v.to(p.device) for k, v in own.items()}
+            optimizer.state[p] = {k: v.to(p.device) for k, v in own.items()}
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state."""

@@ -2,7 +2,7 @@
 
     flips         flips per weight in the step
     at_limit      share of weights at -Q or Q              zeros       share of weights at 0
-    saturation    share of int8 delta at +-127 (the largest alone is 1 element; a clipped scale is many)
+    saturation    share of int8 delta at +-127 (the largest alone is 1 element; a clipped scale is many); 0 for signs
     dead_rows     share of output rows no vote reached
     undone        of the moves of a sample of weights since the last report, the share that took back the move before
 
@@ -30,6 +30,7 @@ class Monitor:
     def __init__(self, optimizer: FlipOptimizer, names: dict[int, str], every: int, seed: int):
         self.optimizer, self.names, self.every = optimizer, names, every
         self.rows: dict[str, dict[str, float]] = {}
+        self.due = False
         self.sample = {}
         for layer in optimizer.layers:
             n = layer.weight.numel()

@@ -51,17 +51,17 @@ def choose(cfg: Config) -> Runtime:
 
 def _device(wanted: str) -> tuple[torch.device, str]:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch")
+        raise UserError("device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch", code=2)
     if wanted != "auto":
         return torch.device(wanted), "as asked"
     if torch.cuda.is_available():
-        return torch.device("cuda"), "because torch finds a CUDA GPU"
+        return torch.device("cuda"), "because torch finds a CUDA GPU (not yet tested on one)"
     return torch.device("cpu"), "because torch finds no CUDA GPU"
 
 
 def _backend(wanted: str) -> tuple[str, str]:
     if wanted == "triton":
-        raise UserError("backend = triton: the Triton kernels are not in this version; use --backend torch")
+        raise UserError("backend = triton: the Triton kernels are not in this version; use --backend torch", code=2)
     return "torch", "as asked" if wanted == "torch" else "because it is the only one in this version"
 
 
@@ -71,6 +71,8 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if cfg.compile == "true":
         if missing:
             raise UserError(f"compile = true: {why_missing}; install g++ and Python's headers, or use --compile false")
+        if problem := fuse.trial():
+            raise UserError(f"compile = true: torch.compile does not work here ({problem}); use --compile false")
         return True, "as asked"
     if cfg.compile == "false":
         return False, "as asked"
@@ -78,7 +80,31 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         return False, f"because {why_missing}"
     if cfg.steps < STEPS_WORTH_COMPILING:
         return False, f"because {cfg.steps} steps are too few to earn it back"
+    if problem := fuse.trial():
+        return False, f"because torch.compile does not work here ({problem})"
     return True, "because a compiler is there (the first step takes a minute, later runs find its work cached)"
+
+
+def check_memory(cfg: Config, vocab_size: int, device: torch.device) -> None:
+    """Raises UserError if the run cannot fit into this machine's free memory, where the system says how much there is.
+
+    A lower bound: weights with their optimizer state, and what a backward pass keeps of each token and layer. Systems
+    that promise more memory than they have kill a process without a word, so this is asked before.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if device.type != "cpu":
+        return
+    weights = cfg.n_layer * 12 * cfg.d_model**2 + 2 * vocab_size * cfg.d_model
+    per_weight = (1 if cfg.memory == "none" else 2) if cfg.method == "gft" else 16
+    tokens = cfg.batch_size // cfg.grad_accum * cfg.context
+    need = weights * per_weight + tokens * (cfg.n_layer * cfg.d_model * 40 + vocab_size * 8)
+    if need > free:
+        raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a "
+                        "smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 or more")  # fmt: skip
 
 
 def peak_memory_bytes(device: torch.device) -> int:

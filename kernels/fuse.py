@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo.exc
+import torch._inductor.exc
 
 _enabled = False
 
@@ -35,6 +37,15 @@ def compiler() -> str | None:
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return None
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+
+def trial() -> str:
+    """Compile one trivial function: "" if torch.compile works, else its reason in a line."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8))
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError, OSError) as error:
+        return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def fused(function: Callable | None = None, *, dynamic: bool = True) -> Callable:

@@ -49,7 +49,7 @@ def test_finished_cells_are_not_run_again(tmp_path, made_up):
 def test_a_key_is_every_setting_that_counts():
     keys = {CELL.key(), CELL.with_(k=0.4).key(), CELL.with_(seed=2).key(), CELL.with_(eval_on="tune").key()}
     assert len(keys) == 4
-    assert CELL.with_(sample_chars=5).key() == CELL.key() == CELL.with_(k=0.5).key(), "a default said aloud is the same run"
+    assert CELL.with_(sample_tokens=5).key() == CELL.key() == CELL.with_(k=0.5).key(), "a default said aloud is the same run"
     assert CELL.with_(lr=0.5).key() == CELL.key() != CELL.with_(method="adamw").key(), "what has no effect does not count"
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from gft.layers import IntEmbedding, IntLinear
 from gft.optimizer import FlipOptimizer
 from kernels import fuse
-from model import Block, FloatEmbedding, FloatLinear, ModelConfig, Transformer, fake_quantize, rope_table, window_mask
+from gft.baselines import FloatEmbedding, FloatLinear, fake_quantize
+from model import Block, ModelConfig, Transformer, rope_table, window_mask
 
 VOCAB = 13
 METHODS = ("gft", "adamw", "muon", "ste")

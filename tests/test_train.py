@@ -15,12 +15,14 @@ import pytest
 import train
 from data import load_text
 from gft import checkpoint
+from gft.config import load
 from gft.progress import Metrics
+from kernels import fuse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "data": "stdlib", "n_layer": 1, "n_head": 2, "d_model": 32, "context": 16, "batch_size": 4, "steps": 12,
-    "eval_every": 6, "save_every": 4, "eval_windows": 8, "sample_chars": 8, "compile": "false", "threads": 1,
+    "eval_every": 6, "save_every": 4, "eval_windows": 8, "sample_tokens": 8, "compile": "false", "threads": 1,
     "ortho_tile": 32, "select_tile": 32,
 }  # fmt: skip
 VARIANTS = {
@@ -156,6 +158,67 @@ def test_used_folder_is_refused_and_untouched(capsys, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()} == before
 
 
+def test_two_runs_do_not_share_a_folder(capsys, tmp_path, monkeypatch):
+    """A run that has saved nothing yet holds its folder all the same."""
+    _, held = train.choose_folder(load([*arguments(tmp_path / "o")]))
+    status, _, error = run(capsys, tmp_path / "o")
+    assert status == 1 and "another run is writing" in error
+    held.close()
+    monkeypatch.chdir(tmp_path)
+    folder, held = train.choose_folder(load(arguments("")))
+    assert str(folder) == "out/custom" and run(capsys, "", steps=2)[1]["out_dir"] == "out/custom-2"
+    held.close()
+
+
+def test_killed_before_the_first_save(capsys, tmp_path, monkeypatch):
+    _, whole, _ = run(capsys, tmp_path / "whole")
+    monkeypatch.setattr(train, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, tmp_path / "o")
+    monkeypatch.undo()
+    status, resumed, _ = run(capsys, tmp_path / "o", resume="last")
+    assert status == 0 and resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_resuming_a_finished_run_prints_valid_json(capsys, tmp_path):
+    _, first, _ = run(capsys, tmp_path / "o")
+    status, again, _ = run(capsys, tmp_path / "o", resume="last")
+    assert status == 0 and again["weights_sha256"] == first["weights_sha256"] and again["step_seconds"] is None
+
+
+def test_a_damaged_log_does_not_block_a_good_checkpoint(capsys, tmp_path):
+    run(capsys, tmp_path / "o")
+    for damage in (b"\xff\xfe", b"null\n", b'{"loss": 1}\n'):
+        (tmp_path / "o" / "metrics.jsonl").write_bytes(damage)
+        assert run(capsys, tmp_path / "o", resume="last")[0] == 0
+
+
+def test_a_curve_that_cannot_be_written_costs_nothing_else(capsys, tmp_path):
+    (tmp_path / "o" / "loss.png").mkdir(parents=True)
+    status, result, error = run(capsys, tmp_path / "o")
+    assert status == 0 and result["steps"] == 12 and "loss.png cannot be written" in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "summed_loss", lambda logits, targets: logits.sum() * float("nan"))
+    status, _, error = run(capsys, tmp_path / "o")
+    assert status == 1 and "the loss became nan at step 1" in error and "lower --k" in error
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tried(capsys, tmp_path):
+    status, _, error = run(capsys, tmp_path / "o", d_model=32768, n_layer=1000, n_head=8)
+    assert status == 1 and "GiB are free" in error and not (tmp_path / "o").exists()
+
+
+def test_a_compiler_that_does_not_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuse, "trial", lambda: "CppCompileError: no omp.h")
+    monkeypatch.setattr(fuse, "compiler", lambda: "/usr/bin/g++")
+    status, result, _ = run(capsys, tmp_path / "o", compile="auto", steps=300, eval_every=300, sample_tokens=0)
+    assert status == 0 and result["environment"]["compile"] is False
+    status, _, error = run(capsys, tmp_path / "p", compile="true")
+    assert status == 1 and "no omp.h" in error and "--compile false" in error
+
+
 def test_unnamed_folder_is_numbered(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("out/custom", "out/custom-2"):
@@ -169,7 +232,6 @@ def test_unnamed_folder_is_numbered(capsys, tmp_path, monkeypatch):
     [
         ({"bits": 4}, "bits = 6 in the checkpoint, 4 now"),
         ({"steps": 20}, "steps = 12 in the checkpoint, 20 now"),
-        ({"resume": "previous"}, "previous"),
     ],
 )
 def test_foreign_checkpoint_is_refused(capsys, tmp_path, changes, expected):
@@ -246,7 +308,9 @@ def test_triton_backend_and_missing_gpu_are_errors(capsys, tmp_path):
 
     if not torch.cuda.is_available():
         status, _, error = run(capsys, tmp_path / "o", device="cuda")
-        assert status == 1 and "--device cpu" in error
+        assert status == 2 and "--device cpu" in error
+    status, _, error = run(capsys, tmp_path / "o", backend="triton")
+    assert status == 2 and "--backend torch" in error
 
 
 def bigram_loss(train_tokens: np.ndarray, val_tokens: np.ndarray, vocab: int) -> float:
@@ -263,5 +327,5 @@ def test_learns_more_than_a_bigram_model(capsys, tmp_path):
     bigram = bigram_loss(np.asarray(text.train), np.asarray(text.val), text.tokenizer.vocab_size)
     assert 2.0 < bigram < 3.0 < math.log(text.tokenizer.vocab_size)
     _, result, _ = run(capsys, tmp_path / "o", n_layer=2, d_model=96, context=48, batch_size=32, steps=150,
-                       ortho_tile=96, eval_windows=100, sample_chars=0)  # fmt: skip
+                       ortho_tile=96, eval_windows=100, sample_tokens=0)  # fmt: skip
     assert result["val_loss"] < bigram - 0.2

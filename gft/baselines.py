@@ -1,0 +1,52 @@
+"""The rivals' layers: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for method "ste"."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gft.layers import initial_weight, largest_weight
+
+
+class FloatLinear(nn.Module):
+    """The baselines' layer: IntLinear's formula with fp32 weights, or (`bits`) latent ones rounded to `bits` bits.
+
+    The straight-through estimator passes the gradient to the latent weight as if it had not been rounded; the
+    grid is max|w| / Q per matrix, mean|w| at one and two bits.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, gain: float, squared_relu: bool, bits: int | None, seed: int, index: int
+    ):
+        super().__init__()
+        start = initial_weight((out_features, in_features), 8, 0.33, seed, index).float()
+        self.weight = nn.Parameter(start / start.std() / in_features**0.5)
+        self.gain, self.squared_relu, self.bits = gain, squared_relu, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if self.squared_relu:
+            x = F.relu(x).square()
+        return F.linear(F.rms_norm(x, x.shape[-1:]), fake_quantize(self.weight, self.bits)) * self.gain
+
+
+class FloatEmbedding(nn.Module):
+    """The baselines' embedding: rows of unit variance."""
+
+    def __init__(self, rows: int, width: int, bits: int | None, seed: int, index: int):
+        super().__init__()
+        start = initial_weight((rows, width), 8, 0.33, seed, index).float()
+        self.weight, self.bits = nn.Parameter(start / start.std()), bits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (...) to (..., width)."""
+        return F.embedding(tokens, fake_quantize(self.weight, self.bits))
+
+
+def fake_quantize(w: Tensor, bits: int | None) -> Tensor:
+    """w on the grid of `bits` bits, with the gradient of w itself (straight-through); None returns w."""
+    if bits is None:
+        return w
+    q = largest_weight(bits)
+    grid = (w.abs().mean() if bits <= 2 else w.abs().amax() / q).detach()
+    rounded = torch.where(w < 0, -1.0, 1.0) if bits == 1 else torch.round(w / grid).clamp(-q, q)
+    return w + (rounded * grid - w).detach()
