@@ -75,7 +75,9 @@ def section(name: str, module, store: Store) -> list[str]:
     """Heading, command, explanation and tables of one experiment."""
     title, *paragraphs = (module.__doc__ or "").strip().split("\n\n")
     environment = next(iter(store.done.values()))["environment"]
-    where = f"torch {environment['torch']}, {environment['device']}, {environment['threads']} thread(s) a run"
+    commits = ", ".join(sorted({record["commit"] for record in store.done.values()}))
+    where = (f"torch {environment['torch']}, {environment['device']}, {environment['threads']} thread(s) a run; code of commit "
+             f"{commits}")  # fmt: skip
     lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
              module.table(store), ""]  # fmt: skip
     if module is small:

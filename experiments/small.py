@@ -134,4 +134,5 @@ def tuning_table(store: Store) -> str:
 def _settings(record: dict) -> str:
     hidden = {"eval_on", "seed", "threads", "method", "bits"}
     pairs = zip(record["arguments"][1::2], record["arguments"][2::2], strict=True)
-    return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in hidden)
+    usual = (("--steps", "500"),)
+    return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in hidden and (key, value) not in usual)

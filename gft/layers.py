@@ -11,6 +11,7 @@ backward at all, even where the input needs no delta, is `tap`: a leaf of zero e
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ _handles = itertools.count()
 _layers: weakref.WeakValueDictionary[int, "IntLayer"] = weakref.WeakValueDictionary()
 
 
-class IntLayer(nn.Module):
+class IntLayer(nn.Module, ABC):
     """What IntLinear and IntEmbedding share: the weight, its scale, and the operands held until the step.
 
     `held` is a list of (D, operand, sigma): one entry after one backward pass. From the second on, votes are
@@ -92,9 +93,9 @@ class IntLayer(nn.Module):
         self.forget()
 
     @property
+    @abstractmethod
     def delta_width(self) -> int:
         """Columns of this layer's delta."""
-        raise NotImplementedError
 
     def set_delta(self, kind: str, scale: str) -> None:
         """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (from the last DELAY steps)."""
@@ -167,8 +168,9 @@ class IntLayer(nn.Module):
                 self.summed, self.summed_sigma = torch.round(both).to(torch.int64), top
         self.held = []
 
+    @abstractmethod
     def _votes(self, d: Tensor, operand: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Votes (out, in) of one pass from its int8 operands."""
 
     def take_votes(self) -> Tensor | None:
         """Votes (out, in) of all passes since the last step, or None if there were none; what was held is dropped."""
