@@ -17,7 +17,7 @@ from kernels.fuse import fused
 from kernels.tiles import stack_tiles, tile_sizes, unstack_tiles
 
 
-@fused
+@fused(dynamic=False)
 def rank_keys(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
     """Integers ordered as |S| for legal moves, 0 for the others.
 
@@ -26,8 +26,8 @@ def rank_keys(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
     """
     if scores.is_floating_point() and scores.dtype != torch.float32:
         raise ValueError(f"rank_keys: got scores of {scores.dtype}; float scores must be float32")
-    direction = torch.sign(scores).to(torch.int16)  # int8 would overflow one past +-127
-    legal = (weight - unit * direction).abs() <= q
+    # Small integers are exact in fp32, which vectorises best. S = 0 needs no case of its own: its key is 0.
+    legal = (weight.to(torch.float32) - torch.where(scores > 0, float(unit), -float(unit))).abs() <= q
     if scores.dtype == torch.float32:
         return torch.where(legal, scores.abs(), 0.0).view(torch.int32)
     return torch.where(legal, scores.to(torch.int64).abs(), 0)
@@ -75,11 +75,15 @@ def flip_probability(keys: Tensor, scores: Tensor, gamma: float) -> Tensor:
     return (magnitude / magnitude.amax(dim=1, keepdim=True).clamp_min(1e-300)) ** gamma
 
 
-@fused
+@fused(dynamic=False)
+def _moved(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
+    step = torch.where(scores > 0, float(width), torch.where(scores < 0, -float(width), 0.0))
+    return (weight.to(torch.float32) - step * chosen.to(torch.float32)).clamp(-q, q).to(torch.int8)
+
+
 def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
     """W - width * sign(S) clipped to [-Q, Q] where chosen: int8 (tiles, n). `width` is step size times unit."""
-    moved = (weight - width * torch.sign(scores).to(torch.int16)).clamp(-q, q)
-    return torch.where(chosen, moved, weight).to(torch.int8)
+    return _moved(weight, scores, chosen.view(torch.int8), q, width)  # a mask of bytes vectorises, one of bools does not
 
 
 def flip(
@@ -116,4 +120,4 @@ def flip(
         new = [moved.view(shapes[0])]
     for w, value in zip(weights, new, strict=True):
         w.copy_(value)
-    return [int(part.sum()) for part in chosen.sum(dim=1).split([len(s) for s in sizes])]
+    return [int(part.count_nonzero()) for part in chosen.split([len(s) for s in sizes])]
