@@ -70,6 +70,7 @@ ROWS = (
     Row("GFT, ternary, int8 memory", "+0.17 / +0.08", grid(
         "GFT, ternary, int8 memory", MEMORY | {"bits": 2, "beta": 0.95},
         {"k": 0.02}, {"k": 0.02, "init_spread": 0.6}, {"k": 0.01, "init_spread": 0.6},
+        {"k": 0.005, "init_spread": 0.6}, {"k": 0.005, "init_spread": 0.6, "beta": 0.98},
     )),
     Row("GFT, paper mode", "", grid(
         "GFT, paper mode", {"method": "gft"} | PAPER,

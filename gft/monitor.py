@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from gft.layers import IntLayer
 from gft.optimizer import FlipOptimizer, LayerStep
 from kernels.philox import Stream, uniform
 
@@ -31,11 +32,7 @@ class Monitor:
         self.optimizer, self.names, self.every = optimizer, names, every
         self.rows: dict[str, dict[str, float]] = {}
         self.due = False
-        self.sample = {}
-        for layer in optimizer.layers:
-            n = layer.weight.numel()
-            at = (uniform(seed, 0, Stream.MONITOR + 16 * layer.index, min(SAMPLE, n)) * n).long()
-            self.sample[layer.index] = _Followed(at.to(layer.weight.device), layer.weight)
+        self.followed = _Followed(optimizer.layers, seed)
         optimizer.observer = self._observe
 
     def before(self, step: int) -> None:
@@ -45,26 +42,26 @@ class Monitor:
             layer.watched = self.due
 
     def _observe(self, done: LayerStep) -> None:
-        layer = done.layer
-        followed = self.sample[layer.index]
-        followed.update(layer.weight)
         if not self.due:
             return
-        weight = layer.weight
+        layer, weight = done.layer, done.layer.weight
         self.rows[self.names[layer.index]] = {
             "flips": done.flips / weight.numel(),
             "at_limit": _share(weight.abs() == layer.q),
             "zeros": _share(weight == 0),
             "saturation": layer.saturation,
             "dead_rows": _share((done.votes == 0).all(dim=1)),
-            "undone": followed.take_undone(),
         }
 
     def report(self) -> dict[str, dict]:
-        """Measurements of the last due step: "layers", and "monitor", their mean; empty if there is none new."""
+        """Call after every step. Measurements, if it was a due one: "layers", and "monitor", their mean; else empty."""
+        self.followed.update()
         layers, self.rows = self.rows, {}
         if not layers:
             return {}
+        for index, share in self.followed.take_undone().items():
+            if self.names[index] in layers:
+                layers[self.names[index]]["undone"] = share
         keys = next(iter(layers.values())).keys()
         mean = {key: round(sum(row[key] for row in layers.values()) / len(layers), 5) for key in keys}
         rounded = {name: {key: round(value, 5) for key, value in row.items()} for name, row in layers.items()}
@@ -72,27 +69,38 @@ class Monitor:
 
 
 class _Followed:
-    """The last moves of some weights of a layer."""
+    """The last moves of some weights of every layer, side by side in one vector: it costs every step."""
 
-    def __init__(self, at: Tensor, weight: Tensor):
-        self.at = at
-        self.value = weight.view(-1)[at].to(torch.int16)
+    def __init__(self, layers: list[IntLayer], seed: int):
+        self.layers = layers
+        self.at = []
+        for layer in layers:
+            n = layer.weight.numel()
+            at = uniform(seed, 0, Stream.MONITOR + 16 * layer.index, min(SAMPLE, n)) * n
+            self.at.append(at.long().to(layer.weight.device))
+        self.value = self._values()
         self.last = torch.zeros_like(self.value)
-        self.moves, self.undone = 0, 0
+        self.moves = torch.zeros_like(self.value, dtype=torch.int32)
+        self.undone = torch.zeros_like(self.moves)
 
-    def update(self, weight: Tensor) -> None:
-        now = weight.view(-1)[self.at].to(torch.int16)
+    def _values(self) -> Tensor:
+        return torch.cat([la.weight.view(-1)[at] for la, at in zip(self.layers, self.at, strict=True)]).to(torch.int16)
+
+    def update(self) -> None:
+        now = self._values()
         direction = torch.sign(now - self.value)
-        moved = direction != 0
-        self.moves += int(moved.sum())
-        self.undone += int((moved & (direction == -self.last)).sum())
-        self.last = torch.where(moved, direction, self.last)
+        self.moves += direction.abs()
+        self.undone += direction * self.last == -1
+        self.last = torch.where(direction != 0, direction, self.last)
         self.value = now
 
-    def take_undone(self) -> float:
-        share = self.undone / self.moves if self.moves else 0.0
-        self.moves = self.undone = 0
-        return share
+    def take_undone(self) -> dict[int, float]:
+        sizes = [len(at) for at in self.at]
+        counts = zip(self.layers, self.moves.split(sizes), self.undone.split(sizes), strict=True)
+        shares = {la.index: int(undone.sum()) / max(int(moves.sum()), 1) for la, moves, undone in counts}
+        self.moves.zero_()
+        self.undone.zero_()
+        return shares
 
 
 def _share(mask: Tensor) -> float:

@@ -1,6 +1,9 @@
 """What the monitor measures, against counts by hand, and when it warns."""
 
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,3 +109,20 @@ def test_runtime_says_what_it_chose_and_why(monkeypatch):
 def test_memory_is_measured():
     resident, peak = runtime.resident_bytes(), runtime.peak_memory_bytes(torch.device("cpu"))
     assert 2**25 < peak < 2**40 and (resident is None or resident <= peak * 1.05)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is set where it is glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: a tensor as large as the one freed before costs no new pages."""
+    program = """
+import resource, torch
+from gft import runtime
+runtime.keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # 4 x 64 MiB in fresh pages of 4 KiB would be 65,536
