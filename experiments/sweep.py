@@ -86,10 +86,14 @@ class Store:
 
 
 def commit() -> str:
-    """The commit the code is at, with "+" if it was changed since; empty outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The commit the code is at, with "+" if it was changed since (results aside); empty outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!*.md")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def run_cell(cell: Cell) -> dict:
