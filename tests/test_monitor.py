@@ -118,7 +118,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 import resource, torch
 from gft import runtime
 runtime.keep_freed_memory()
-for _ in range(2):
+for _ in range(20):  # until holes of the right size are there
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
