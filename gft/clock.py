@@ -7,7 +7,7 @@ One clock is shared by a FlipOptimizer and its layers. It holds nothing that can
 import torch
 from torch import Tensor
 
-from kernels.philox import Stream, dither_words, uniform
+from kernels.philox import Stream, dither_words, integers, uniform
 
 
 class Clock:
@@ -45,6 +45,10 @@ class Clock:
             words = dither_words(self.seed, self.step, Stream.COLUMNS, max(self._widths, first + count))
             self._columns = words.to(device)
         return self._columns[first : first + count]
+
+    def integers(self, stream: int, count: int) -> Tensor:
+        """Words of the step for `stream`: int64 (count,) below 2^32, on the CPU."""
+        return integers(self.seed, self.step, stream, count)
 
     def uniform(self, stream: int, count: int) -> Tensor:
         """Uniform numbers of the step for `stream`: float64 (count,) on the CPU."""

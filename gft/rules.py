@@ -42,6 +42,6 @@ def _flip(rule: Rule, layers: list[IntLayer], scores: list[Tensor], k: float, st
     each = side * side or layers[0].weight.numel()
     draws = clock.uniform(Stream.FLIP + first, tiles * each) if rule.flip_prob == "score" else None
     return flip(
-        [layer.weight for layer in layers], scores, clock.uniform(Stream.TOPK + first, tiles), bits=layers[0].bits, k=k,
+        [layer.weight for layer in layers], scores, clock.integers(Stream.TOPK + first, tiles), bits=layers[0].bits, k=k,
         step_size=step_size, select_tile=side, draws=draws, gamma=rule.flip_gamma,
     )  # fmt: skip

@@ -16,13 +16,13 @@ from kernels.scores import score
 
 
 def contribution_flip(
-    d: Tensor, x: Tensor, weight: Tensor, u: Tensor, *, rule: str, bits: int, k: float, step_size: int = 1,
+    d: Tensor, x: Tensor, weight: Tensor, top_words: Tensor, *, rule: str, bits: int, k: float, step_size: int = 1,
     ortho_tile: int = 128, select_tile: int = 64, draws: Tensor | None = None, gamma: float = 1.0,
     memory: tuple[Tensor, Tensor] | None = None, beta: float = 0.9, words: tuple[Tensor, Tensor] | None = None,
 ) -> int:  # fmt: skip
     """Learn from one batch: d int8 (T, out), x int8 (T, in), weight int8 (out, in), changed in place.
 
-    u, draws, k, step_size, select_tile and gamma as in `flip.flip`; rule and ortho_tile as in `scores.score`; memory is
+    top_words (flip's words), draws, k, step_size, select_tile and gamma as in `flip.flip`; rule and ortho_tile as in `scores.score`; memory is
     (stored, scale) of `memory.remember_`, changed in place, and words its dither words. Returns the number of flips.
     """
     v = votes(d, x)
@@ -30,4 +30,4 @@ def contribution_flip(
         v = remember_(*memory, v, beta, *words)
     s = score(rule, [v], [weight], ortho_tile)
     chosen = {"bits": bits, "k": k, "step_size": step_size, "select_tile": select_tile, "draws": draws, "gamma": gamma}
-    return flip([weight], s, u, **chosen)[0]
+    return flip([weight], s, top_words, **chosen)[0]

@@ -2,7 +2,7 @@
 
     move of a weight   -sign(S), `unit` wide (1; 2 for binary weights, where it is W -> -W)
     legal              the moved weight stays in [-Q, Q]; S = 0 is no move
-    m                  floor(k n + u) for a tile of n weights, u uniform from Philox
+    m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
 
 `rank_keys` turns scores into integers that compare as |S| does, so that one integer selection serves the
 exact rules and the float ones. `flip_prob`: a selected weight moves with p = (|S| / largest |S| of its
@@ -33,9 +33,14 @@ def rank_keys(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
     return torch.where(legal, scores.to(torch.int64).abs(), 0)
 
 
-def topk_count(k: float, sizes: Tensor, u: Tensor) -> Tensor:
-    """m = floor(k n + u), at most n: sizes int64 (tiles,), u float64 (tiles,) in [0, 1). Returns int64 (tiles,)."""
-    return torch.minimum(torch.floor(k * sizes.to(torch.float64) + u).to(torch.int64), sizes)
+def fixed_point(k: float) -> int:
+    """k in [0, 1] in units of 2^-32, so that every backend forms m in integers."""
+    return round(k * 2**32)
+
+
+def topk_count(k: float, sizes: Tensor, words: Tensor) -> Tensor:
+    """m = floor(k n + u), at most n: sizes int64 (tiles,), u = words / 2^32, words int64 (tiles,) below 2^32. int64 (tiles,)."""
+    return torch.minimum((fixed_point(k) * sizes + words) >> 32, sizes)
 
 
 def select_reference(keys: Tensor, m: Tensor) -> Tensor:
@@ -87,13 +92,13 @@ def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: i
 
 
 def flip(
-    weights: list[Tensor], scores: list[Tensor], u: Tensor, *, bits: int, k: float, step_size: int = 1,
+    weights: list[Tensor], scores: list[Tensor], words: Tensor, *, bits: int, k: float, step_size: int = 1,
     select_tile: int = 64, draws: Tensor | None = None, gamma: float = 1.0,
 ) -> list[int]:  # fmt: skip
     """Make the moves of one step in matrices of `bits` bits, in place.
 
     weights int8 and scores, (out, in) each; k is the share of a tile's weights to flip, step_size the largest move in
-    weight units. u float64 (tiles,) in [0, 1) rounds m, tiles numbered over all matrices; draws float64, one for each
+    weight units. words int64 (tiles,) below 2^32 round m, tiles numbered over all matrices; draws float64, one for each
     weight of each tile, switches on p = (|S| / largest)^gamma. select_tile 0 takes one whole matrix as its tile.
     Returns the flips of each matrix. Raises ValueError if select_tile is 0 and there are several matrices.
     """
@@ -110,7 +115,7 @@ def flip(
         weight, score = weights[0].reshape(1, -1), scores[0].reshape(1, -1)
     q, unit = (1, 2) if bits == 1 else (max(1, 2 ** (bits - 1) - 1), 1)
     keys = rank_keys(score, weight, q, unit)
-    chosen = select(keys, topk_count(k, torch.cat(sizes), u).to(keys.device))
+    chosen = select(keys, topk_count(k, torch.cat(sizes), words).to(keys.device))
     if draws is not None:
         chosen &= draws.view(keys.shape).to(keys.device) < flip_probability(keys, score, gamma)
     moved = apply_moves(weight, score, chosen, q, unit * step_size)

@@ -55,6 +55,11 @@ def words(seed: int, step: int, stream: int, n: int, start: int = 0) -> np.ndarr
     return np.stack(four, axis=1).reshape(-1)[start - 4 * first : start - 4 * first + n]
 
 
+def integers(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
+    """`words` as a tensor: int64 on the CPU, shape (n,)."""
+    return torch.from_numpy(words(seed, step, stream, n, start).astype(np.int64))
+
+
 def uniform(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) with 32 bits each: float64 on the CPU, shape (n,)."""
     return torch.from_numpy(words(seed, step, stream, n, start) * 2.0**-32)

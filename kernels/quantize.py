@@ -22,6 +22,17 @@ def _squared_relu(x: Tensor) -> Tensor:
     return r * r
 
 
+def row_mean(products: Tensor) -> Tensor:
+    """Mean of each row, float32 (T, n) to (T, 1), summed in fp64: rounded to fp32, it no longer depends on the order.
+
+    So the reference, the interpreter and a GPU find the same number, but for one row in some hundred million. Compiled
+    for a CPU, fp32 sums in the compiler's order take its place: they save a twentieth of a step.
+    """
+    if torch.compiler.is_compiling() and not products.is_cuda:
+        return products.mean(dim=-1, keepdim=True)
+    return products.to(torch.float64).mean(dim=-1, keepdim=True).to(torch.float32)
+
+
 @fused
 def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
     """Normalise rows and put them on the int8 grid.
@@ -30,8 +41,8 @@ def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) ->
     """
     if squared_relu:
         x = _squared_relu(x)
-    mean_square = (x * x).mean(dim=-1, keepdim=True)
-    inverse_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, torch.rsqrt(mean_square), 0.0)
+    mean_square = row_mean(x * x)
+    inverse_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, 1.0 / torch.sqrt(mean_square), 0.0)
     grid = torch.round(x * inverse_rms * (127.0 / act_range))
     return grid.clamp(-127, 127).to(torch.int8), inverse_rms
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.fuse import fused
+from kernels.quantize import row_mean
 
 
 @fused
@@ -23,8 +24,8 @@ def rmsnorm_backward(
     delta_hat = accumulator.to(torch.float32) * scale
     if not squared_relu:
         x_hat = x * inverse_rms
-        return (delta_hat - x_hat * (x_hat * delta_hat).mean(dim=-1, keepdim=True)) * inverse_rms
+        return (delta_hat - x_hat * row_mean(x_hat * delta_hat)) * inverse_rms
     positive = torch.relu(x)
     x_hat = positive * positive * inverse_rms
-    through_norm = (delta_hat - x_hat * (x_hat * delta_hat).mean(dim=-1, keepdim=True)) * inverse_rms
+    through_norm = (delta_hat - x_hat * row_mean(x_hat * delta_hat)) * inverse_rms
     return through_norm * (2.0 * positive)

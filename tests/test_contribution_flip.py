@@ -8,7 +8,7 @@ from kernels.contribution_flip import contribution_flip
 from kernels.embedding import embedding
 from kernels.flip import flip
 from kernels.memory import MEMORY_TILE, remember_
-from kernels.philox import dither_words, uniform
+from kernels.philox import dither_words, integers, uniform
 from kernels.scores import RULES, score
 from kernels.tiles import tile_grid
 
@@ -35,7 +35,7 @@ def tiles(shape: tuple[int, int], side: int) -> int:
 def test_one_kernel_flips_as_two(shape, rule, select_tile):
     for bits in (1, 2, 6, 8):
         d, x, w = case(shape, bits)
-        u = uniform(3, 5, 0, tiles(shape, select_tile) if select_tile else 1)
+        u = integers(3, 5, 0, tiles(shape, select_tile) if select_tile else 1)
         chosen = {"bits": bits, "k": 0.3, "step_size": 2 if bits == 8 else 1, "select_tile": select_tile}
         one, two = w.clone(), w.clone()
         n = contribution_flip(d, x, one, u, rule=rule, ortho_tile=32, **chosen)
@@ -53,7 +53,7 @@ def test_with_memory_and_chance(shape):
     d, x, w = case(shape, 6)
     n_tiles = tiles(shape, MEMORY_TILE)
     words = tuple(dither_words(1, 2, stream, n_tiles * MEMORY_TILE) for stream in (5, 6))
-    u, draws = uniform(1, 2, 3, n_tiles), uniform(1, 2, 4, n_tiles * 64 * 64)
+    u, draws = integers(1, 2, 3, n_tiles), uniform(1, 2, 4, n_tiles * 64 * 64)
     ends = []
     for fused in (True, False):
         weight, memory = w.clone(), (torch.zeros_like(w), torch.zeros(n_tiles, 1, 1))
@@ -76,7 +76,7 @@ def test_layers_stack_as_they_learn_alone():
     scores = [votes(*case(shape, 6)[:2]) for shape in shapes]
     scores[1] = scores[1].long() + 2**33
     counts = [tiles(shape, 64) for shape in shapes]
-    u = uniform(0, 0, 0, sum(counts))
+    u = integers(0, 0, 0, sum(counts))
     together = [w.clone() for w in weights]
     flips = flip(together, scores, u, bits=6, k=0.25)
     for w, s, part, end, n in zip(weights, scores, u.split(counts), together, flips, strict=True):
@@ -87,7 +87,7 @@ def test_layers_stack_as_they_learn_alone():
 def test_whole_matrices_do_not_stack():
     w = torch.zeros(3, 3, dtype=torch.int8)
     with pytest.raises(ValueError, match="2 matrices and select_tile 0"):
-        flip([w, w], [w.int(), w.int()], uniform(0, 0, 0, 2), bits=6, k=0.5, select_tile=0)
+        flip([w, w], [w.int(), w.int()], integers(0, 0, 0, 2), bits=6, k=0.5, select_tile=0)
     with pytest.raises(ValueError, match="'muon'; known are contribution, gain, balanced, spectral"):
         score("muon", [w.int()], [w], 0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.flip import apply_moves, flip_probability, rank_keys, select, select_reference, topk_count
-from kernels.philox import Stream, uniform
+from kernels.philox import Stream, integers
 from kernels.scores import balanced, contribution, dot_dtype, gain, orthogonalise
 from kernels.tiles import to_tiles
 
@@ -164,7 +164,7 @@ def test_wide_moves_stop_at_the_limit(bits, width):
 
 def test_count_of_moves():
     sizes = torch.tensor([4096, 4096, 37, 1, 1, 63, 100])
-    u = torch.tensor([0.0, 0.9, 0.5, 0.5, 0.4999, 1 - 2**-32, 0.0], dtype=torch.float64)
+    u = (torch.tensor([0.0, 0.9, 0.5, 0.5, 0.4999, 1 - 2**-32, 0.0], dtype=torch.float64) * 2**32).long()
     assert topk_count(0.5, sizes, u).tolist() == [2048, 2048, 19, 1, 0, 32, 50]
     assert topk_count(0.0, sizes, u).tolist() == [0] * 7
     assert topk_count(1.0, sizes, u).tolist() == sizes.tolist()
@@ -173,7 +173,7 @@ def test_count_of_moves():
 
 def test_small_fractions_are_right_on_average():
     draws, size, k = 20_000, 63, 0.0123
-    m = topk_count(k, torch.full((draws,), size), uniform(1, 2, Stream.TOPK, draws)).double()
+    m = topk_count(k, torch.full((draws,), size), integers(1, 2, Stream.TOPK, draws)).double()
     share = k * size % 1
     assert abs(m.mean().item() - k * size) < 4 * math.sqrt(share * (1 - share) / draws)
 
