@@ -1,0 +1,43 @@
+"""Kernels are tested on the GPU if there is one, else in Triton's interpreter, which must be chosen before they are imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kernels import backend
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton kernels run here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_triton():
+    """The Triton backend, for one test."""
+    before = backend.chosen()
+    backend.use("triton")
+    yield
+    backend.use(before)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """torch.empty gives memory full of the worst values, so that an element a kernel forgot to write is seen."""
+    real = torch.empty
+
+    def empty(*shape, **options):
+        tensor = real(*shape, **options)
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).min + 1) if tensor.dtype in INTEGERS else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
