@@ -1,7 +1,8 @@
 """Run many cells, each a training run, two or more side by side; a finished cell is never run again.
 
 A cell is a config with overrides and a seed. Its result, the final JSON of `train.py`, is one line of
-`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result.
+`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result. A line belongs to
+what its arguments mean now: who changes a config or a default removes the lines made with the old one.
 """
 
 import hashlib
@@ -33,6 +34,11 @@ class Cell:
     config: str
     overrides: tuple[tuple[str, Any], ...] = ()
 
+    @classmethod
+    def of(cls, label: str, arguments: Sequence[str]) -> "Cell":
+        """The inverse of `arguments`."""
+        return cls(label, arguments[0], tuple(zip((a[2:] for a in arguments[1::2]), arguments[2::2], strict=True)))
+
     def with_(self, **more: Any) -> "Cell":
         """The cell with further overrides."""
         return replace(self, overrides=tuple(sorted((dict(self.overrides) | more).items())))
@@ -43,13 +49,13 @@ class Cell:
 
     def resolved(self) -> Config:
         """The checked config. Raises UserError."""
-        return load(self.arguments())
+        return load(self.arguments(), notes=False)
 
     def key(self) -> str:
-        """Hash of every setting that can change the result."""
+        """Hash of every setting that can change the result and is not at its default: new keys leave old results found."""
         cfg = self.resolved()
         counts = [k for k, f in FIELDS.items() if not f.metadata.get("free") and not unmet(cfg, f)]
-        settings = {k: getattr(cfg, k) for k in counts}
+        settings = {k: value for k in counts if (value := getattr(cfg, k)) != FIELDS[k].default}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -66,7 +72,7 @@ class Store:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # torn by a kill
                     continue
-                self.done[record["key"]] = record
+                self.done[Cell.of(record["label"], record["arguments"]).key()] = record
             if text and not text.endswith("\n"):
                 path.write_text(text + "\n", encoding="utf-8")
 
@@ -76,7 +82,7 @@ class Store:
 
     def add(self, cell: Cell, result: dict) -> None:
         """Keep a result, at once and on disk."""
-        record = {"key": cell.key(), "label": cell.label, "arguments": cell.arguments(), "commit": commit(), **result}
+        record = {"label": cell.label, "arguments": cell.arguments(), "commit": commit(), **result}
         record.pop("out_dir", None)
         with self.lock:
             self.done[cell.key()] = record

@@ -126,11 +126,11 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "name"}
 
 
-def load(argv: Sequence[str], prog: str = "train.py") -> Config:
+def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Config:
     """The checked Config that a command line asks for; argv without the program's name.
 
     Without a config the defaults are used and a line on stderr says so. --help and --print-config print to stdout and
-    raise SystemExit(0). Notices (a key given that has no effect) go to stderr. Raises UserError(code=2) naming every
+    raise SystemExit(0). With `notes`, keys given that have no effect are named on stderr. Raises UserError(code=2) naming every
     problem found.
     """
     if {"-h", "--help"} & set(argv):
@@ -160,11 +160,11 @@ def load(argv: Sequence[str], prog: str = "train.py") -> Config:
     refuse(problems)
     cfg = validate(Config(name=name, **values))
 
-    notes = [f"--{k} has no effect here: it needs {needs}" for k in given if (needs := unmet(cfg, FIELDS[k]))]
-    if target is None:
-        notes.insert(0, "no config named, so the defaults are used; --help lists the configs there are")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    if notes and target is None:
+        print("note: no config named, so the defaults are used; --help lists the configs there are", file=sys.stderr)
+    for k in given if notes else ():
+        if needs := unmet(cfg, FIELDS[k]):
+            print(f"note: --{k} has no effect here: it needs {needs}", file=sys.stderr)
     if flags:
         print(to_toml(cfg), end="")
         raise SystemExit(0)
