@@ -13,16 +13,21 @@ none, and two processes writing the same thing leave one good copy.
 """
 
 import hashlib
+import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from data.download import DownloadError, fetch
 from data.notice import notice
 from gft.errors import UserError
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
+OTHER_TEXTS = "train on another text: --data FILE takes any UTF-8 file, --data stdlib needs no network"
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,12 @@ class OfficialFile:
     url: str
     size: int  # bytes
     sha256: str
+    also: tuple[str, ...] = ()  # sha256 of other copies that are known and as good
 
     def fault(self, content: bytes) -> str:
         """What is wrong with `content`; empty when it is the official file."""
         seen = sha256(content)
-        if seen == self.sha256:
+        if seen in (self.sha256, *self.also):
             return ""
         kind = "truncated" if len(content) < self.size else "altered"
         return (
@@ -48,7 +54,7 @@ class OfficialFile:
 
 @dataclass(frozen=True)
 class Found:
-    """The bytes of a source text. `where` is a path or an address; `why` says in words why this one is used."""
+    """The bytes of a source file. `where` is a path or an address; `why` says in words why this one is used."""
 
     content: bytes
     where: str
@@ -78,11 +84,18 @@ def cache_root() -> Path:
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Makes `path` hold `content`, whole or not at all. Raises OSError; then nothing of it is left behind."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends; when the block raises, nothing of it is left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -91,8 +104,32 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
-def find_official(name: str, file: OfficialFile, data_dir: str = "") -> Found:
-    """The official file of data set `name`, by the search order above.
+class Damaged(Exception):
+    """Prepared files that are not what was written."""
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes `record` as JSON, atomically, with a hash of itself. Raises OSError."""
+    write_atomic(path, json.dumps(record | {"sha256": _record_hash(record)}).encode("utf-8"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, its hash checked. Raises OSError or Damaged."""
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Damaged(f"{path.name} is not JSON") from error
+    if not isinstance(record, dict) or record.pop("sha256", None) != _record_hash(record):
+        raise Damaged(f"{path.name} has changed since it was written")
+    return record
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    return sha256(json.dumps(record, sort_keys=True).encode("utf-8"))
+
+
+def find_official(name: str, file: OfficialFile, data_dir: str = "", way_out: str = OTHER_TEXTS) -> Found:
+    """The official file of data set `name`, by the search order above. `way_out` ends the error's advice.
 
     Raises UserError when `data_dir` is given and lacks the file, and when no place has it: with every place and why.
     """
@@ -129,8 +166,7 @@ def find_official(name: str, file: OfficialFile, data_dir: str = "") -> Found:
         f"data = {name!r} was found nowhere. Looked in:\n  "
         + "\n  ".join(failures)
         + f"\nPut the file into a folder and give that with --data_dir FOLDER (it may hold {file.path} or "
-        f"{Path(file.path).name}), or train on another text: --data FILE takes any UTF-8 file, "
-        "--data stdlib needs no network."
+        f"{Path(file.path).name}), or {way_out}."
     )
 
 
@@ -148,7 +184,7 @@ def _from_folder_given(name: str, file: OfficialFile, data_dir: str, failures: l
         except OSError as error:
             looked.append(f"{path}: {_reason(error)}")
             continue
-        taken_as_is = "" if sha256(content) == file.sha256 else " (taken as it is: not the official file)"
+        taken_as_is = "" if not file.fault(content) else " (taken as it is: not the official file)"
         return Found(content, str(path), f"{setting} names its folder{taken_as_is}")
     if data_dir:
         raise UserError(

@@ -6,6 +6,7 @@ import urllib.request
 
 SILENCE_SECONDS = 20
 TOTAL_SECONDS = 180
+SLOWEST = 200_000  # bytes per second of a large file: its time on top of TOTAL_SECONDS
 CHUNK_BYTES = 1 << 16
 
 
@@ -16,16 +17,18 @@ class DownloadError(Exception):
 def fetch(url: str, size: int) -> bytes:
     """Returns what `url` holds, at most size + 1 bytes of it: one too many is enough to see that it is another file.
 
-    Raises DownloadError when nothing is heard for SILENCE_SECONDS, or the whole takes more than TOTAL_SECONDS.
+    Raises DownloadError when nothing is heard for SILENCE_SECONDS, or the whole takes more than TOTAL_SECONDS and a
+    second for each SLOWEST bytes.
     """
-    deadline = time.monotonic() + TOTAL_SECONDS
+    allowed = TOTAL_SECONDS + size / SLOWEST
+    deadline = time.monotonic() + allowed
     received = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
             while len(received) <= size and (chunk := response.read1(CHUNK_BYTES)):
                 received += chunk
                 if time.monotonic() > deadline:
-                    raise DownloadError(f"too slow: {len(received):,} of {size:,} bytes in {TOTAL_SECONDS} s")
+                    raise DownloadError(f"too slow: {len(received):,} of {size:,} bytes in {allowed:.0f} s")
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(short_reason(error)) from error
     return bytes(received[: size + 1])

@@ -8,14 +8,13 @@ The parts are cut in the text, at 81 and at 90 % of its characters, and encoded 
 same stretch of text under every tokenizer, and none of it has been seen by the training of a BPE vocabulary.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.cache import cache_root, sha256, write_atomic
+from data.cache import Damaged, cache_root, read_record, sha256, write_atomic, write_record
 from data.notice import notice
 from data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
 
@@ -41,10 +40,6 @@ class Prepared:
     tokenizer: Tokenizer
 
 
-class Damaged(Exception):
-    """Prepared files that are not what was written."""
-
-
 def file_stem(text_sha256: str, kind: str, vocab_size: int) -> str:
     """The name of the prepared files, without an ending."""
     size = f"{vocab_size}" if kind == "bpe" else ""
@@ -56,7 +51,7 @@ def load_prepared(text_sha256: str, kind: str, vocab_size: int) -> Prepared | No
     stem = cache_root() / "prepared" / file_stem(text_sha256, kind, vocab_size)
     json_path, bin_path = stem.with_suffix(".json"), stem.with_suffix(".bin")
     try:
-        record = _read_record(json_path)
+        record = read_record(json_path)
         ids = _map_ids(bin_path, record)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -87,10 +82,9 @@ def prepare(text: str, text_sha256: str, kind: str, vocab_size: int) -> Prepared
         "ids_sha256": sha256(ids.data),
         "tokenizer": tokenizer.to_json(),
     }
-    record["sha256"] = _record_hash(record)
     try:
         write_atomic(stem.with_suffix(".bin"), ids.data)
-        write_atomic(stem.with_suffix(".json"), json.dumps(record).encode("utf-8"))
+        write_record(stem.with_suffix(".json"), record)
     except OSError as error:
         notice(
             f"the prepared text cannot be kept in {stem.parent} ({error.strerror or error}); it stays in memory, and "
@@ -99,17 +93,6 @@ def prepare(text: str, text_sha256: str, kind: str, vocab_size: int) -> Prepared
     else:
         ids = np.memmap(stem.with_suffix(".bin"), dtype=ids.dtype, mode="r")
     return Prepared(ids, parts, tokenizer)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """The json file, its own hash checked. Raises OSError or Damaged."""
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Damaged(f"{path.name} is not JSON") from error
-    if not isinstance(record, dict) or record.pop("sha256", None) != _record_hash(record):
-        raise Damaged(f"{path.name} has changed since it was written")
-    return record
 
 
 def _map_ids(path: Path, record: dict[str, Any]) -> np.ndarray:
@@ -122,7 +105,3 @@ def _map_ids(path: Path, record: dict[str, Any]) -> np.ndarray:
     if sha256(ids.data) != record["ids_sha256"]:
         raise Damaged(f"{path.name} has changed since it was written")
     return ids
-
-
-def _record_hash(record: dict[str, Any]) -> str:
-    return sha256(json.dumps(record, sort_keys=True).encode("utf-8"))

@@ -1,0 +1,92 @@
+"""Images as two uint8 arrays, one to train on and one to evaluate on, memory-mapped.
+
+    from data.images import load_images
+    images = load_images("imagenette", side=64)
+    images.train[0], images.classes[images.train_labels[0]]         # (64, 64, 3) uint8, "tench"
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import imagenette, mnist
+from data.notice import notice
+from data.prepare_images import HELD_OUT, load_prepared, prepare
+from gft.errors import UserError
+
+IMAGE_SETS = {"imagenette": imagenette.find, "mnist": mnist.find}
+LARGEST_SIDE = 1024
+NAMED = 5  # so many of the images left out are named, the rest counted
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A set of labelled images, decoded, resized and split."""
+
+    name: str
+    train: np.ndarray  # (N, H, W, C) uint8, read-only
+    train_labels: np.ndarray  # (N,) int64, below len(classes)
+    val: np.ndarray  # like train
+    val_labels: np.ndarray  # like train_labels
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # per channel, of the training images / 255 less the tenth held out for tuning
+    std: tuple[float, ...]
+    skipped: dict[str, int]  # "train" and "val" of the source: how many broken images are left out
+    sha256: str  # of the source's bytes
+    source: str  # "<where>, because <why>"
+
+
+def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val") -> ImageData:
+    """The images `name` ("imagenette", RGB, or "mnist", one channel), side x side.
+
+    side        pixels; an image is resized by its shorter side and cropped around its middle. MNIST's own is 28
+    data_dir    where a person keeps the files, empty for the usual search (see data/cache.py)
+    eval_on     "val": train on the official training images, evaluate on the official validation or test images.
+                "tune": of the training images every tenth of each class is evaluated on, the others are trained on;
+                the official validation images are not touched.
+
+    The first call decodes the images and keeps them in the cache. Raises UserError for whatever a person can mend.
+    """
+    if name not in IMAGE_SETS:
+        closest = difflib.get_close_matches(name, IMAGE_SETS, n=1)
+        hint = f" Did you mean {closest[0]}?" if closest else ""
+        raise UserError(f"data = {name!r} is no set of images.{hint} There are {', '.join(IMAGE_SETS)}.", code=2)
+    if not 1 <= side <= LARGEST_SIDE:
+        raise UserError(f"The side of an image is {side} pixels; it must be 1 to {LARGEST_SIDE}.", code=2)
+    if eval_on not in ("val", "tune"):
+        raise UserError(f"eval_on = {eval_on!r} is unknown. It is val or tune.", code=2)
+    source = IMAGE_SETS[name](data_dir)
+    prepared = load_prepared(source, side) or prepare(source, side)
+    _tell_skipped(name, prepared.skipped)
+    train, train_labels = prepared.train, prepared.train_labels
+    val, val_labels = prepared.val, prepared.val_labels
+    if eval_on == "tune":
+        val, val_labels = train[prepared.kept :], train_labels[prepared.kept :]
+        train, train_labels = train[: prepared.kept], train_labels[: prepared.kept]
+    if not len(val):
+        raise UserError(
+            f"{source.source}: eval_on = tune holds out every {HELD_OUT}th training image of a class, and no class has "
+            f"{HELD_OUT}. Evaluate on the validation images: --eval_on val.",
+            code=2,
+        )
+    return ImageData(
+        name=name,
+        train=train,
+        train_labels=train_labels,
+        val=val,
+        val_labels=val_labels,
+        classes=source.classes,
+        mean=prepared.mean,
+        std=prepared.std,
+        skipped={split: len(names) for split, names in prepared.skipped.items()},
+        sha256=source.sha256,
+        source=source.source,
+    )
+
+
+def _tell_skipped(name: str, skipped: dict[str, list[str]]) -> None:
+    for split, names in skipped.items():
+        if names:
+            rest = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            notice(f"{len(names)} broken {split} images of {name} are left out: {'; '.join(names[:NAMED])}{rest}.")

@@ -1,0 +1,266 @@
+"""Images as uint8 arrays on disk: decoded and resized once per source and side length, then memory-mapped.
+
+Three files in the cache: `prepared/<name>-train.npy`, `<name>-val.npy` and `<name>.json` (labels, per-channel mean and
+spread, what was left out, hashes). <name> is the start of the source's sha256, the data set, the side and the format.
+As with texts, the same name means the same bytes, and the json goes last: processes that prepare at the same time
+replace each other's files by equal ones. The arrays are written image by image, so a large side needs no more memory.
+
+Every tenth training image of each class, counted in the source's order, comes last in train.npy: the images that are
+held out for tuning and those that are left are both slices of one mapped file. Mean and spread are those of the images
+that are left, so that they are the same for both ways to evaluate and have never seen a held-out image.
+"""
+
+import hashlib
+import io
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
+from data.notice import notice
+from gft.errors import UserError
+
+FORMAT = 1  # goes up when the same source and side give other files
+HELD_OUT = 10  # one training image in so many is held out for tuning
+FILE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)
+LARGEST_PIXELS = 50_000_000  # an image that claims more is called broken, not given the memory
+LEFTOVER_SECONDS = 3600  # a temporary file untouched for so long belongs to a process that was killed
+
+
+class BrokenImage(Exception):
+    """An image file that cannot be decoded; the text is a short reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    split: str  # "train" or "val"
+    label: int
+    pixels: np.ndarray  # (side, side, channels) uint8
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that is left out: its name in the source and why."""
+
+    split: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """A data set that was found. `samples(side)` decodes it, in an order that depends on its bytes alone."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    sha256: str
+    source: str  # "<where>, because <why>"
+    samples: Callable[[int], Iterator[Sample | Broken]]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImages:
+    train: np.ndarray  # (N, side, side, channels) uint8, read-only; train[kept:] is held out for tuning
+    val: np.ndarray  # like train
+    train_labels: np.ndarray  # (N,) int64
+    val_labels: np.ndarray  # like train_labels
+    kept: int
+    mean: tuple[float, ...]  # per channel, of train[:kept] / 255
+    std: tuple[float, ...]
+    skipped: dict[str, list[str]]  # split -> "name: reason" of each image left out
+
+
+def decode(content: bytes, side: int, channels: int) -> np.ndarray:
+    """The image file `content` as (side, side, channels) uint8, channels 3 (RGB) or 1 (grey); see `to_square`.
+
+    Raises BrokenImage when it is truncated, too large or no image at all.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FILE_FORMATS) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise BrokenImage(f"{image.width} x {image.height} pixels are more than {LARGEST_PIXELS:,}")
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+                image = image.point(lambda value: value / 256)
+            return to_square(image.convert("RGB" if channels == 3 else "L"), side)
+    except UnidentifiedImageError as error:
+        raise BrokenImage("not an image in " + ", ".join(FILE_FORMATS)) from error
+    except DECODER_ERRORS as error:
+        raise BrokenImage(str(error) or type(error).__name__) from error
+
+
+def to_square(image: Image.Image, side: int) -> np.ndarray:
+    """The middle square of `image`, resized with antialiasing: (side, side, channels) uint8."""
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    if (width, height) != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
+    return np.asarray(image).reshape(side, side, -1)
+
+
+def load_prepared(source: ImageSource, side: int) -> PreparedImages | None:
+    """What an earlier run prepared, memory-mapped; None, with a notice if there is damage, when it must be made."""
+    stem = _stem(source, side)
+    try:
+        record = read_record(_json(stem))
+        return _prepared(record, _map(_array(stem, "train"), record), _map(_array(stem, "val"), record))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, Damaged) as error:
+        notice(f"the prepared files {stem}* are not used ({error}); preparing again.")
+        return None
+
+
+def prepare(source: ImageSource, side: int) -> PreparedImages:
+    """Decodes `source` and keeps it in the cache; where that cannot be written, in memory only.
+
+    Raises UserError when the source is damaged, or has nothing to train on or nothing to evaluate on.
+    """
+    stem = _stem(source, side)
+    notice(f"decoding {source.name} to {side} x {side} pixels (once).")
+    try:
+        _remove_leftovers(stem)
+        with open_atomic(_array(stem, "train")) as train, open_atomic(_array(stem, "val")) as val:
+            record = _write(source, side, train, val)
+        for split in ("train", "val"):
+            record[_array(stem, split).name] = _digest(_array(stem, split))
+        write_record(_json(stem), record)
+        arrays = [np.load(_array(stem, split), mmap_mode="r") for split in ("train", "val")]
+    except OSError as error:
+        notice(
+            f"the prepared images cannot be kept in {stem.parent} ({error.strerror or error}); they are decoded again "
+            "and stay in memory, in this run and in the next. NANOGFT_CACHE=FOLDER names another cache."
+        )
+        buffers = io.BytesIO(), io.BytesIO()
+        record = _write(source, side, *buffers)
+        arrays = [_from_memory(buffer) for buffer in buffers]
+    return _prepared(record, *arrays)
+
+
+class _ArrayWriter:
+    """A .npy file of uint8 images, written one by one; numpy pads the header so that a longer count fits later."""
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
+        self._file, self._shape = file, shape
+        self.labels: list[int] = []
+        self._header()
+
+    def add(self, label: int, pixels: bytes) -> None:
+        self._file.write(pixels)
+        self.labels.append(label)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._header()
+
+    def _header(self) -> None:
+        shape = (len(self.labels), *self._shape)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def _write(source: ImageSource, side: int, train_file: BinaryIO, val_file: BinaryIO) -> dict[str, Any]:
+    """Decodes every image into the two files; the record without the files' hashes."""
+    shape = (side, side, source.channels)
+    train, val = _ArrayWriter(train_file, shape), _ArrayWriter(val_file, shape)
+    seen: Counter[int] = Counter()
+    held_out: list[tuple[int, bytes]] = []
+    total, squares = np.zeros(source.channels, np.int64), np.zeros(source.channels, np.int64)
+    skipped: dict[str, list[str]] = {"train": [], "val": []}
+    for sample in source.samples(side):
+        if isinstance(sample, Broken):
+            skipped[sample.split].append(f"{sample.name}: {sample.reason}")
+        elif sample.split == "val":
+            val.add(sample.label, sample.pixels.tobytes())
+        else:
+            seen[sample.label] += 1
+            if seen[sample.label] % HELD_OUT == 0:
+                held_out.append((sample.label, sample.pixels.tobytes()))
+                continue
+            train.add(sample.label, sample.pixels.tobytes())
+            values = sample.pixels.reshape(-1, source.channels).astype(np.int64)
+            total += values.sum(axis=0)
+            squares += np.square(values).sum(axis=0)
+    kept = len(train.labels)
+    if not kept or not val.labels:
+        missing = "train on" if not kept else "evaluate on"
+        broken = sum(map(len, skipped.values()))
+        raise UserError(
+            f"{source.source}: it holds no image to {missing} ({kept} for training, {len(val.labels)} for evaluation, "
+            f"{broken} broken). Give the official files; --data_dir FOLDER names where they are."
+        )
+    for label, pixels in held_out:
+        train.add(label, pixels)
+    for writer in (train, val):
+        writer.finish()
+    mean = total / (kept * side * side * 255)
+    variance = squares / (kept * side * side * 255**2) - mean**2
+    return {
+        "train_labels": train.labels,
+        "val_labels": val.labels,
+        "kept": kept,
+        "mean": mean.tolist(),
+        "std": np.sqrt(variance.clip(1 / 255**2)).tolist(),  # at least one level: it is divided by
+        "skipped": skipped,
+    }
+
+
+def _prepared(record: dict[str, Any], train: np.ndarray, val: np.ndarray) -> PreparedImages:
+    labels = [np.array(record[name], dtype=np.int64) for name in ("train_labels", "val_labels")]
+    mean, std = tuple(record["mean"]), tuple(record["std"])
+    return PreparedImages(train, val, *labels, record["kept"], mean, std, record["skipped"])
+
+
+def _map(path: Path, record: dict[str, Any]) -> np.ndarray:
+    """The array in `path`, memory-mapped, its hash checked. Raises OSError or Damaged."""
+    if _digest(path) != record[path.name]:
+        raise Damaged(f"{path.name} has changed since it was written")
+    return np.load(path, mmap_mode="r")
+
+
+def _from_memory(buffer: io.BytesIO) -> np.ndarray:
+    """The array of a .npy file in memory, without a copy, read-only."""
+    buffer.seek(0)
+    np.lib.format.read_magic(buffer)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+    array = np.frombuffer(buffer.getbuffer(), dtype, offset=buffer.tell()).reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stem(source: ImageSource, side: int) -> Path:
+    return cache_root() / "prepared" / f"{source.sha256[:32]}-{source.name}{side}-v{FORMAT}"
+
+
+def _array(stem: Path, split: str) -> Path:
+    return stem.with_name(f"{stem.name}-{split}.npy")
+
+
+def _json(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.json")
+
+
+def _remove_leftovers(stem: Path) -> None:
+    """Deletes the temporary files of these images that a killed process left; they can be a gigabyte."""
+    for path in stem.parent.glob(f".{stem.name}-*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
