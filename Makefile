@@ -2,26 +2,50 @@
 #
 #   make train ARGS="--bits 4 --k 0.1"      any key of `python train.py --help`
 #   make train PYTHON=python3.12            the Python that .venv is made with
+#   make gpu VENV_PYTHON=python3            a Python that has everything already: nothing is installed
 
 PYTHON ?= python3
 ARGS ?=
 VENV_PYTHON := .venv/bin/python
 # Touched only after a complete install: an interrupted one has no stamp and is taken up again.
 STAMP := .venv/installed
+READY := $(if $(filter .venv/bin/python,$(VENV_PYTHON)),$(STAMP))
+# Each GPU part ends after MINUTES with status 75 if it is not finished, and goes on when called again; 0 is no limit.
+GPU_PARTS := gpu-tests gpu-bench gpu-train gpu-report
+MINUTES ?= 7
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test clean
+.PHONY: help setup train test gpu $(GPU_PARTS) gpu-rehearsal clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z][a-z]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make .venv and install requirements.txt, once
 
-train: $(STAMP) ## train configs/shakespeare_char_small.toml; more settings through ARGS="--key value"
+train: $(READY) ## train configs/shakespeare_char_small.toml; more settings through ARGS="--key value"
 	@exec $(VENV_PYTHON) train.py configs/shakespeare_char_small.toml $(ARGS)
 
-test: $(STAMP) ## run the tests; pytest's options through ARGS="-k config"
+test: $(READY) ## run the tests; pytest's options through ARGS="-k config"
 	@exec $(VENV_PYTHON) -m pytest -q $(ARGS)
+
+gpu: ## all that needs a GPU, part after part, each gone on with where it was cut off
+	@echo "make gpu: $(GPU_PARTS), one after another; each is a target of its own and writes into results/gpu/"
+	@for part in $(GPU_PARTS); do echo "== make $$part"; $(MAKE) --no-print-directory $$part MINUTES=0 || exit; done
+
+gpu-tests: $(READY) ## the kernels' tests on the GPU
+	@exec $(VENV_PYTHON) -m experiments.gpu tests --minutes $(MINUTES)
+
+gpu-bench: $(READY) ## bench.py: every kernel, every training step
+	@exec $(VENV_PYTHON) -m experiments.gpu bench --minutes $(MINUTES)
+
+gpu-train: $(READY) ## the full-size trainings
+	@exec $(VENV_PYTHON) -m experiments.gpu train --minutes $(MINUTES)
+
+gpu-report: $(READY) ## redraw RESULTS.md
+	@exec $(VENV_PYTHON) -m experiments.gpu report
+
+gpu-rehearsal: $(READY) ## what make gpu does, at tiny sizes on the CPU
+	@exec $(VENV_PYTHON) -m experiments.gpu rehearsal
 
 clean: ## remove .venv and caches; out/, the trained models, stays
 	rm -rf .venv .pytest_cache

@@ -1,12 +1,18 @@
-"""One Transformer for every method: integer layers (gft), latent weights (ste) or fp32 (adamw, muon).
+"""One Transformer for every method and task: integer layers (gft), latent weights (ste) or fp32 (adamw, muon, ...).
 
 Pre-norm blocks with a parameter-free RMSNorm in front of every weight matrix (it lives in the layer),
 RoPE, normalised queries and keys, squared ReLU, no bias, no learned gain: with method "gft" the net has no
-float parameter at all. Attention is causal over a sliding window of `context` keys, so a text may be longer
-than the context it was trained at.
+float parameter at all, unless `int_layers` leaves some kinds of layer in fp32.
+
+    text     attention is causal over a sliding window of `context` keys, so a text may be longer than the context it
+             was trained at
+    images   a ViT: patches through an integer layer, attention among all of them, positions by RoPE over rows and
+             columns, the mean of all patches to the head
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +20,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
+from gft.config import LAYER_KINDS, Config
 from gft.layers import IntEmbedding, IntLinear
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
+IMAGE_ROPE_BASE = 100.0  # positions are row and column numbers, a few dozen at most
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,19 @@ class ModelConfig:
     bits: int = 6
     init_spread: float = 0.33
     act_range: float = 6.0
+    precision: str = "fp32"
+    int_layers: tuple[str, ...] = LAYER_KINDS
+    model: str = "transformer"  # or "mlp"
+    image: tuple[int, int, int] | None = None  # height, width and channels; None for text
+    patch: int = 8
 
     @classmethod
-    def from_config(cls, config, vocab_size: int) -> "ModelConfig":
-        """Pick the model's keys out of a gft.config.Config."""
-        keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range")
-        return cls(vocab_size, **{key: getattr(config, key) for key in keys})
+    def from_config(cls, config: Config, vocab_size: int, image: tuple[int, int, int] | None = None) -> "ModelConfig":
+        """Pick the model's keys out of a gft.config.Config; vocab_size is the number of outputs, classes with images."""
+        keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range",
+                "precision", "model", "patch")  # fmt: skip
+        kinds = tuple(config.int_layers.split(",")) if config.int_layers != "all" else LAYER_KINDS
+        return cls(vocab_size, **{key: getattr(config, key) for key in keys}, int_layers=kinds, image=image)
 
 
 class LayerFactory:
@@ -55,10 +70,15 @@ class LayerFactory:
     def _latent_bits(self) -> int | None:
         return self.config.bits if self.config.method == "ste" else None
 
-    def linear(self, in_features: int, out_features: int, gain: float = 1.0, squared_relu: bool = False) -> nn.Module:
-        """A linear layer with its norm, of the kind the method asks for."""
+    def _integer(self, kind: str) -> bool:
+        return self.config.method == "gft" and kind in self.config.int_layers
+
+    def linear(
+        self, kind: str, in_features: int, out_features: int, gain: float = 1.0, squared_relu: bool = False
+    ) -> nn.Module:
+        """A linear layer with its norm, integer or not as method and `int_layers` ask; kind is one of LAYER_KINDS."""
         c = self.config
-        if c.method == "gft":
+        if self._integer(kind):
             return IntLinear(
                 in_features, out_features, c.bits, gain, squared_relu, c.init_spread, c.act_range, self.seed, self._next()
             )
@@ -67,8 +87,9 @@ class LayerFactory:
     def embedding(self, rows: int, width: int) -> nn.Module:
         """A table of unit-variance rows, of the kind the method asks for."""
         c = self.config
-        if c.method == "gft":
-            return IntEmbedding(rows, width, c.bits, 1.0, c.init_spread, self.seed, self._next())
+        if self._integer("embedding"):
+            dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
+            return IntEmbedding(rows, width, c.bits, 1.0, c.init_spread, self.seed, self._next(), dtype)
         return FloatEmbedding(rows, width, self._latent_bits, self.seed, self._next())
 
 
@@ -79,12 +100,23 @@ def rope_table(first: int, count: int, head_dim: int, device: torch.device) -> T
     return torch.stack((angle.cos(), angle.sin()))
 
 
+def image_rope_table(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
+    """cos and sin for patches row by row: the first half of the pairs turns with the row, the second with the column.
+
+    float32 (2, rows * columns, head_dim / 2); head_dim must be a multiple of 4.
+    """
+    frequency = IMAGE_ROPE_BASE ** (-torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    angle = torch.cat([torch.outer(p.flatten().float(), frequency) for p in (row, column)], dim=1)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
 def normalise_rotate(x: Tensor, table: Tensor) -> Tensor:
     """RMS-normalise queries or keys over head_dim, then rotate pairs (i, i + head_dim / 2): (B, H, T, hd)."""
     x = F.rms_norm(x, x.shape[-1:])
     a, b = x.chunk(2, dim=-1)
     cos, sin = table
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,16 +145,16 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, make: LayerFactory):
         super().__init__()
         d, residual_gain = config.d_model, (2 * config.n_layer) ** -0.5
-        self.n_head, self.context = config.n_head, config.context
-        self.qkv = make.linear(d, 3 * d)
-        self.out = make.linear(d, d, gain=residual_gain)
-        self.up = make.linear(d, 4 * d)
-        self.down = make.linear(4 * d, d, gain=residual_gain, squared_relu=True)
+        self.n_head, self.context, self.causal = config.n_head, config.context, config.image is None
+        self.qkv = make.linear("attention", d, 3 * d)
+        self.out = make.linear("attention", d, d, gain=residual_gain)
+        self.up = make.linear("mlp", d, 4 * d)
+        self.down = make.linear("mlp", 4 * d, d, gain=residual_gain, squared_relu=True)
 
     def forward(self, x: Tensor, table: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, d) to (B, T, d); table from `rope_table`."""
-        x = x + self.out(self.attend(self.qkv(x), table, cache, layer))
-        return x + self.down(self.up(x))
+        x = self.out(self.attend(self.qkv(x), table, cache, layer), residual=x)
+        return self.down(self.up(x), residual=x)
 
     def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""
@@ -133,7 +165,9 @@ class Block(nn.Module):
             cache.layers[layer] = (k[:, :, -self.context :], v[:, :, -self.context :])
         scale = ATTENTION_SCALE / q.shape[-1] ** 0.5
         n, keys = q.shape[2], k.shape[2]
-        if n == keys <= self.context:
+        if not self.causal:
+            y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        elif n == keys <= self.context:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             mask = window_mask(n, keys, self.context, q.device)
@@ -142,28 +176,72 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. tokens int64 (B, T) to logits float32 (B, T, vocab)."""
+    """A causal language model, tokens int64 (B, T) to logits (B, T, vocab); or a ViT, images (B, C, H, W) to (B, classes)."""
 
     def __init__(self, config: ModelConfig, seed: int = 1):
         super().__init__()
         self.config = config
         make = LayerFactory(config, seed)
-        self.embedding = make.embedding(config.vocab_size, config.d_model)
+        if config.image is None:
+            self.embedding = make.embedding(config.vocab_size, config.d_model)
+        else:
+            self.embedding = make.linear("patch", config.patch**2 * config.image[2] + 1, config.d_model)
         self.blocks = nn.ModuleList(Block(config, make) for _ in range(config.n_layer))
-        self.head = make.linear(config.d_model, config.vocab_size)
+        self.head = make.linear("head", config.d_model, config.vocab_size)
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for `forward(tokens, cache=...)`; `batch_size` rows are fixed by the first tokens fed."""
         return Cache(self.config.n_layer)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, vocab). With a cache, `tokens` follow those it has seen, at the same cost however many those are."""
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of tokens (B, T) or images (B, C, H, W). With a cache, tokens follow those it has seen, at the same cost
+        however many those are."""
+        if self.config.image is not None:
+            return self._classify(x)
         first = cache.seen if cache else 0
-        head_dim = self.config.d_model // self.config.n_head
-        table = rope_table(first, tokens.shape[1], head_dim, tokens.device)
-        x = self.embedding(tokens)
+        table = rope_table(first, x.shape[1], self.config.d_model // self.config.n_head, x.device)
+        h = self.embedding(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, table, cache, layer)
+            h = block(h, table, cache, layer)
         if cache:
-            cache.seen += tokens.shape[1]
-        return self.head(x)
+            cache.seen += x.shape[1]
+        return self.head(h)
+
+    def _classify(self, images: Tensor) -> Tensor:
+        side = self.config.patch
+        patches = rearrange(images, "b z (r p) (c q) -> b (r c) (p q z)", p=side, q=side)
+        # The norm in front of the layer takes away a patch's contrast; a constant beside the pixels keeps it readable.
+        h = self.embedding(F.pad(patches, (0, 1), value=1.0))
+        rows, columns = (n // side for n in images.shape[2:])
+        table = image_rope_table(rows, columns, self.config.d_model // self.config.n_head, images.device)
+        for block in self.blocks:
+            h = block(h, table)
+        return self.head(h.mean(dim=1))
+
+
+class MLP(nn.Module):
+    """Fully connected, squared ReLU: images (B, C, H, W) to logits (B, classes) through n_layer hidden layers of d_model.
+
+    With one hidden layer of 256 it is the network of the paper's MNIST experiment.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 1):
+        super().__init__()
+        self.config = config
+        make = LayerFactory(config, seed)
+        widths = [math.prod(config.image), *[config.d_model] * config.n_layer]
+        pairs = enumerate(pairwise(widths))
+        self.blocks = nn.ModuleList(make.linear("mlp", a, b, squared_relu=i > 0) for i, (a, b) in pairs)
+        self.head = make.linear("head", config.d_model, config.vocab_size, squared_relu=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W)."""
+        h = images.flatten(1)
+        for layer in self.blocks:
+            h = layer(h)
+        return self.head(h)
+
+
+def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
+    """The net that config describes."""
+    return MLP(config, seed) if config.model == "mlp" else Transformer(config, seed)

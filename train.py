@@ -1,4 +1,4 @@
-"""Train a transformer of small integers, or one of its rivals, on text.
+"""Train a transformer of small integers, or one of its rivals, on text or images.
 
     python train.py shakespeare_char_small                    a config of configs/, or a path
     python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
@@ -23,20 +23,17 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data import TextData, load_text
 from gft import checkpoint, runtime
-from gft.config import Config, check_against_data, differences, from_dict, load, to_dict
+from gft.config import Config, differences, from_dict, load, to_dict
 from gft.curve import draw
 from gft.errors import UserError
 from gft.learner import FlipLearner, make_learner
 from gft.monitor import Monitor, warnings
 from gft.progress import Metrics, Progress
-from kernels.philox import Stream, uniform
-from model import ModelConfig, Transformer
-from sample import decoded, generate, start_ids
+from model import ModelConfig, make_net
+from task import Task, load_task
 
 
 class Stop:
@@ -54,41 +51,12 @@ class Stop:
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
-def windows(tokens, starts: Tensor, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of the windows that begin at `starts`: int64 (B, context) each."""
-    rows = torch.stack([torch.from_numpy(tokens[s : s + context + 1].astype("int64")) for s in starts.tolist()])
-    return rows[:, :-1].to(device), rows[:, 1:].to(device)
-
-
-def batch_starts(cfg: Config, step: int, n_tokens: int) -> Tensor:
-    """Where the windows of a step begin: a function of (seed, step), int64 (batch_size,)."""
-    u = uniform(cfg.seed, step, Stream.BATCH, cfg.batch_size)
-    return (u * (n_tokens - cfg.context)).long()
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over tokens, nats: logits (B, T, V), targets (B, T)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-@torch.no_grad()
-def evaluate(net: Transformer, tokens, cfg: Config, device: torch.device) -> float:
-    """Mean loss over `eval_windows` windows spread evenly over `tokens`, nats per token."""
-    last = len(tokens) - cfg.context - 1
-    starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
-    total = 0.0
-    for part in starts.split(cfg.batch_size // cfg.grad_accum):
-        x, y = windows(tokens, part, cfg.context, device)
-        total += summed_loss(net(x), y).item()
-    return total / (len(starts) * cfg.context)
-
-
 class Run:
     """A run's net, learner and progress, and how they are saved and taken up again."""
 
-    def __init__(self, cfg: Config, data: TextData, run: runtime.Runtime, out: Path):
-        self.cfg, self.data, self.run, self.out = cfg, data, run, out
-        self.net = Transformer(ModelConfig.from_config(cfg, data.tokenizer.vocab_size), seed=cfg.seed).to(run.device)
+    def __init__(self, cfg: Config, task: Task, run: runtime.Runtime, out: Path):
+        self.cfg, self.task, self.run, self.out = cfg, task, run, out
+        self.net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed).to(run.device)
         self.learner = make_learner(self.net, cfg)
         self.step, self.changed, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
@@ -102,24 +70,23 @@ class Run:
         """Write checkpoint `name` ("last" or "best")."""
         tensors = checkpoint.join(model=self.net.state_dict(), learner=self.learner.state())
         meta = {
-            "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.data.tokenizer.vocab_size,
-            "tokenizer": self.data.tokenizer.to_json(), "environment": self.run.environment(),
-            "data": {"name": self.data.name, "sha256": self.data.sha256},
+            "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.task.outputs, **self.task.saved(),
+            "environment": self.run.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
             "progress": {"changed": self.changed, "seconds": self.seconds, "losses": self.losses},
         }  # fmt: skip
         checkpoint.save(self.out, name, tensors, meta)
 
     def load(self, name: str) -> None:
-        """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or text."""
+        """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or other data."""
         tensors, meta = checkpoint.load(self.out, name)
         where = f"checkpoint {self.out / name}.json"
         different = differences(from_dict(meta["config"]), self.cfg)
         if different:
             raise UserError(f"{where} is of another config: {'; '.join(different)}; give the same settings to go on, or "
                             "another --out_dir for a new run")  # fmt: skip
-        if meta["data"]["sha256"] != self.data.sha256:
-            raise UserError(f"{where} was trained on another text (sha256 {meta['data']['sha256'][:12]}..., this one has "
-                            f"{self.data.sha256[:12]}...); give the same text, or another --out_dir")  # fmt: skip
+        if meta["data"]["sha256"] != self.task.sha256:
+            raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
+                            f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
         now = self.run.environment()
         changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
         if changed:
@@ -129,18 +96,19 @@ class Run:
         self.step = meta["step"]
         self.changed, self.seconds, self.losses = (meta["progress"][k] for k in ("changed", "seconds", "losses"))
 
-    def summary(self, val_loss: float, step_seconds: list[float]) -> dict:
-        """The final JSON object."""
+    def summary(self, found: dict[str, float], step_seconds: list[float]) -> dict:
+        """The final JSON object; `found` is what the last evaluation gave."""
         cfg, state = self.cfg, self.net.state_dict()
         integer = sum(t.nbytes for t in state.values() if t.dtype == torch.int8)
-        tokens = cfg.batch_size * cfg.context
+        tokens, val_loss = self.task.per_step, found["val_loss"]
         typical = statistics.median(step_seconds) if step_seconds else None
         return {
             "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
             "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
             "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
             "step_seconds": typical and round(typical, 5), "tokens_per_second": typical and round(tokens / typical, 1),
-            "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1), "accuracy": None,
+            "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1),
+            "accuracy": found.get("accuracy"), "top5": found.get("top5"),
             "weights": self.weights, "int_weight_bytes": integer,
             "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
             "float_param_bytes": sum(p.nbytes for p in self.net.parameters()),
@@ -151,32 +119,32 @@ class Run:
         }  # fmt: skip
 
 
+def check_loss(run: Run, loss: float) -> None:
+    """Raises UserError if the loss is not finite, before any weight has moved by it."""
+    if not math.isfinite(loss):
+        calmer = "--k" if run.cfg.method == "gft" else "--lr"
+        raise UserError(f"the loss became {loss} at step {run.step + 1}, so this step was not made; checkpoints saved "
+                        f"before are intact. Start anew with a lower {calmer} in another --out_dir")  # fmt: skip
+
+
 def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
     """One step over all its micro-batches. Returns the training loss in nats per token and the weights changed."""
     cfg, device = run.cfg, run.run.device
-    tokens = cfg.batch_size * cfg.context
+    tokens = run.task.per_step
     half = cfg.precision == "bf16" and cfg.method != "gft"
     total = 0.0
-    for part in batch_starts(cfg, run.step, len(run.data.train)).chunk(cfg.grad_accum):
-        x, y = windows(run.data.train, part, cfg.context, device)
+    for x, y in run.task.batches(run.step, device):
         with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
             loss = loss_of(forward(x), y)
+        if cfg.flip_at == "backward":  # weights move in there
+            check_loss(run, loss.item())
         (loss * run.learner.loss_scale(tokens)).backward()
         total += loss.item()
-    if not math.isfinite(total):
-        calmer = "--k" if cfg.method == "gft" else "--lr"
-        raise UserError(f"the loss became {total} at step {run.step + 1}, so this step was not made; checkpoints saved "
-                        f"before are intact. Start anew with a lower {calmer} in another --out_dir")  # fmt: skip
+    check_loss(run, total)
     changed = run.learner.step(run.step)
     run.step += 1
     run.changed += changed
     return total / tokens, changed
-
-
-def sample_text(run: Run, count: int) -> str:
-    """`count` tokens of the net's own text, drawn from the run's seed."""
-    tokens = generate(run.net, start_ids(run.data.tokenizer, ""), count, 0.8, 0, 1.0, run.cfg.seed)
-    return "".join(decoded(run.data.tokenizer, tokens)).strip()
 
 
 def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
@@ -184,13 +152,13 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
     cfg = run.cfg
     # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
     forward = torch.compile(run.net, dynamic=False) if run.run.compile else run.net
-    loss_of = torch.compile(summed_loss, dynamic=False) if run.run.compile else summed_loss
+    loss_of = torch.compile(run.task.loss, dynamic=False) if run.run.compile else run.task.loss
     monitor = None
     if isinstance(run.learner, FlipLearner):
         names = {layer.index: name for name, layer in run.net.named_modules() if layer in run.learner.optimizer.layers}
         monitor = Monitor(run.learner.optimizer, names, cfg.monitor_every, cfg.seed)
-    progress = Progress(cfg.steps, run.step, cfg.batch_size * cfg.context)
-    said, resident, step_seconds, val_loss = set(), [], [], math.nan
+    progress = Progress(cfg.steps, run.step, run.task.per_step, run.task.unit)
+    said, resident, step_seconds, found = set(), [], [], {}
 
     while run.step < cfg.steps:
         begun = time.perf_counter()
@@ -205,29 +173,29 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             record |= monitor.report()
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
-            val_loss = evaluate(run.net, run.data.val, cfg, run.run.device)
-            record["val_loss"] = round(val_loss, 5)
-            run.losses.append(val_loss)
+            found = run.task.evaluate(run.net, run.run.device)
+            record |= {name: round(value, 5) for name, value in found.items()}
+            run.losses.append(found["val_loss"])
         metrics.write(record)
         progress.show(record)
         if "val_loss" in record:
-            if cfg.sample_tokens:
-                progress.text(sample_text(run, cfg.sample_tokens))
+            if shown := run.task.show(run.net):
+                progress.text(shown)
             resident.append(runtime.resident_bytes() or 0)
-            chance = math.log(run.data.tokenizer.vocab_size)
+            chance = math.log(run.task.outputs)
             for sign, text in warnings(run.losses, run.step / cfg.steps, chance, resident).items():
                 if sign not in said:
                     said.add(sign)
                     progress.line(f"warning: {text}")
-            if val_loss <= min(run.losses):
+            if run.losses[-1] <= min(run.losses):
                 run.save("best")
         if run.step % cfg.save_every == 0 or last or stop.signal:
             run.save("last")
         if stop.signal and not last:
             return None
     if not step_seconds:  # resumed at the end
-        val_loss = evaluate(run.net, run.data.val, cfg, run.run.device)
-    return run.summary(val_loss, step_seconds[1:])
+        found = run.task.evaluate(run.net, run.run.device)
+    return run.summary(found, step_seconds[1:])
 
 
 def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
@@ -281,15 +249,14 @@ def python() -> str:
 def run_config(cfg: Config, argv: list[str]) -> int:
     """Train as cfg says; argv is what was typed. Returns the exit status."""
     chosen = runtime.choose(cfg)
-    data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
-    check_against_data(cfg, len(data.train), len(data.val))
-    runtime.check_memory(cfg, data.tokenizer.vocab_size, chosen.device)
+    task = load_task(cfg)
+    runtime.check_memory(cfg, task.outputs, task.positions, chosen.device)
     out, lock = choose_folder(cfg)
-    run = Run(cfg, data, chosen, out)
+    run = Run(cfg, task, chosen, out)
     stop = Stop()
     if cfg.resume:
         run.load(cfg.resume)
-    print(f"data: {data.name} from {data.source}; {len(data.train):,} tokens to train on, {len(data.val):,} to evaluate")
+    print(f"data: {task.about}")
     print("\n".join(chosen.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
           + (f", {cfg.bits} bits, rule {cfg.rule}, memory {cfg.memory}" if cfg.method == "gft" else ""))  # fmt: skip
@@ -309,7 +276,11 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     except OSError as error:
         print(f"note: {curve} cannot be written: {error.strerror}", file=sys.stderr)
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
-          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}\nsample: {python()} sample.py {out} --prompt \"ROMEO:\"")  # fmt: skip
+          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}")  # fmt: skip
+    if task.image is None:
+        print(f"sample: {python()} sample.py {out} --prompt \"ROMEO:\"")
+    else:
+        print(f"use: {python()} predict.py {out} IMAGE...")
     print(json.dumps({key: None if value != value else value for key, value in summary.items()}, allow_nan=False))
     return 0
 

@@ -5,7 +5,7 @@
     report    redraw RESULTS.md from the results that are there
 
 A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
-RESULTS.md alone.
+RESULTS.md alone. What needs a GPU: `python -m experiments.gpu`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import small, speed
+from experiments import gpu, small, speed
 from experiments.sweep import ROOT, Store
 from gft.errors import UserError
 
@@ -66,7 +66,7 @@ def report() -> None:
         store = Store(RESULTS / f"{name}.jsonl")
         if store.done:
             text += section(name, module, store)
-    text += ["## On a GPU", "", "Not measured yet.", ""]
+    text += gpu.section(gpu.Plan(ROOT / "results" / "gpu"))
     (ROOT / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
     print(f"wrote {ROOT / 'RESULTS.md'}")
 

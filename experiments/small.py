@@ -116,7 +116,7 @@ def table(store: Store, threads: int = 1) -> str:
         losses = [r["val_loss"] for r in runs]
         base = mean(losses) if base is None else base  # AdamW is the first row
         lines.append(
-            f"| {row.name} | {runs[0]['bits']} | {_settings(runs[0])} | {spread(losses)} ({len(losses)} seeds) | "
+            f"| {row.name} | {runs[0]['bits']} | {settings(runs[0])} | {spread(losses)} ({len(losses)} seeds) | "
             f"{mean(losses) - base:+.4f} | {row.target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
             f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
         )
@@ -128,12 +128,13 @@ def tuning_table(store: Store) -> str:
     lines = ["| row | settings | loss on the held-out part |", "|---|---|---|"]
     for record in store.done.values():
         if record["eval_on"] == "tune":
-            lines.append(f"| {record['label']} | {_settings(record)} | {record['val_loss']:.4f} |")
+            lines.append(f"| {record['label']} | {settings(record)} | {record['val_loss']:.4f} |")
     return "\n".join(lines)
 
 
-def _settings(record: dict) -> str:
-    hidden = {"eval_on", "seed", "threads", "method", "bits"}
+def settings(record: dict) -> str:
+    """What was chosen for a run: its overrides but those the tables show elsewhere."""
+    hidden = {"eval_on", "seed", "threads", "method", "bits", "sample_tokens"}
     pairs = zip(record["arguments"][1::2], record["arguments"][2::2], strict=True)
-    usual = (("--steps", "500"),)
+    usual = (("--steps", "500"),) if record["arguments"][0] == CONFIG else ()
     return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in hidden and (key, value) not in usual)

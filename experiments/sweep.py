@@ -8,6 +8,7 @@ what its arguments mean now: who changes a config or a default removes the lines
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,8 @@ class Store:
 
 def commit() -> str:
     """The commit the code is at, with "+" if it was changed since (results aside); empty outside a git checkout."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)

@@ -22,11 +22,12 @@ class FloatLinear(nn.Module):
         self.weight = nn.Parameter(start / start.std() / in_features**0.5)
         self.gain, self.squared_relu, self.bits = gain, squared_relu, bits
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., in) to (..., out), plus residual (..., out) if given."""
         if self.squared_relu:
             x = F.relu(x).square()
-        return F.linear(F.rms_norm(x, x.shape[-1:]), fake_quantize(self.weight, self.bits)) * self.gain
+        y = F.linear(F.rms_norm(x, x.shape[-1:]), fake_quantize(self.weight, self.bits)) * self.gain
+        return y if residual is None else residual + y
 
 
 class FloatEmbedding(nn.Module):

@@ -35,21 +35,20 @@ class Clock:
     def rows(self, first: int, count: int, device: torch.device) -> Tensor:
         """Dither words of tokens first .. first + count - 1 of the step: int32 (count, 1)."""
         if self._rows is None or len(self._rows) < first + count or self._rows.device != device:
-            words = dither_words(self.seed, self.step, Stream.ROWS, first + count)
-            self._rows = words.to(device)
+            self._rows = dither_words(self.seed, self.step, Stream.ROWS, first + count, device=device)
         return self._rows[first : first + count, None]
 
     def columns(self, first: int, count: int, device: torch.device) -> Tensor:
         """Dither words of columns first .. first + count - 1: int32 (count,)."""
         if self._columns is None or self._columns.device != device:
-            words = dither_words(self.seed, self.step, Stream.COLUMNS, max(self._widths, first + count))
-            self._columns = words.to(device)
+            count_all = max(self._widths, first + count)
+            self._columns = dither_words(self.seed, self.step, Stream.COLUMNS, count_all, device=device)
         return self._columns[first : first + count]
 
-    def integers(self, stream: int, count: int) -> Tensor:
-        """Words of the step for `stream`: int64 (count,) below 2^32, on the CPU."""
-        return integers(self.seed, self.step, stream, count)
+    def integers(self, stream: int, count: int, start: int = 0) -> Tensor:
+        """Words start .. start + count - 1 of the step for `stream`: int64 (count,) below 2^32, on the CPU."""
+        return integers(self.seed, self.step, stream, count, start)
 
-    def uniform(self, stream: int, count: int) -> Tensor:
-        """Uniform numbers of the step for `stream`: float64 (count,) on the CPU."""
-        return uniform(self.seed, self.step, stream, count)
+    def uniform(self, stream: int, count: int, start: int = 0) -> Tensor:
+        """Uniform numbers start .. start + count - 1 of the step for `stream`: float64 (count,) on the CPU."""
+        return uniform(self.seed, self.step, stream, count, start)

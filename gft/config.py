@@ -22,7 +22,10 @@ from gft.keys import closest, convert, help_lines, key, known_keys, listed, numb
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 RULES = ("contribution", "gain", "balanced", "spectral")
-BASELINES = "method=adamw|muon|ste"
+WITH_FLOATS = "method|int_layers!=gft|all"  # a baseline, or some layers left in fp32
+IMAGES = ("imagenette", "mnist")
+WITH_IMAGES, WITH_TEXT = f"data={'|'.join(IMAGES)}", f"data!={'|'.join(IMAGES)}"
+LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,32 @@ class Config:
     A changed copy is `validate(dataclasses.replace(cfg, bits=4))`. The name is a label: it takes no part in comparison.
     """
 
-    data: str = key("tinyshakespeare", "data", "tinyshakespeare, stdlib, or the path of a UTF-8 text file")
+    data: str = key("tinyshakespeare", "data", "tinyshakespeare, stdlib, or the path of a UTF-8 text file; imagenette or mnist")
     data_dir: str = key("", "data", "folder to look in first for the data; empty: the usual places", free=True)
-    tokenizer: str = key("char", "data", "how text becomes tokens", choices=("char", "bpe", "gpt2"))
+    tokenizer: str = key("char", "data", "how text becomes tokens", choices=("char", "bpe", "gpt2"), needs=WITH_TEXT)
     vocab_size: int = key(512, "data", "tokens to learn, the 256 bytes included", low=257, high=65536,
                           needs="tokenizer=bpe")
     eval_on: str = key("val", "data", "val: train on the first 90%, evaluate on the last 10%; tune: train on the "
-                       "first 81%, evaluate on the next 9%, never touch the last 10%", choices=("val", "tune"))
+                       "first 81%, evaluate on the next 9%, never touch the last 10%; of images, val is the official split "
+                       "and tune a tenth of the training images", choices=("val", "tune"))
+    image_side: int = key(64, "data", "images are brought to this many pixels a side (mnist has 28)", low=8, high=512,
+                          needs="data=imagenette")
+    flip: float = key(0.0, "data", "share of the training images that are mirrored", low=0, high=1, needs=WITH_IMAGES)
+    crop_min: float = key(1.0, "data", "training images are cropped to a share of their area between this and 1", above=0,
+                          high=1, needs=WITH_IMAGES)
+    mix: str = key("none", "data", "training images are mixed two by two", choices=("none", "mixup", "cutmix", "both"),
+                   needs=WITH_IMAGES)
+    mix_alpha: float = key(1.0, "data", "Beta(this, this) gives the shares; less keeps one of the two images more whole",
+                           above=0, high=1, needs=f"{WITH_IMAGES} mix=mixup|cutmix|both")
 
+    model: str = key("transformer", "model", "transformer, or (images) mlp: n_layer hidden layers of d_model",
+                     choices=("transformer", "mlp"))
+    patch: int = key(8, "model", "side of a ViT's patches in pixels", low=1, high=128, needs=f"{WITH_IMAGES} model=transformer")
     n_layer: int = key(4, "model", "transformer blocks", low=1, high=1000)
-    n_head: int = key(4, "model", "attention heads", low=1, high=1024)
+    n_head: int = key(4, "model", "attention heads", low=1, high=1024, needs="model=transformer")
     # An MLP reduces over 4 d_model products of +-127: at most 133,144 of them are safe in int32.
     d_model: int = key(128, "model", "width, a multiple of 2 n_head", low=2, high=32768)
-    context: int = key(64, "model", "tokens seen at once", low=1, high=1 << 20)
+    context: int = key(64, "model", "tokens seen at once", low=1, high=1 << 20, needs=WITH_TEXT)
     init_spread: float = key(0.33, "model", "standard deviation of the first weights, as a share of the limit",
                              above=0, high=10, needs="method=gft")
     act_range: float = key(6.0, "model", "activations are rounded to 255 levels in -A..A, A = this", above=0, high=1000,
@@ -53,6 +69,9 @@ class Config:
     method: str = key("gft", "method", "integer flips, or a baseline on the same architecture: adamw, muon, ste "
                       "(latent weights, straight-through)", choices=("gft", "adamw", "muon", "ste"))
     bits: int = key(6, "method", "bits of a weight; 2 is ternary, 1 is -1/+1", low=1, high=8, needs="method=gft|ste")
+
+    int_layers: str = key("all", "method", f"kinds of layer that are integer, the others being fp32 under AdamW: all, or some of "
+                          f"{', '.join(LAYER_KINDS)}, separated by commas", needs="method=gft")
 
     rule: str = key("spectral", "gft", "how votes become scores", choices=RULES, needs="method=gft")
     embedding_rule: str = key("balanced", "gft", "the same for the embedding", choices=RULES, needs="method=gft")
@@ -82,19 +101,23 @@ class Config:
     delta_scale: str = key("step", "gft", "int8 scale of the error from this step, or (delayed) from earlier ones",
                            choices=("step", "delayed"), needs="method=gft")
 
+    flip_at: str = key("step", "gft", "weights flip at the step, or as soon as a layer's delta has passed (less memory)",
+                       choices=("step", "backward"), needs="method=gft")
+
     steps: int = key(1000, "training", "weight updates", low=1, high=10**9)
     batch_size: int = key(48, "training", "sequences a step, over all micro-batches", low=1, high=10**6)
     grad_accum: int = key(1, "training", "micro-batches a step, divides batch_size", low=1, high=10**6)
-    lr: float = key(8e-3, "training", "learning rate of a baseline", above=0, high=1000, needs=BASELINES)
+    lr: float = key(8e-3, "training", "learning rate of float weights", above=0, high=1000, needs=WITH_FLOATS)
     muon_lr: float = key(1.6e-2, "training", "learning rate of Muon, which trains the matrices of the blocks; lr is AdamW's, "
                          "for embedding and head", above=0, high=1000, needs="method=muon")
-    beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1, needs=BASELINES)
-    weight_decay: float = key(0.0, "training", "weight decay of a baseline", low=0, high=1000, needs=BASELINES)
-    warmup: int = key(0, "training", "steps over which lr rises from 0", low=0, high=10**9, needs=BASELINES)
-    lr_end: float = key(0.1, "training", "lr at the end, as a share of lr", low=0, high=1, needs=BASELINES)
+    beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1, needs=WITH_FLOATS)
+    weight_decay: float = key(0.0, "training", "weight decay of float weights", low=0, high=1000, needs=WITH_FLOATS)
+    warmup: int = key(0, "training", "steps over which lr rises from 0", low=0, high=10**9, needs=WITH_FLOATS)
+    lr_end: float = key(0.1, "training", "lr at the end, as a share of lr", low=0, high=1, needs=WITH_FLOATS)
     seed: int = key(1, "training", "the same seed, the same run", low=0, high=2**31 - 1)
 
-    precision: str = key("fp32", "running", "arithmetic of a baseline", choices=("fp32", "bf16"), needs=BASELINES)
+    precision: str = key("fp32", "running", "arithmetic of a baseline; with gft, what activations are kept in between layers",
+                         choices=("fp32", "bf16"))
     backend: str = key("auto", "running", "what runs the integer kernels", choices=("auto", "torch", "triton"))
     device: str = key("auto", "running", "where it runs", choices=("auto", "cpu", "cuda"))
     compile: str = key("auto", "running", "torch.compile", choices=("auto", "true", "false"))
@@ -274,12 +297,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _conflicts(c: Config) -> list[str]:
     """What cannot work although every key by itself is allowed."""
     found = []
-    if c.d_model % (2 * c.n_head):
+    if c.model == "transformer" and c.d_model % (2 * c.n_head):
         heads = [n for n in range(1, min(c.d_model, 1024) + 1) if c.d_model % (2 * n) == 0]
         why = "n_head must divide d_model" if c.d_model % c.n_head else (
             f"the width of a head, d_model / n_head = {c.head_dim}, must be even (rotary positions turn pairs)")
         found.append(f"d_model = {c.d_model}, n_head = {c.n_head}: {why}; " + (
             f"use n_head = {listed(heads, near=c.n_head)}" if heads else "use an even d_model"))
+    if c.data in IMAGES:
+        found += _image_conflicts(c)
+    elif c.model == "mlp":
+        found.append(f'model = mlp, data = {c.data}: the mlp reads images; use model = transformer, or data = mnist')
+    unknown = [kind for kind in c.int_layers.split(",") if kind not in LAYER_KINDS]
+    if c.int_layers != "all" and unknown:
+        found.append(f"int_layers = {c.int_layers}: there is no {unknown[0] or 'empty'!r} layer; write all, or some of "
+                     f"{', '.join(LAYER_KINDS)}, separated by commas")
     if c.batch_size % c.grad_accum:
         parts = [n for n in range(1, min(c.batch_size, 1024) + 1) if c.batch_size % n == 0]
         found.append(f"batch_size = {c.batch_size}, grad_accum = {c.grad_accum}: grad_accum must divide batch_size; "
@@ -299,6 +330,9 @@ def _conflicts(c: Config) -> list[str]:
     if c.k_warmup > c.steps:
         found.append(f"k_warmup = {c.k_warmup}, steps = {c.steps}: the warm-up must fit into the run; lower k_warmup "
                      "or raise steps")
+    if c.flip_at == "backward" and c.grad_accum > 1:
+        found.append(f"flip_at = backward, grad_accum = {c.grad_accum}: weights would move before the step's other micro-batches "
+                     "have voted; use flip_at = step or grad_accum = 1")
     if "spectral" in (c.rule, c.embedding_rule) and c.ortho_tile % 16:
         found.append(f"ortho_tile = {c.ortho_tile}: must be 0 (whole matrix) or a multiple of 16; use "
                      f"{c.ortho_tile // 16 * 16 + 16}")
@@ -307,11 +341,28 @@ def _conflicts(c: Config) -> list[str]:
     return found
 
 
+def _image_conflicts(c: Config) -> list[str]:
+    """What cannot work with images."""
+    found = []
+    if c.model == "transformer":
+        side = 28 if c.data == "mnist" else c.image_side
+        if side % c.patch:
+            fitting = [n for n in range(1, side + 1) if side % n == 0]
+            found.append(f"patch = {c.patch}: must divide the images' side, {side}; use patch = {listed(fitting, near=c.patch)}")
+        if c.d_model % (4 * c.n_head) and c.d_model % (2 * c.n_head) == 0:
+            found.append(f"d_model = {c.d_model}, n_head = {c.n_head}: the width of a head, {c.head_dim}, must be a multiple of 4 "
+                         f"(rotary positions turn pairs by row and by column); use d_model = {4 * c.n_head * (c.head_dim // 4 + 1)}")
+    return found
+
+
 def unmet(cfg: Config, f: dataclasses.Field) -> str:
     """The conditions under which f has an effect and that cfg does not meet, readable; empty if there are none."""
     unmet = []
     for condition in f.metadata.get("needs", "").split():
         keys, _, values = condition.partition("=")
-        if not any(getattr(cfg, k) in values.split("|") for k in keys.split("|")):
+        if keys.endswith("!"):
+            if all(getattr(cfg, k) in values.split("|") for k in keys[:-1].split("|")):
+                unmet.append(f"{keys[:-1].replace('|', ' or ')} other than {values.replace('|', ' or ')}")
+        elif not any(getattr(cfg, k) in values.split("|") for k in keys.split("|")):
             unmet.append(f"{keys.replace('|', ' or ')} = {values.replace('|', ' or ')}")
     return " and ".join(unmet)

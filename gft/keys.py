@@ -28,7 +28,7 @@ def key(default: Any, group: str, help: str, **rules: Any) -> Any:
 
     choices       the texts allowed
     low, high     bounds that are themselves allowed; above, below: bounds that are not
-    needs         "key=value", several separated by spaces, alternatives by "|": without these the key has no effect
+    needs         "key=value" or "key!=value", several separated by spaces, alternatives by "|": else the key has no effect
     bare          the value meant by --key with nothing after it
     free          True: may differ between a checkpoint and its resumption, the final weights are the same
     """
@@ -39,6 +39,8 @@ def convert(f: dataclasses.Field, value: Any) -> Any:
     """value in f's type. Raises ValueError with the rule and a remedy."""
     rules, wrong = f.metadata, ValueError(f"must be {rule(f)} (default {show(f.default)}){_remedy(f, value)}")
     if f.type is str:
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = ",".join(value)
         if isinstance(value, bool) and "true" in rules.get("choices", ()):
             value = str(value).lower()
         if not isinstance(value, str) or value not in rules.get("choices", [value]) or (f.default and not value):
@@ -129,10 +131,10 @@ def known_keys(values: Mapping[str, Any], fields: Fields, where: str = "") -> tu
         k = spelled.replace("-", "_")
         if k in known:
             problems.append(f"{k} is given twice{where}, with a dash and with an underscore; keep one")
-        elif k in fields:
-            known[k] = value
         elif isinstance(value, dict):
             problems.append(f"[{spelled}]{where}: keys are not grouped in tables; remove that line, keep its keys")
+        elif k in fields:
+            known[k] = value
         else:
             remedy = closest(k, fields, "did you mean {}?") or "--help lists every key"
             problems.append(f"unknown key {short(spelled)}{where}; {remedy}")

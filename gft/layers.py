@@ -12,11 +12,13 @@ backward at all, even where the input needs no delta, is `tap`: a leaf of zero e
 import itertools
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from gft.clock import Clock
+from kernels.backend import on_triton
 from kernels.contribution import add_votes, votes
 from kernels.embedding import embedding, embedding_votes
 from kernels.int8_matmul import int8_matmul, int8_product
@@ -24,6 +26,7 @@ from kernels.philox import Stream, normal
 from kernels.quantize import absmax, quantize_delta, rmsnorm_quantize
 from kernels.rmsnorm import rmsnorm_backward
 
+HALVES = (torch.float16, torch.bfloat16)
 DELAY = 16  # steps whose largest delta sets a delayed scale
 HEADROOM = 2.0  # a delayed scale leaves this much room over that largest delta
 
@@ -73,6 +76,7 @@ class IntLayer(nn.Module, ABC):
         self.tap = torch.zeros(0, requires_grad=True)
         self.delta_kind, self.delta_scale = "int8", "step"
         self.watched = False  # a monitor wants to know the share of delta at the limit of int8
+        self.learn_now: Callable[[IntLayer], None] | None = None  # set where weights flip inside the backward pass
         # Training state, kept by the optimizer's state_dict: a net that only samples has none.
         self.register_buffer("delta_history", None, persistent=False)
         self.attach(Clock(seed))
@@ -112,11 +116,15 @@ class IntLayer(nn.Module, ABC):
         """A delayed scale that has seen no step yet: deltas are measured row by row, and no weight moves."""
         return self.delta_scale == "delayed" and not self.measured
 
-    def forget(self) -> None:
-        """Drop what was held for a step that will not be taken."""
+    def drop_votes(self) -> None:
+        """Drop votes and the operands of votes."""
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
         self.summed: Tensor | None = None
         self.summed_sigma: Tensor | None = None
+
+    def forget(self) -> None:
+        """Drop what was held for a step that will not be taken."""
+        self.drop_votes()
         self.rows_seen = 0
         self.saturation = 0.0
         self.largest_delta: Tensor | None = None
@@ -147,6 +155,8 @@ class IntLayer(nn.Module, ABC):
         if self.held:
             self._sum_held()
         self.held.append((d, operand, sigma))
+        if self.learn_now is not None:
+            self.learn_now(self)
 
     def add(self, d: Tensor, operand: Tensor, sigma: Tensor) -> None:
         """As `hold`, but form the votes now: for operands whose memory is used again at once."""
@@ -172,9 +182,13 @@ class IntLayer(nn.Module, ABC):
     def _votes(self, d: Tensor, operand: Tensor) -> Tensor:
         """Votes (out, in) of one pass from its int8 operands."""
 
+    def has_votes(self) -> bool:
+        """Whether a backward pass has been here since the last step."""
+        return bool(self.held) or self.summed is not None
+
     def take_votes(self) -> Tensor | None:
         """Votes (out, in) of all passes since the last step, or None if there were none; what was held is dropped."""
-        if not self.held and self.summed is None:
+        if not self.has_votes():
             return None
         self._sum_held()
         return self.summed
@@ -189,8 +203,9 @@ class IntLayer(nn.Module, ABC):
 
 
 class IntLinear(IntLayer):
-    """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output float32 (..., out).
+    """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output (..., out).
 
+    The output is float32, or as the input if that has 16 bits; norms, scales and sums are fp32 either way.
     `gain` scales the output, `squared_relu` puts relu(x)^2 in front of the norm, `spread` is the standard
     deviation of the initial weights in units of Q, `act_range` the A of the activation grid. With `seed`, `index` fixes
     the initial weights; without one, layers made one after another differ.
@@ -211,13 +226,20 @@ class IntLinear(IntLayer):
     def _votes(self, d: Tensor, operand: Tensor) -> Tensor:
         return votes(d, operand)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) float to (..., out) float32. Raises ValueError on another width."""
+    def operands(self) -> tuple[Tensor, Tensor] | None:
+        """The int8 operands (D, X) of the only pass since the last step; None if its votes are formed or there were several."""
+        return self.held[0][:2] if self.summed is None and len(self.held) == 1 else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., in) float to (..., out), plus residual (..., out) if given. Raises ValueError on another width
+        or an empty batch."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"IntLinear: got rows of {x.shape[-1]}; this layer takes {self.in_features}")
+        if x.numel() == 0:
+            raise ValueError(f"IntLinear: got an empty batch {tuple(x.shape)}; it needs at least one row")
         return _IntLinearFunction.apply(
-            x, self.tap, self.weight, self.scale, self.act_range, self.squared_relu,
-            self.delta_kind, self.delta_scale, self.handle,
+            x, residual, self.tap, self.weight, self.scale, self.act_range, self.squared_relu,
+            self.delta_kind, self.delta_scale, self.handle, torch.is_grad_enabled(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -225,11 +247,11 @@ class IntLinear(IntLayer):
 
 
 class IntEmbedding(IntLayer):
-    """y = W[token] s with integer W (rows, width). Tokens int64 of any shape, output float32 (..., width)."""
+    """y = W[token] s with integer W (rows, width). Tokens int64 of any shape, output (..., width) of type `dtype`."""
 
     def __init__(self, rows: int, width: int, bits: int = 6, gain: float = 1.0, spread: float = 0.33, seed: int = 1,
-                 index: int | None = None):  # fmt: skip
-        self.rows, self.width = rows, width
+                 index: int | None = None, dtype: torch.dtype = torch.float32):  # fmt: skip
+        self.rows, self.width, self.dtype = rows, width, dtype
         super().__init__((rows, width), bits, 1, gain, spread, seed, index)
 
     @property
@@ -240,11 +262,11 @@ class IntEmbedding(IntLayer):
         return embedding_votes(d, operand, self.rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 (...) to float32 (..., width). Raises ValueError on an empty batch."""
+        """tokens int64 (...) to (..., width). Raises ValueError on an empty batch."""
         if tokens.numel() == 0:
             raise ValueError(f"IntEmbedding: got an empty batch {tuple(tokens.shape)}; it needs at least one token")
         return _IntEmbeddingFunction.apply(
-            tokens, self.tap, self.weight, self.scale, self.delta_kind, self.delta_scale, self.handle
+            tokens, self.tap, self.weight, self.scale, self.delta_kind, self.delta_scale, self.handle, self.dtype
         )
 
     def extra_repr(self) -> str:
@@ -278,63 +300,93 @@ def _(delta: Tensor, handle: int) -> Tensor:
 
 
 @torch.library.custom_op("nanogft::hold", mutates_args=())
-def _hold(d: Tensor, operand: Tensor, sigma: Tensor, handle: int) -> Tensor:
-    _layers[handle].add(d, operand, sigma.clone())
+def _hold(d: Tensor, operand: Tensor, sigma: Tensor, after: Tensor, handle: int) -> Tensor:
+    # The graph may use the operands' memory again as soon as this returns.
+    layer = _layers[handle]
+    if layer.learn_now is not None:
+        layer.hold(d, operand, sigma)
+    elif on_triton(d):
+        layer.hold(_copy(d), _copy(operand), sigma.clone())  # votes are formed and used up in one kernel, at the step
+    else:
+        layer.add(d, operand, sigma.clone())
     return torch.zeros(0)
 
 
 @_hold.register_fake
-def _(d: Tensor, operand: Tensor, sigma: Tensor, handle: int) -> Tensor:
+def _(d: Tensor, operand: Tensor, sigma: Tensor, after: Tensor, handle: int) -> Tensor:
     return torch.empty(0)
 
 
-def _receive(delta: Tensor, operand: Tensor, kind: str, scale: str, handle: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise delta float32 (T, n) and hold the operands of the votes: D int8, sigma () or (T, 1), the tap's gradient."""
+def _copy(columns: Tensor) -> Tensor:
+    """A copy whose columns, not rows, lie one after another: how kernels want the operands of votes."""
+    return columns.t().clone(memory_format=torch.contiguous_format).t()
+
+
+def _quantise(delta: Tensor, kind: str, scale: str, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+    """delta (T, n) on its int8 grid: D int8, what of it votes int8, sigma float32 () or (T, 1)."""
     compiling = torch.compiler.is_compiling()
     rows, columns = _delta_words(delta, handle) if compiling else _layers[handle].words_for(*delta.shape, delta.device)
     if scale == "delayed":
         sigma = _delayed_sigma(delta, handle) if compiling else _layers[handle].delayed_sigma(delta)
     else:
         sigma = absmax(delta) / 127.0
-    d = quantize_delta(delta, sigma, rows, columns)
-    voter = torch.sign(delta).to(torch.int8) if kind == "sign" else d
-    if compiling:
-        return d, sigma, _hold(voter, operand, sigma, handle)
-    _layers[handle].hold(voter, operand, sigma)
-    return d, sigma, torch.zeros(0)
+    d, voter = quantize_delta(delta, sigma, rows, columns)
+    return d, torch.sign(delta).to(torch.int8) if kind == "sign" else voter, sigma
+
+
+def _keep(d: Tensor, operand: Tensor, sigma: Tensor, after: Tensor, handle: int) -> Tensor:
+    """Give the operands of the votes to the layer, once `after` is there: a layer that learns at once changes its weight.
+
+    Returns the gradient of the layer's tap.
+    """
+    if torch.compiler.is_compiling():
+        return _hold(d, operand, sigma, after, handle)
+    _layers[handle].hold(d, operand, sigma)
+    return torch.zeros(0)
 
 
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tap, weight, scale, act_range, squared_relu, kind, delta_scale, handle):
-        flat = x.reshape(-1, weight.shape[1]).to(torch.float32).contiguous()
-        grid, inverse_rms = rmsnorm_quantize(flat, act_range, squared_relu)
-        ctx.save_for_backward(flat, grid, inverse_rms, weight, scale)
+    def forward(ctx, x, residual, tap, weight, scale, act_range, squared_relu, kind, delta_scale, handle, learning):
+        dtype = x.dtype if x.dtype in HALVES else torch.float32
+        flat = x.reshape(-1, weight.shape[1]).to(dtype).contiguous()
+        grid, voter, inverse_rms = rmsnorm_quantize(flat, act_range, squared_relu, learning)
+        ctx.save_for_backward(flat, voter, inverse_rms, weight, scale)
         ctx.squared_relu, ctx.delta, ctx.shape, ctx.dtype = squared_relu, (kind, delta_scale, handle), x.shape, x.dtype
-        y = int8_matmul(grid, weight, scale * (act_range / 127.0))
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        if residual is not None:
+            residual = residual.reshape(-1, weight.shape[0]).to(dtype)
+        y = int8_matmul(grid, weight, scale * (act_range / 127.0), residual, dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, delta):
-        flat, grid, inverse_rms, weight, scale = ctx.saved_tensors
-        d, sigma, tap = _receive(delta.reshape(-1, weight.shape[0]), grid, *ctx.delta)
-        delta_x = None
+        flat, voter, inverse_rms, weight, scale = ctx.saved_tensors
+        d, d_voter, sigma = _quantise(delta.reshape(-1, weight.shape[0]), *ctx.delta)
+        delta_x, after = None, d
         if ctx.needs_input_grad[0]:
-            product = int8_product(d, weight)
-            delta_x = rmsnorm_backward(product, scale * sigma, flat, inverse_rms, ctx.squared_relu)
+            if flat.dtype in HALVES:
+                after = int8_matmul(d, weight.t(), scale * sigma, None, flat.dtype)
+                delta_x = rmsnorm_backward(after, torch.ones_like(scale), flat, inverse_rms, ctx.squared_relu)
+            else:
+                after = int8_product(d, weight)
+                delta_x = rmsnorm_backward(after, scale * sigma, flat, inverse_rms, ctx.squared_relu)
             delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
-        return delta_x, tap, None, None, None, None, None, None, None
+        tap = _keep(d_voter, voter, sigma, after, ctx.delta[2])
+        delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
+        return delta_x, delta_residual, tap, None, None, None, None, None, None, None, None
 
 
 class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, tap, weight, scale, kind, delta_scale, handle):
+    def forward(ctx, tokens, tap, weight, scale, kind, delta_scale, handle, dtype):
         ctx.save_for_backward(tokens)
         ctx.delta = kind, delta_scale, handle
-        return embedding(tokens, weight, scale)
+        return embedding(tokens, weight, scale, dtype)
 
     @staticmethod
     def backward(ctx, delta):
         (tokens,) = ctx.saved_tensors
-        _, _, tap = _receive(delta.reshape(-1, delta.shape[-1]), tokens.reshape(-1), *ctx.delta)
-        return None, tap, None, None, None, None, None
+        d, voter, sigma = _quantise(delta.reshape(-1, delta.shape[-1]), *ctx.delta)
+        tap = _keep(voter, tokens.reshape(-1), sigma, d, ctx.delta[2])
+        return None, tap, None, None, None, None, None, None

@@ -1,6 +1,6 @@
 """One interface to every method: what the training loop asks of GFT and of its rivals.
 
-    gft     FlipOptimizer
+    gft     FlipOptimizer; where int_layers leaves some layers in fp32, AdamW for those in the same step
     adamw   torch.optim.AdamW on every weight
     muon    torch.optim.Muon on the matrices of the blocks, AdamW on embedding and head
     ste     AdamW on latent weights that are rounded to `bits` bits in the forward pass
@@ -21,28 +21,37 @@ class FlipLearner:
 
     def __init__(self, net: nn.Module, cfg: Config):
         keys = ("k", "k_end", "k_schedule", "k_warmup", "steps", "rule", "embedding_rule", "ortho_tile", "select_tile",
-                "flip_prob", "flip_gamma", "step_size", "memory", "beta", "delta", "delta_scale", "seed")  # fmt: skip
+                "flip_prob", "flip_gamma", "step_size", "memory", "beta", "delta", "delta_scale", "seed",
+                "flip_at")  # fmt: skip
         self.optimizer = FlipOptimizer(net, **{key: getattr(cfg, key) for key in keys})
+        self.floats = GradientLearner(net, cfg) if any(True for _ in net.parameters()) else None
 
     def loss_scale(self, tokens: int) -> float:
-        """Factor on the summed loss. delta is not divided by the number of tokens: its int8 scale follows it anyway."""
+        """Factor on the summed loss. delta is not divided by the number of tokens: its int8 scale follows it anyway.
+
+        Nor does AdamW, in the float layers there may be, ask how large a gradient is.
+        """
         return 1.0
 
     def step(self, step: int) -> int:
         """Make step number `step`. Returns the number of weights changed."""
-        return self.optimizer.step()
+        return self.optimizer.step() + (self.floats.step(step) if self.floats else 0)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save beside the net's."""
-        return self.optimizer.state_dict()
+        floats = self.floats.state() if self.floats else {}
+        return self.optimizer.state_dict() | {f"float.{name}": value for name, value in floats.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take what `state` gave."""
-        self.optimizer.load_state_dict(state)
+        floats = {name.removeprefix("float."): state[name] for name in state if name.startswith("float.")}
+        self.optimizer.load_state_dict({name: value for name, value in state.items() if not name.startswith("float.")})
+        if self.floats:
+            self.floats.load(floats)
 
     def state_bytes(self) -> int:
-        """Bytes of state per weight kept between steps."""
-        return self.optimizer.state_bytes()
+        """Bytes of state kept between steps."""
+        return self.optimizer.state_bytes() + (self.floats.state_bytes() if self.floats else 0)
 
     def scale_bytes(self) -> int:
         """Bytes of scales: of layers, memory tiles and delayed deltas."""

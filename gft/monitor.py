@@ -42,8 +42,6 @@ class Monitor:
             layer.watched = self.due
 
     def _observe(self, done: LayerStep) -> None:
-        if not self.due:
-            return
         layer, weight = done.layer, done.layer.weight
         self.rows[self.names[layer.index]] = {
             "flips": done.flips / weight.numel(),

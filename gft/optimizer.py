@@ -18,6 +18,8 @@ from gft.layers import IntEmbedding, IntLayer
 from gft.rules import Rule, learn
 from gft.schedule import KINDS as SCHEDULES
 from gft.schedule import scheduled, step_size_at
+from kernels.backend import on_triton
+from kernels.contribution_flip import Matrix, learn_step, why_not
 from kernels.memory import MEMORY_TILE, remember_
 from kernels.philox import Stream, dither_words
 from kernels.scores import RULES
@@ -26,7 +28,7 @@ from kernels.tiles import tile_grid
 
 @dataclass
 class LayerStep:
-    """What one layer did in a step, for a monitor: its votes (out, in) and the number of weights flipped."""
+    """What a watched layer did in a step: its votes (out, in) and the number of weights flipped."""
 
     layer: IntLayer
     votes: Tensor
@@ -35,10 +37,18 @@ class LayerStep:
 
 @dataclass
 class Group:
-    """Layers that learn by one rule at one width."""
+    """Layers that learn by one rule at one width, and the tile at which each begins in the group's random words."""
 
     rule: Rule
     layers: list[IntLayer] = field(default_factory=list)
+    first_tiles: dict[int, int] = field(default_factory=dict)
+    tiles: int = 0
+
+    def add(self, layer: IntLayer) -> None:
+        """Append a layer."""
+        self.layers.append(layer)
+        self.first_tiles[layer.index] = self.tiles
+        self.tiles += self.rule.tiles(layer)
 
 
 class FlipOptimizer:
@@ -50,6 +60,8 @@ class FlipOptimizer:
     units at the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta.
     delta "sign" lets only the sign of delta vote; delta_scale "delayed" scales delta by the largest maximum of the
     last 16 steps, so that micro-batches add up to exactly the one big batch; its first step only measures.
+    flip_at "backward" lets every layer learn as soon as its delta has passed, so that no operands are held until the step:
+    the same weights for less memory. A layer used twice in a step is then refused.
 
     Raises ValueError if the model has no integer layer or a setting is unknown.
     """
@@ -59,11 +71,13 @@ class FlipOptimizer:
         steps: int = 1000, rule: str = "spectral", embedding_rule: str = "balanced", ortho_tile: int = 128,
         select_tile: int = 64, flip_prob: str = "one", flip_gamma: float = 1.0, step_size: int = 1,
         memory: str = "none", beta: float = 0.9, delta: str = "int8", delta_scale: str = "step", seed: int = 1,
+        flip_at: str = "step",
     ):  # fmt: skip
         known = {
             "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES), "flip_prob": (flip_prob, ("one", "score")),
             "memory": (memory, ("none", "int8")), "delta": (delta, ("int8", "sign")),
             "delta_scale": (delta_scale, ("step", "delayed")), "k_schedule": (k_schedule, SCHEDULES),
+            "flip_at": (flip_at, ("step", "backward")),
         }  # fmt: skip
         for name, (value, choices) in known.items():
             if value not in choices:
@@ -87,13 +101,20 @@ class FlipOptimizer:
         self.observer: Callable[[LayerStep], None] | None = None
         hidden = Rule(rule, ortho_tile, select_tile, flip_prob, flip_gamma)
         groups: dict[tuple[Rule, int], Group] = {}
+        self.group_of: dict[int, Group] = {}
         for index, layer in enumerate(self.layers):
             layer.index = index
             layer.attach(self.clock)
             layer.set_delta(delta, delta_scale)
             own = replace(hidden, name=embedding_rule) if isinstance(layer, IntEmbedding) else hidden
-            groups.setdefault((own, layer.bits), Group(own)).layers.append(layer)
+            group = groups.setdefault((own, layer.bits), Group(own))
+            group.add(layer)
+            self.group_of[layer.index] = group
         self.groups = list(groups.values())
+        self.flips: list[Tensor] = []  # of the step, on the device
+        self.learned: set[int] = set()
+        for layer in self.layers:
+            layer.learn_now = self._learn_now if flip_at == "backward" else None
         self.memories: dict[int, tuple[Tensor, Tensor]] = {}
         if memory == "int8":
             self.memories = {layer.index: self._empty_memory(layer) for layer in self.layers}
@@ -112,26 +133,54 @@ class FlipOptimizer:
     @torch.no_grad()
     def step(self) -> int:
         """Flip weights by the votes of the backward passes since the last step. Returns the number of flips."""
-        step = self.clock.step
-        k = scheduled(self.k, self.k_end, self.k_schedule, step, self.steps, self.k_warmup)
-        size = step_size_at(self.start_size, step, self.steps)
-        flips = sum(self._learn(group, k, size) for group in self.groups)
+        for group in self.groups:
+            self._learn(group, group.layers)
         for layer in self.layers:
             layer.finish_step()
-        self.clock.advance(step + 1)
-        return flips
+        flips, self.flips, self.learned = self.flips, [], set()
+        self.clock.advance(self.clock.step + 1)
+        return int(torch.cat(flips).sum()) if flips else 0
 
-    def _learn(self, group: Group, k: float, size: int) -> int:
-        taken = [(layer, v) for layer in group.layers if (v := layer.take_votes()) is not None]
-        if not taken:
-            return 0
-        layers, votes = (list(column) for column in zip(*taken, strict=True))
-        evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
-        flips = learn(group.rule, layers, evidence, k, size, self.clock)
-        if self.observer is not None:
-            for row in zip(layers, votes, flips, strict=True):
+    @torch.no_grad()
+    def _learn_now(self, layer: IntLayer) -> None:
+        """The step of one layer, called in its backward pass."""
+        if layer.index in self.learned:
+            raise ValueError(
+                f"FlipOptimizer: integer layer {layer.index} had a second backward pass in one step, and flip_at = backward moved "
+                "its weights in the first; take flip_at = step for micro-batches and for layers used twice"
+            )
+        self.learned.add(layer.index)
+        self._learn(self.group_of[layer.index], [layer])
+        layer.drop_votes()
+
+    def _learn(self, group: Group, layers: list[IntLayer]) -> None:
+        """Flip weights of a group's layers and note how many, without waiting for a GPU to have counted them."""
+        layers = [layer for layer in layers if layer.has_votes()]
+        if not layers:
+            return
+        k = scheduled(self.k, self.k_end, self.k_schedule, self.clock.step, self.steps, self.k_warmup)
+        size = step_size_at(self.start_size, self.clock.step, self.steps)
+        first_tiles, index = [group.first_tiles[layer.index] for layer in layers], group.layers[0].index
+        observed = self.observer is not None and any(layer.watched for layer in layers)
+        if on_triton(layers[0].weight) and not why_not(group.rule.select_tile, group.rule.flip_prob):
+            places = zip(layers, first_tiles, strict=True)
+            matrices = [Matrix(la.weight, la.index, first, self.memories.get(la.index)) for la, first in places]
+            # The fused kernel never writes votes down; who wants to see them makes it two kernels, which flip alike.
+            votes = [None if observed or isinstance(la, IntEmbedding) else la.operands() for la in layers]
+            votes = [layer.take_votes() if v is None else v for layer, v in zip(layers, votes, strict=True)]
+            rule = group.rule
+            flips = learn_step(
+                matrices, votes, rule=rule.name, bits=layers[0].bits, k=k, step_size=size, ortho_tile=rule.ortho_tile,
+                select_tile=rule.select_tile, seed=self.clock.seed, step=self.clock.step, index=index, beta=self.beta,
+            )  # fmt: skip
+        else:
+            votes = [layer.take_votes() for layer in layers]
+            evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
+            flips = torch.tensor(learn(group.rule, layers, evidence, first_tiles, index, k, size, self.clock))
+        self.flips.append(flips)
+        if observed:
+            for row in zip(layers, votes, flips.tolist(), strict=True):
                 self.observer(LayerStep(*row))
-        return sum(flips)
 
     def _remember(self, layer: IntLayer, votes: Tensor) -> Tensor:
         stored, scale = self.memories[layer.index]

@@ -45,17 +45,19 @@ class Metrics:
 class Progress:
     """One line about the run: redrawn on a terminal, printed every so often elsewhere."""
 
-    def __init__(self, steps: int, step: int, tokens_per_step: int):
-        self.steps, self.tokens = steps, tokens_per_step
+    def __init__(self, steps: int, step: int, per_step: int, unit: str):
+        self.steps, self.per_step, self.unit = steps, per_step, unit
         self.first, self.begun = step, time.monotonic()
         self.shown = self.begun
         self.val_loss: float | None = None
+        self.accuracy: float | None = None
         self.monitor: dict[str, float] | None = None
         self.terminal = sys.stdout.isatty()
 
     def show(self, record: dict) -> None:
         """Show the record of a step."""
         self.val_loss = record.get("val_loss", self.val_loss)
+        self.accuracy = record.get("accuracy", self.accuracy)
         self.monitor = record.get("monitor", self.monitor)
         now = time.monotonic()
         evaluated = "val_loss" in record
@@ -67,8 +69,9 @@ class Progress:
         left = int(pace * (self.steps - record["step"]))
         flips = f"flips {record['flips']:.3f}  " if record["flips"] < 1 else ""
         val = f"val {self.val_loss:.3f}  " if self.val_loss is not None else ""
+        val += f"right {self.accuracy:.1%}  " if self.accuracy is not None else ""
         text = (f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.3f}  {val}{flips}"
-                f"{self.tokens / pace:,.0f} tokens/s  {left // 60}:{left % 60:02d} left")  # fmt: skip
+                f"{self.per_step / pace:,.0f} {self.unit}/s  {left // 60}:{left % 60:02d} left")  # fmt: skip
         if self.terminal:
             print("\r\x1b[K" + text, end="\n" if evaluated else "", flush=True)
         else:

@@ -9,7 +9,7 @@ import torch
 
 from gft.config import Config
 from gft.errors import UserError
-from kernels import fuse
+from kernels import backend, fuse
 
 STEPS_WORTH_COMPILING = 300  # compiling takes about as long as it saves in that many small steps
 
@@ -39,16 +39,16 @@ def choose(cfg: Config) -> Runtime:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
     device, why_device = _device(cfg.device)
-    backend, why_backend = _backend(cfg.backend)
+    name, why_backend = _backend(cfg.backend, device)
     compiling, why_compile = _compile(cfg, device)
     fuse.enable(compiling)
     threads = torch.get_num_threads()
     reasons = (
         f"device: {device.type}, {why_device}; {threads} thread{'s' if threads > 1 else ''}",
-        f"backend: {backend}, {why_backend}",
+        f"backend: {name}, {why_backend}",
         f"compile: {'on' if compiling else 'off'}, {why_compile}",
     )
-    return Runtime(device, backend, compiling, threads, reasons)
+    return Runtime(device, name, compiling, threads, reasons)
 
 
 def _device(wanted: str) -> tuple[torch.device, str]:
@@ -57,14 +57,23 @@ def _device(wanted: str) -> tuple[torch.device, str]:
     if wanted != "auto":
         return torch.device(wanted), "as asked"
     if torch.cuda.is_available():
-        return torch.device("cuda"), "because torch finds a CUDA GPU (not yet tested on one)"
+        return torch.device("cuda"), "because torch finds a CUDA GPU"
     return torch.device("cpu"), "because torch finds no CUDA GPU"
 
 
-def _backend(wanted: str) -> tuple[str, str]:
-    if wanted == "triton":
-        raise UserError("backend = triton: the Triton kernels are not in this version; use --backend torch", code=2)
-    return "torch", "as asked" if wanted == "torch" else "because it is the only one in this version"
+def _backend(wanted: str, device: torch.device) -> tuple[str, str]:
+    reason = backend.problem()
+    if not reason and device.type == "cpu" and not backend.INTERPRETED:
+        reason = "the run is on the CPU"
+    if wanted == "triton" and reason:
+        raise UserError(f"backend = triton: {reason}; use --backend torch, or auto", code=2)
+    if wanted == "auto" and device.type == "cpu":
+        reason = reason or "the run is on the CPU"
+    name = "torch" if reason or wanted == "torch" else "triton"
+    backend.use(name)
+    if wanted != "auto":
+        return name, "as asked" + (", in Triton's interpreter" if name == "triton" and backend.INTERPRETED else "")
+    return name, f"because {reason}" if reason else f"because this GPU is an {torch.cuda.get_device_name()}"
 
 
 def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
@@ -99,10 +108,10 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, largest)
 
 
-def check_memory(cfg: Config, vocab_size: int, device: torch.device) -> None:
+def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device) -> None:
     """Raises UserError if the run cannot fit into this machine's free memory, where the system says how much there is.
 
-    A lower bound: weights with their optimizer state, and what a backward pass keeps of each token and layer. Systems
+    positions is the length of one example, in tokens or patches. A lower bound: weights with their optimizer state, and what a backward pass keeps of each token and layer. Systems
     that promise more memory than they have kill a process without a word, so this is asked before.
     """
     try:
@@ -112,10 +121,10 @@ def check_memory(cfg: Config, vocab_size: int, device: torch.device) -> None:
         return
     if device.type != "cpu":
         return
-    weights = cfg.n_layer * 12 * cfg.d_model**2 + 2 * vocab_size * cfg.d_model
+    weights = cfg.n_layer * (12 if cfg.model == "transformer" else 1) * cfg.d_model**2 + 2 * outputs * cfg.d_model
     per_weight = (1 if cfg.memory == "none" else 2) if cfg.method == "gft" else 16
-    tokens = cfg.batch_size // cfg.grad_accum * cfg.context
-    need = weights * per_weight + tokens * (cfg.n_layer * cfg.d_model * 40 + vocab_size * 8)
+    tokens = cfg.batch_size // cfg.grad_accum * positions
+    need = weights * per_weight + tokens * (cfg.n_layer * cfg.d_model * (40 if cfg.model == "transformer" else 4) + outputs * 8)
     if need > free:
         raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a "
                         "smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 or more")  # fmt: skip

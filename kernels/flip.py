@@ -9,12 +9,19 @@ exact rules and the float ones. `flip_prob`: a selected weight moves with p = (|
 tile)^gamma, or always.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import Shipped, jit, on_triton, tl, triton
 from kernels.fuse import fused
-from kernels.tiles import stack_tiles, tile_sizes, unstack_tiles
+from kernels.memory import remember_tile
+from kernels.philox import dither_word, philox_words
+from kernels.scores import contribution_tile, orthogonalise_tile
+from kernels.tiles import block_from, blocks_of, stack_tiles, tile_sizes, unstack_tiles
 
 
 @fused(dynamic=False)
@@ -91,17 +98,11 @@ def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: i
     return _moved(weight, scores, chosen.view(torch.int8), q, width)  # a mask of bytes vectorises, one of bools does not
 
 
-def flip(
+def flip_torch(
     weights: list[Tensor], scores: list[Tensor], words: Tensor, *, bits: int, k: float, step_size: int = 1,
     select_tile: int = 64, draws: Tensor | None = None, gamma: float = 1.0,
 ) -> list[int]:  # fmt: skip
-    """Make the moves of one step in matrices of `bits` bits, in place.
-
-    weights int8 and scores, (out, in) each; k is the share of a tile's weights to flip, step_size the largest move in
-    weight units. words int64 (tiles,) below 2^32 round m, tiles numbered over all matrices; draws float64, one for each
-    weight of each tile, switches on p = (|S| / largest)^gamma. select_tile 0 takes one whole matrix as its tile.
-    Returns the flips of each matrix. Raises ValueError if select_tile is 0 and there are several matrices.
-    """
+    """`flip` in torch."""
     if select_tile == 0 and len(weights) > 1:
         raise ValueError(f"flip: got {len(weights)} matrices and select_tile 0; whole matrices do not stack, give one")
     shapes = [tuple(w.shape) for w in weights]
@@ -126,3 +127,334 @@ def flip(
     for w, value in zip(weights, new, strict=True):
         w.copy_(value)
     return [int(part.count_nonzero()) for part in chosen.split([len(s) for s in sizes])]
+
+
+@jit
+def choose(keys, m, SIDE: tl.constexpr):
+    """`select` for tiles in registers: the m (tiles,) largest of keys (tiles, SIDE * SIDE), uint32 or int64. Returns bool of that shape.
+
+    A key is twice the rank, plus a bit that does not count; 0 is never chosen. The m-th largest rank is found by halving the
+    range of values it can have, all tiles at once, counting keys on the way. Where more keys have it than there are places
+    left, the row and then the column of the last to get one are found by counting those of each row.
+    """
+    reach = tl.sum((keys > 0).to(tl.int32), 1)  # ranks >= low: at least m
+    above = tl.zeros_like(reach)  # ranks >= high: fewer than m
+    m = tl.minimum(m, reach)
+    high = (tl.max(keys, 1) >> 1) + 1
+    low = tl.where(m > 0, tl.full(high.shape, 1, high.dtype), high)
+    reach = tl.where(m > 0, reach, 0)
+    while tl.max(((reach > m) & (high - low > 1)).to(tl.int32), 0) > 0:
+        middle = low + ((high - low) >> 1)
+        count = tl.sum((keys >= (middle << 1)[:, None]).to(tl.int32), 1)
+        split = (reach > m) & (high - low > 1)
+        up, down = split & (count >= m), split & (count < m)
+        low, reach = tl.where(up, middle, low), tl.where(up, count, reach)
+        high, above = tl.where(down, middle, high), tl.where(down, count, above)
+
+    low, high = low << 1, high << 1
+    places = m - above
+    row, column = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    last_row, last_column = tl.full(m.shape, SIDE, tl.int32), tl.zeros_like(m)
+    if tl.max((reach > m).to(tl.int32), 0) > 0:
+        square = tl.reshape(keys, (keys.shape[0], SIDE, SIDE))
+        tied = (square >= low[:, None, None]) & (square < high[:, None, None])
+        until = tl.cumsum(tl.sum(tied.to(tl.int32), 2), 1)
+        few = until < places[:, None]
+        last_row = tl.where(reach > m, tl.sum(few.to(tl.int32), 1), SIDE)
+        places -= tl.max(tl.where(few, until, 0), 1)
+        here = tied & (row[None, :, None] == last_row[:, None, None])
+        until = tl.cumsum(tl.sum(here.to(tl.int32), 1), 1)
+        last_column = tl.sum((until < places[:, None]).to(tl.int32), 1)
+    cut = last_row * SIDE + last_column
+    index = tl.arange(0, SIDE * SIDE)
+    return keys >= tl.where(index[None, :] <= cut[:, None], low[:, None], high[:, None])
+
+
+@jit
+def find_matrix(
+    table, matrices, MATRICES: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False
+):  # fmt: skip
+    """Which block is this program's: the number of its matrix, that one's row of the table, the block's first row and column.
+
+    Programs go down eight blocks before they go across one, so that those that run together share operands in L2. AGAIN
+    has the compiler read it all anew instead of keeping it in registers until then.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    numbers = tl.arange(0, MATRICES)
+    firsts = tl.load(table + numbers * FIELDS, mask=numbers < matrices, other=2**62, volatile=AGAIN)
+    own = tl.sum((firsts <= program).to(tl.int32), 0) - 1
+    row = table + own * FIELDS
+    block = program - tl.load(row)
+    down, across = tl.cdiv(tl.load(row + 1), M), tl.cdiv(tl.load(row + 2), N)
+    band = block // (8 * across)
+    height = tl.minimum(down - 8 * band, 8)
+    inside = block - band * 8 * across
+    return own, row, (8 * band + inside % height) * M, (inside // height) * N
+
+
+@jit
+def place_block(
+    address, stride, DTYPE: tl.constexpr, out, inner, top, left, M: tl.constexpr, N: tl.constexpr
+):
+    """Pointers and mask of the block (M, N) at (top, left) of the matrix (out, inner) at an address.
+
+    The launcher sees to it (`on_boundaries`) that addresses are multiples of 16 bytes, strides of 16 elements, and that rows are
+    followed by zeros up to the next 16 columns. The mask lets those through, so that 16 weights are read at once.
+    """
+    base = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + (top * stride + left), 16)
+    stride = tl.multiple_of(stride.to(tl.int32), 16)
+    down, across = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    width = tl.multiple_of(tl.minimum((inner + 15) // 16 * 16 - left, N).to(tl.int32), 16)
+    inside = (down < tl.minimum(out - top, M).to(tl.int32)) & (across < width)
+    return base + (down * stride + across), inside
+
+
+@jit
+def learn_block(
+    v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
+    RULE: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr, SELECT: tl.constexpr,
+    MATRICES: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """All that follows the votes of this program's block (M, N): memory, scores, selection, moves.
+
+    v int32, int64 or float32, zeros past the edge. GIVEN takes random words from memory; otherwise they are drawn here.
+    """
+    M: tl.constexpr = v.shape[0]
+    N: tl.constexpr = v.shape[1]
+    if MEMORY:
+        SIDE: tl.constexpr = 64
+        tl.static_assert(M % SIDE == 0 and N % SIDE == 0)
+        TILES: tl.constexpr = (M // SIDE) * (N // SIDE)
+        _, row, top, left = find_matrix(table, matrices, MATRICES, FIELDS, M, N, True)
+        out, inner = tl.load(row + 1), tl.load(row + 2)
+        tile = tl.arange(0, TILES)
+        tile_row, tile_column = top // SIDE + tile // (N // SIDE), left // SIDE + tile % (N // SIDE)
+        real = (tile_row * SIDE < out) & (tile_column * SIDE < inner)
+        tile = tile_row * tl.cdiv(inner, SIDE) + tile_column
+        element = tile[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+        if GIVEN:
+            row_words = tl.load(tl.load(row + 12).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0)
+            column_words = tl.load(tl.load(row + 13).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0)
+        else:
+            index = tl.load(row + 4)
+            row_words = dither_word(seed, step, 4 + 16 * index, element)
+            column_words = dither_word(seed, step, 5 + 16 * index, element)
+        stored, inside = place_block(tl.load(row + 5), tl.load(row + 17), tl.int8, out, inner, top, left, M, N)
+        scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + tile
+        v = remember_tile(v, stored, inside, scales, real, row_words, column_words, beta, SIDE)
+
+    if RULE == "spectral":
+        tl.static_assert(M == N)
+        v = orthogonalise_tile(v.to(tl.float32))
+
+    own, row, top, left = find_matrix(table, matrices, MATRICES, FIELDS, M, N, True)
+    out, inner = tl.load(row + 1), tl.load(row + 2)
+    weights, inside = place_block(tl.load(row + 3), tl.load(row + 16), tl.int8, out, inner, top, left, M, N)
+    w = tl.load(weights, mask=inside, other=0)
+    if RULE == "contribution":
+        v = contribution_tile(v, w)
+
+    # One number holds rank and direction: |S| above, the sign in the lowest bit.
+    target = w.to(tl.int32) - tl.where(v > 0, unit, -unit)
+    legal = (target <= q) & (target >= -q)  # past the edge S is 0
+    if v.dtype == tl.int64:
+        keys = tl.abs(v) * 2 + (v > 0)
+        keys = tl.where(legal & (v != 0), keys, 0)
+    else:
+        if v.dtype == tl.float32:
+            size = tl.abs(v).to(tl.uint32, bitcast=True)
+        else:
+            size = tl.minimum(tl.abs(v).to(tl.uint32), 0x7FFFFFFE)  # past what votes can be; twice it must fit 32 bits
+        keys = tl.where(legal & (size > 0), (size << 1) + (v > 0).to(tl.uint32), 0)
+
+    PLACES: tl.constexpr = (M // SELECT) * (N // SELECT)
+    place = tl.arange(0, PLACES)
+    place_row, place_column = top // SELECT + place // (N // SELECT), left // SELECT + place % (N // SELECT)
+    height = tl.maximum(tl.minimum(out - place_row * SELECT, SELECT), 0)
+    size = height * tl.maximum(tl.minimum(inner - place_column * SELECT, SELECT), 0)
+    place = place_row * tl.cdiv(inner, SELECT) + place_column
+    if GIVEN:
+        word = tl.load(tl.load(row + 14).to(tl.pointer_type(tl.int64)) + place, mask=size > 0, other=0)
+    else:
+        word = philox_words(seed, step, stream, tl.load(row + 7) + place).to(tl.int64)
+    m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
+
+    stacked = blocks_of(keys, SELECT)
+    chosen = choose(stacked, m, SELECT)
+    tl.atomic_add(flips + own, tl.sum(tl.sum(chosen.to(tl.int32), 1), 0).to(tl.int64))
+    marked = block_from(tl.where(chosen, tl.where(stacked & 1 == 1, -1, 1), 0).to(tl.int8), M, N, SELECT)
+    moved = tl.load(weights, mask=inside, other=0).to(tl.int32) + marked.to(tl.int32) * width
+    tl.store(weights, tl.minimum(tl.maximum(moved, -q), q).to(tl.int8), mask=inside)
+
+
+@jit
+def _flip_kernel(
+    table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
+    RULE: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr, SELECT: tl.constexpr, VOTES: tl.constexpr,
+    MATRICES: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    _, row, top, left = find_matrix(table, matrices, MATRICES, FIELDS, M, N)
+    votes, inside = place_block(
+        tl.load(row + 8), tl.load(row + 9), VOTES, tl.load(row + 1), tl.load(row + 2), top, left, M, N
+    )
+    v = tl.load(votes, mask=inside, other=0)
+    learn_block(
+        v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width, RULE, MEMORY, GIVEN, SELECT, MATRICES, FIELDS
+    )
+
+
+SELECT_TILES = (32, 64, 128)
+MEMORY_SIDE = 64
+# What kernels read of each matrix, int64: the number of its first program, rows, columns, addresses of weight, layer index for
+# the streams of the memory, addresses of memory and its scales, its first select tile in the group's stream, address of votes or D,
+# its stride, address and stride of X, addresses of given words (rows, columns, top-k), tokens, strides of weight and memory.
+FIELDS = 18
+_tables: dict[tuple, Tensor] = {}
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """Q, the largest weight of `bits` bits, and the unit of a move."""
+    return (1, 2) if bits == 1 else (max(1, 2 ** (bits - 1) - 1), 1)
+
+
+def signed(number: int) -> int:
+    """The int64 with the low 64 bits of a number: kernels and operators take no wider integers."""
+    number &= 2**64 - 1
+    return number - 2**64 if number >> 63 else number
+
+
+def of_one_type(votes: Sequence[Tensor]) -> list[Tensor]:
+    """Votes of several matrices in the one type that holds them all: float32, else int64, else int32."""
+    types = {v.dtype for v in votes}
+    wide = torch.float32 if torch.float32 in types else torch.int64 if torch.int64 in types else torch.int32
+    return [v.to(wide) for v in votes]
+
+
+def on_boundaries(matrix: Tensor) -> Tensor:
+    """The matrix (out, in) itself if its rows begin and end on 16-byte boundaries, else a copy with zeros up to the next."""
+    rows, columns = matrix.shape
+    contiguous = matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
+    if contiguous and columns % 16 == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    copy = torch.zeros((rows, -(-columns // 16) * 16), dtype=matrix.dtype, device=matrix.device)[:, :columns]
+    return copy.copy_(matrix)
+
+
+def table_of(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Rows of `FIELDS` integers on the device: int64. The last ones made are kept: a step's addresses seldom change."""
+    key = (device, *rows)
+    if key not in _tables:
+        if len(_tables) >= 64:
+            _tables.clear()
+        _tables[key] = torch.tensor(rows, dtype=torch.int64).to(device)
+    return _tables[key]
+
+
+def launch(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], block: tuple[int, int], weights: Sequence[Tensor],
+    stored: Sequence[Tensor], scales: Sequence[Tensor], operands: Sequence[tuple[int, ...]], words: Sequence[Tensor],
+    numbers: Sequence[int], firsts: Sequence[int], settings: tuple[int, ...], beta: float,
+) -> Tensor:  # fmt: skip
+    """Start a learning kernel on every block of every matrix. Returns the flips of each, int64 (matrices,).
+
+    operands are, for each matrix, (address of votes, stride) or (address of D, stride, address of X, stride, tokens); settings
+    are (share, seed, step, stream, bits, step size); words, if any, are dither words of rows and columns and top-k words.
+    """
+    share, seed, step, stream, bits, step_size = settings
+    own = [on_boundaries(w) for w in weights]
+    kept = [on_boundaries(memory) for memory in stored]
+    given = [t.data_ptr() for t in words] if words else [0, 0, 0]
+    rows, programs = [], 0
+    for i, w in enumerate(own):
+        memory, scale, pitch = (kept[i].data_ptr(), scales[i].data_ptr(), kept[i].stride(0)) if kept else (0, 0, 0)
+        left, d_stride, x, x_stride, tokens = (*operands[i], 0, 0, 0)[:5]
+        rows.append(
+            (programs, *w.shape, w.data_ptr(), numbers[i], memory, scale, firsts[i], left, d_stride, x, x_stride, *given, tokens,
+             w.stride(0), pitch)
+        )  # fmt: skip
+        programs += triton.cdiv(w.shape[0], block[0]) * triton.cdiv(w.shape[1], block[1])
+    device = weights[0].device
+    flips = torch.zeros(len(weights), dtype=torch.int64, device=device)
+    q, unit = limits(bits)
+    kernel[(programs,)](
+        table_of(rows, device), flips, len(weights), share, signed(seed), step, stream, beta, q, unit, unit * step_size,
+        MEMORY=bool(stored), GIVEN=bool(words), MATRICES=triton.next_power_of_2(len(weights)), FIELDS=FIELDS,
+        M=block[0], N=block[1], enable_fp_fusion=False, **constants, **options,
+    )  # fmt: skip
+    for theirs, ours in zip([*weights, *stored], own + kept, strict=True):
+        if ours is not theirs:
+            theirs.copy_(ours)
+    return flips
+
+
+def flip_block(rule: str, ortho_tile: int, select_tile: int, memory: bool) -> int:
+    """Side of the block a program of the flip kernel owns."""
+    return ortho_tile if rule == "spectral" else max(select_tile, MEMORY_SIDE if memory else 0)
+
+
+@torch.library.custom_op("nanogft::flip", mutates_args=("weights", "stored", "scales"))
+def _flip(
+    weights: list[Tensor], stored: list[Tensor], scales: list[Tensor], votes: list[Tensor], words: list[Tensor],
+    numbers: list[int], firsts: list[int], settings: list[int], rule: str, ortho_tile: int, select_tile: int, beta: float,
+) -> Tensor:  # fmt: skip
+    kinds = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float32: tl.float32}
+    side = flip_block(rule, ortho_tile, select_tile, bool(stored))
+    votes = [on_boundaries(v) for v in votes]
+    return launch(
+        _flip_kernel, {"RULE": rule, "SELECT": select_tile, "VOTES": kinds[votes[0].dtype]},
+        {"num_warps": 8 if side == 128 else 4, "num_stages": 1}, (side, side), weights, stored, scales,
+        [(v.data_ptr(), v.stride(0)) for v in votes], words, numbers, firsts, tuple(settings), beta,
+    )  # fmt: skip
+
+
+@_flip.register_fake
+def _(weights, stored, scales, votes, words, numbers, firsts, settings, rule, ortho_tile, select_tile, beta):
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+def flip(
+    weights: list[Tensor], scores: list[Tensor], words: Tensor, *, bits: int, k: float, step_size: int = 1,
+    select_tile: int = 64, draws: Tensor | None = None, gamma: float = 1.0,
+) -> list[int]:  # fmt: skip
+    """Make the moves of one step in matrices of `bits` bits, in place.
+
+    weights int8 and scores, (out, in) each; k is the share of a tile's weights to flip, step_size the largest move in
+    weight units. words int64 (tiles,) below 2^32 round m, tiles numbered over all matrices; draws float64, one for each
+    weight of each tile, switches on p = (|S| / largest)^gamma. select_tile 0 takes one whole matrix as its tile.
+    Returns the flips of each matrix. Raises ValueError if select_tile is 0 and there are several matrices.
+    """
+    if not on_triton(weights[0]) or draws is not None or select_tile not in SELECT_TILES:
+        return flip_torch(
+            weights, scores, words, bits=bits, k=k, step_size=step_size, select_tile=select_tile, draws=draws, gamma=gamma
+        )
+    scores, words = of_one_type(scores), words.to(weights[0].device)
+    counts = [len(tile_sizes(tuple(w.shape), select_tile)) for w in weights]
+    settings = [fixed_point(k), 0, 0, 0, bits, step_size]
+    flips = [
+        torch.ops.nanogft.flip(
+            [weight], [], [], [s], [part, part, part], [0], [0], settings, "gain", 0, select_tile, 0.0
+        )
+        for weight, s, part in zip(weights, scores, words.split(counts), strict=True)
+    ]
+    return torch.cat(flips).tolist()
+
+
+def shipped() -> list[Shipped]:
+    """What `python -m kernels.check flip` compiles: integer and float scores, and the rules whose scores are formed here."""
+    numbers = {"matrices": "i32", "share": "i64", "seed": "i64", "step": "i32", "stream": "i32", "beta": "fp32", "q": "i32",
+               "unit": "i32", "width": "i32"}  # fmt: skip
+    found = []
+    for rule, votes, ortho_tile, memory in [
+        ("gain", "int32", 0, False), ("gain", "float32", 0, False), ("gain", "int64", 0, False), ("gain", "int32", 0, True),
+        ("contribution", "int32", 0, False), ("contribution", "int32", 0, True), ("spectral", "int32", 64, False),
+        ("spectral", "int32", 64, True), ("spectral", "int32", 128, False), ("spectral", "int32", 128, True),
+    ]:  # fmt: skip
+        side = flip_block(rule, ortho_tile, 64, memory)
+        kind = {"int32": tl.int32, "int64": tl.int64, "float32": tl.float32}[votes]
+        constants = {"RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "VOTES": kind, "MATRICES": 16, "FIELDS": FIELDS,
+                     "M": side, "N": side}  # fmt: skip
+        name = f"flip {rule} of {votes} {side}x{side}{' memory' if memory else ''}"
+        instructions = ("fp16",) if rule == "spectral" else ()
+        signature = {"table": "*i64", "flips": "*i64", **numbers}
+        found.append(Shipped(name, _flip_kernel, signature, constants, 8 if side == 128 else 4, 1, instructions))
+    return found

@@ -12,12 +12,17 @@ row and one per column, u[t, c] = (a[t] + b[c]) mod 1. Every u is uniform and ev
 (two in one row differ by b[c] - b[c'], themselves independent), which is all that the mean and the
 variance of a rounded sum depend on; only the four corners of a rectangle are tied together. It costs
 rows + columns draws instead of rows x columns.
+
+Kernels draw what they need where they need it: `philox_words`, `dither_word` and `dither_at` below are called by every
+kernel that is random. `_dither_words_kernel` fills a tensor on the GPU: 4 bytes written, 10 rounds (about 80 integer
+operations) for each word.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.backend import Shipped, jit, on_triton, tl, triton
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -70,7 +75,7 @@ def normal(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
     return torch.special.ndtri(uniform(seed, step, stream, n, start) + 2.0**-33)
 
 
-def dither_words(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
+def dither_words_torch(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
     """Row or column words for `dither`: int32 in [0, 2^23) on the CPU, shape (n,)."""
     return torch.from_numpy((words(seed, step, stream, n, start) >> np.uint64(32 - DITHER_BITS)).astype(np.int32))
 
@@ -78,3 +83,73 @@ def dither_words(seed: int, step: int, stream: int, n: int, start: int = 0) -> T
 def dither(rows: Tensor, columns: Tensor) -> Tensor:
     """u[t, c] in [0, 1) from int32 words: rows (..., T, 1) and columns (..., 1, C) give float32 (..., T, C)."""
     return ((rows + columns) & (2**DITHER_BITS - 1)).to(torch.float32) * 2.0**-DITHER_BITS
+
+
+@jit
+def philox_words(seed, step, stream, element):
+    """`words` in a kernel: the uint32 word of each element. element int64, a block or a scalar; the rest are integers."""
+    tl.static_assert(element.dtype == tl.int64)
+    group = element >> 2
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    step32, stream32 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step32, stream32)
+    place = element & 3
+    return tl.where(place < 2, tl.where(place == 0, word_0, word_1), tl.where(place == 2, word_2, word_3))
+
+
+@jit
+def dither_word(seed, step, stream, element):
+    """`dither_words` in a kernel: the int32 word in [0, 2^23) of each element, int64 as for `philox_words`."""
+    return (philox_words(seed, step, stream, element) >> 9).to(tl.int32)
+
+
+@jit
+def dither_at(row_words, column_words):
+    """`dither` in a kernel: u float32 in [0, 1) from int32 words that broadcast, say (T, 1) and (1, C)."""
+    return ((row_words + column_words) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
+
+
+@jit
+def _dither_words_kernel(out, seed, step, stream, start, n, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, dither_word(seed, step, stream, start + place), mask=place < n)
+
+
+DITHER_BLOCK = 1024
+
+
+@torch.library.custom_op("nanogft::dither_words", mutates_args=())
+def _dither_words(seed: int, step: int, stream: int, n: int, start: int, device: torch.device) -> Tensor:
+    out = torch.empty(n, dtype=torch.int32, device=device)
+    _dither_words_kernel[(triton.cdiv(n, DITHER_BLOCK),)](out, seed, step, stream, start, n, BLOCK=DITHER_BLOCK)
+    return out
+
+
+@_dither_words.register_fake
+def _(seed, step, stream, n, start, device):
+    return torch.empty(n, dtype=torch.int32, device=device)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the low 64 bits of a number: operators take no wider integers."""
+    number &= 2**64 - 1
+    return number - 2**64 if number >> 63 else number
+
+
+def dither_words(
+    seed: int, step: int, stream: int, n: int, start: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Row or column words for `dither`: int32 in [0, 2^23), shape (n,), on `device` (None: the CPU).
+
+    They are the same on every device; on a GPU a kernel draws them there.
+    """
+    device = torch.device("cpu" if device is None else device)
+    if n == 0 or not on_triton(torch.zeros(0, device=device)):
+        return dither_words_torch(seed, step, stream, n, start).to(device)
+    return torch.ops.nanogft.dither_words(_signed(seed), step & MASK, stream & MASK, n, start, device)
+
+
+def shipped() -> list[Shipped]:
+    """What the launcher runs on a GPU."""
+    signature = {"out": "*i32", "seed": "i64", "step": "i32", "stream": "i32", "start": "i32", "n": "i32"}
+    return [Shipped("dither_words", _dither_words_kernel, signature, {"BLOCK": DITHER_BLOCK})]

@@ -15,6 +15,7 @@ X <- a X + (b A + c A A) X, A = X X^T, take singular values in (0, 1] to about o
 import torch
 from torch import Tensor
 
+from kernels.backend import jit, tl
 from kernels.tiles import stack_tiles, unstack_tiles
 
 RULES = ("contribution", "gain", "balanced", "spectral")
@@ -96,3 +97,28 @@ def score(rule: str, votes: list[Tensor], weights: list[Tensor], ortho_tile: int
         return [orthogonalise(v.to(torch.float32), dtype) for v in votes]
     scored = orthogonalise(stack_tiles(votes, ortho_tile, torch.float32), dtype)
     return unstack_tiles(scored, [tuple(v.shape) for v in votes], torch.float32)
+
+
+@jit
+def orthogonalise_tile(v):
+    """`orthogonalise` of one square tile in registers: float32 (n, n) to float32, operands and results rounded where torch's are."""
+    norm = tl.sqrt_rn(tl.sum(v * v))
+    x = tl.div_rn(v, tl.full(v.shape, 0.0, tl.float32) + tl.maximum(norm, 1e-20)).to(tl.float16)
+    for _ in range(4):
+        gram = tl.dot(x, tl.trans(x)).to(tl.float16)
+        polynomial = (tl.dot(gram, gram) * 2.0315 + gram.to(tl.float32) * -4.775).to(tl.float16)
+        x = (tl.dot(polynomial, x) + x.to(tl.float32) * 3.4445).to(tl.float16)
+    gram = tl.dot(x, tl.trans(x)).to(tl.float16)
+    polynomial = (tl.dot(gram, gram) * 2.0315 + gram.to(tl.float32) * -4.775).to(tl.float16)
+    return tl.dot(polynomial, x).to(tl.float16).to(tl.float32) + x.to(tl.float32) * 3.4445
+
+
+@jit
+def contribution_tile(v, w):
+    """`contribution` in registers: int64 of integer votes, float32 of float votes."""
+    if v.dtype == tl.float32:
+        wide = w.to(tl.float32)
+    else:
+        v = v.to(tl.int64)
+        wide = w.to(tl.int64)
+    return tl.where((wide * v > 0) | (w == 0), v * tl.where(w == 0, 1, tl.abs(w.to(tl.int32))).to(v.dtype), 0)

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.backend import jit, tl
 from kernels.fuse import fused
 
 
@@ -52,3 +53,19 @@ def unstack_tiles(tiles: Tensor, shapes: list[tuple[int, int]], dtype: torch.dty
     counts = [(grid := tile_grid(shape, tiles.shape[-1]))[0] * grid[1] for shape in shapes]
     parts = zip(tiles.split(counts), shapes, strict=True)
     return [from_tiles(part, shape).to(dtype).contiguous() for part, shape in parts]
+
+
+@jit
+def blocks_of(x, SIDE: tl.constexpr):
+    """On a GPU: (M, N) to (blocks, SIDE * SIDE), numbered as above. M and N are multiples of SIDE; only names change places."""
+    down: tl.constexpr = x.shape[0] // SIDE
+    across: tl.constexpr = x.shape[1] // SIDE
+    x = tl.reshape(x, (down, SIDE, across, SIDE))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), (down * across, SIDE * SIDE))
+
+
+@jit
+def block_from(blocks, M: tl.constexpr, N: tl.constexpr, SIDE: tl.constexpr):
+    """The inverse of `blocks_of`: (blocks, SIDE * SIDE) to (M, N)."""
+    x = tl.reshape(blocks, (M // SIDE, N // SIDE, SIDE, SIDE))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), (M, N))

@@ -156,7 +156,7 @@ def test_votes_and_absmax_refuse():
         votes(int8s(0, 2), int8s(0, 3))
     with pytest.raises(ValueError, match="empty operand"):
         int8_matmul(int8s(0, 2), int8s(3, 2), torch.tensor(1.0))
-    with pytest.raises((ValueError, RuntimeError), match="numel"):
+    with pytest.raises(ValueError, match="at least one element"):
         absmax(torch.empty(0, 4))
 
 
@@ -198,7 +198,7 @@ def test_activations_against_float64(shape, squared_relu, layout):
     rms = wide.square().mean(dim=1, keepdim=True).sqrt()
     alive = rms[:, 0] > 1e-14
     exact = wide[alive] / rms[alive] * 127 / 6
-    grid, inverse = rmsnorm_quantize(layout(x), 6.0, squared_relu)
+    grid, _, inverse = rmsnorm_quantize(layout(x), 6.0, squared_relu)
     assert grid.dtype == torch.int8 and inverse.shape == (shape[0], 1)
     torch.testing.assert_close(inverse[alive].double(), 1 / rms[alive], rtol=1e-6, atol=0)
     clipped = exact.round().clamp(-127, 127)
@@ -219,7 +219,7 @@ def test_activations_round_halves_to_even_and_clip_evenly():
 def test_a_row_of_zeros_stays_zero_both_ways(squared_relu):
     x = floats(3, 37)
     x[1] = -x[1].abs() if squared_relu else 0.0
-    grid, inverse = rmsnorm_quantize(x, 6.0, squared_relu)
+    grid, _, inverse = rmsnorm_quantize(x, 6.0, squared_relu)
     delta = rmsnorm_backward(int8s(3, 37).int(), torch.tensor(0.1), x, inverse, squared_relu)
     assert (grid[1] == 0).all() and (grid[0] != 0).any()
     # An amplified row would set the scale of the whole tensor's delta and round every other row away.
@@ -241,7 +241,7 @@ def test_delta_against_float64(shape, per_row, layout):
     assert absmax(layout(delta)).item() == max(abs(value) for row in delta.tolist() for value in row)
     sigma = (delta.abs().amax(dim=1, keepdim=True) if per_row else delta.abs().max()) / 127
     rows, columns = dithers(*shape)
-    d = quantize_delta(layout(delta), sigma, rows, columns)
+    d, _ = quantize_delta(layout(delta), sigma, rows, columns)
     u = (rows.double() + columns.double()) % 2**DITHER_BITS / 2**DITHER_BITS
     exact = delta.double() / sigma.double() + u
     near = (exact - exact.round()).abs() < 1e-4
@@ -256,20 +256,20 @@ def test_delta_never_exceeds_127():
     none = torch.zeros(4, dtype=torch.int32)
     for sigma in (absmax(delta) / 127, absmax(delta) / 500):  # the second as a delayed scale that came out small
         for rows in (dithers(2**12, 4)[0], top, top * 0):
-            d = quantize_delta(delta, sigma, rows, none).int()
+            d = quantize_delta(delta, sigma, rows, none)[0].int()
             assert d.abs().max() <= 127 and (d[:, 0] >= 126).all() and (d[:, 1] <= -126).all() and (d[:, 3] == 0).all()
 
 
 def test_delta_with_a_scale_of_zero():
     rows, columns = dithers(3, 5)
     for delta in (torch.zeros(3, 5), floats(3, 5)):
-        assert (quantize_delta(delta, torch.tensor(0.0), rows, columns) == 0).all()
+        assert (quantize_delta(delta, torch.tensor(0.0), rows, columns)[0] == 0).all()
     delta = floats(3, 5)
     delta[1] = 0
     sigma = delta.abs().amax(dim=1, keepdim=True) / 127
-    d = quantize_delta(delta, sigma, rows, columns)
+    d, _ = quantize_delta(delta, sigma, rows, columns)
     assert (d[1] == 0).all() and d[0].abs().max() >= 126
-    assert torch.equal(d[2:], quantize_delta(delta[2:], sigma[2:], rows[2:], columns))
+    assert torch.equal(d[2:], quantize_delta(delta[2:], sigma[2:], rows[2:], columns)[0])
 
 
 # norm
@@ -287,7 +287,7 @@ def test_rmsnorm_backward_against_autograd(shape, squared_relu, layout):
         inner = torch.relu(wide) ** 2 if squared_relu else wide
         x_hat = inner / inner.square().mean(dim=1, keepdim=True).sqrt()
         (expected,) = torch.autograd.grad(x_hat, wide, accumulator.double() * scale.double())
-        inverse = rmsnorm_quantize(x, 6.0, squared_relu)[1]
+        inverse = rmsnorm_quantize(x, 6.0, squared_relu)[2]
         delta = rmsnorm_backward(layout(accumulator), scale, layout(x), inverse, squared_relu)
         assert delta.dtype == torch.float32
         size = (accumulator * scale * inverse).abs().amax(dim=1, keepdim=True).double()
@@ -301,15 +301,15 @@ def test_rows_do_not_depend_on_their_batch(n, squared_relu):
     """Bit for bit: micro-batches must see what the whole batch sees."""
     x, accumulator, scale = floats(63, n), int8s(63, n).int() * 1009, torch.tensor(0.01)
     rows, columns = dithers(63, n)
-    grid, inverse = rmsnorm_quantize(x, 6.0, squared_relu)
+    grid, _, inverse = rmsnorm_quantize(x, 6.0, squared_relu)
     delta = rmsnorm_backward(accumulator, scale, x, inverse, squared_relu)
-    d = quantize_delta(delta, absmax(delta) / 127, rows, columns)
+    d, _ = quantize_delta(delta, absmax(delta) / 127, rows, columns)
     for part in (slice(0, 1), slice(13, 20), slice(20, 63)):
-        some_grid, some_inverse = rmsnorm_quantize(x[part], 6.0, squared_relu)
+        some_grid, _, some_inverse = rmsnorm_quantize(x[part], 6.0, squared_relu)
         some = rmsnorm_backward(accumulator[part], scale, x[part], some_inverse, squared_relu)
         assert torch.equal(some_grid, grid[part]) and torch.equal(some_inverse, inverse[part])
         assert torch.equal(some, delta[part])
-        assert torch.equal(quantize_delta(some, absmax(delta) / 127, rows[part], columns), d[part])
+        assert torch.equal(quantize_delta(some, absmax(delta) / 127, rows[part], columns)[0], d[part])
 
 
 @pytest.mark.skipif(fuse.compiler() is None, reason="torch.compile needs a C++ compiler and Python's headers")
@@ -318,10 +318,10 @@ def test_fused_functions_agree_with_plain_ones():
     rows, columns = dithers(123, 300)
     x = floats(123, 300)
     sigma = absmax(x) / 127
-    plain = (*rmsnorm_quantize(x, 6.0), quantize_delta(x, sigma, rows, columns))
+    plain = (*rmsnorm_quantize(x, 6.0)[::2], quantize_delta(x, sigma, rows, columns)[0])
     fuse.enable(True)
     try:
-        fused = (*rmsnorm_quantize(x, 6.0), quantize_delta(x, sigma, rows, columns))
+        fused = (*rmsnorm_quantize(x, 6.0)[::2], quantize_delta(x, sigma, rows, columns)[0])
     finally:
         fuse.enable(False)
     torch.testing.assert_close(fused[1], plain[1], rtol=1e-6, atol=0)

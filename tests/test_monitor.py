@@ -14,7 +14,7 @@ from gft.errors import UserError
 from gft.layers import IntLinear
 from gft.monitor import Monitor, warnings
 from gft.optimizer import FlipOptimizer
-from kernels import fuse
+from kernels import backend, fuse
 
 
 def trained(steps: int, every: int, **settings):
@@ -100,10 +100,13 @@ def test_runtime_says_what_it_chose_and_why(monkeypatch):
         monkeypatch.setattr(fuse, "compiler", lambda: "/usr/bin/g++")
         assert runtime.choose(load(["shakespeare_char_small", "--device", "cpu"])).compile and fuse.enabled()
         assert not runtime.choose(load(["shakespeare_char_small", "--device", "cpu", "--steps", "20"])).compile
-        with pytest.raises(UserError, match="--backend torch"):
+        monkeypatch.setattr(backend, "problem", lambda: "this GPU is sm_75 and the kernels need sm_80 or newer")
+        with pytest.raises(UserError, match="sm_75.*--backend torch"):
             runtime.choose(load(["shakespeare_char_small", "--backend", "triton"]))
+        assert runtime.choose(load(["shakespeare_char_small", "--device", "cpu"])).backend == "torch"
     finally:
         fuse.enable(before)
+        backend.use("auto")
 
 
 def test_memory_is_measured():

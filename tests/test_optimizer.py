@@ -318,6 +318,8 @@ def test_observer_sees_votes_and_flips():
     net, seen = tiny_net(), []
     opt = FlipOptimizer(net, k=0.3, rule="gain", embedding_rule="gain")
     opt.observer = seen.append
+    for layer in net:
+        layer.watched = True
     before = weights(net)
     flips = train(net, opt, 0, 1)[0]
     assert [row.layer for row in seen] == list(net) and flips == sum(row.flips for row in seen)

@@ -193,7 +193,7 @@ def test_stochastic_rounding_is_unbiased():
     target = delta.double() / sigma.double()
     total = torch.zeros(2, n, dtype=torch.float64)
     for step in range(steps):
-        d = quantize_delta(delta, sigma, dither_words(2, step, Stream.ROWS, 2)[:, None],
+        d, _ = quantize_delta(delta, sigma, dither_words(2, step, Stream.ROWS, 2)[:, None],
                            dither_words(2, step, Stream.COLUMNS, n))
         assert (d.double() - target).abs().max() < 1 + 1e-4
         total += d

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import task
 import train
 from data import load_text
 from gft import checkpoint
 from gft.config import load
 from gft.progress import Metrics
-from kernels import fuse
+from kernels import backend, fuse
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -200,7 +201,7 @@ def test_a_curve_that_cannot_be_written_costs_nothing_else(capsys, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "summed_loss", lambda logits, targets: logits.sum() * float("nan"))
+    monkeypatch.setattr(task, "text_loss", lambda logits, targets: logits.sum() * float("nan"))
     status, _, error = run(capsys, tmp_path / "o")
     assert status == 1 and "the loss became nan at step 1" in error and "lower --k" in error
 
@@ -246,7 +247,7 @@ def test_other_text_is_refused(capsys, tmp_path):
     run(capsys, tmp_path / "o", data=text)
     text.write_text("that is the question: to be or not to be. " * 40, encoding="utf-8")
     status, _, error = run(capsys, tmp_path / "o", data=text, resume="last")
-    assert status == 1 and "another text" in error
+    assert status == 1 and "other data" in error
 
 
 def test_damaged_checkpoint_is_named_and_previous_works_if_asked(capsys, tmp_path):
@@ -303,12 +304,13 @@ def test_out_of_memory_is_told_plainly(capsys, tmp_path, monkeypatch):
     assert status == 1 and "out of memory" in error and "--batch_size" in error
 
 
-def test_triton_backend_and_missing_gpu_are_errors(capsys, tmp_path):
+def test_triton_backend_and_missing_gpu_are_errors(capsys, tmp_path, monkeypatch):
     import torch
 
     if not torch.cuda.is_available():
         status, _, error = run(capsys, tmp_path / "o", device="cuda")
         assert status == 2 and "--device cpu" in error
+    monkeypatch.setattr(backend, "problem", lambda: "torch finds no CUDA GPU here")
     status, _, error = run(capsys, tmp_path / "o", backend="triton")
     assert status == 2 and "--backend torch" in error
 

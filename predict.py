@@ -1,0 +1,235 @@
+"""What a trained net sees in image files.
+
+    python predict.py out/imagenette_small photo.jpg
+    python predict.py out/imagenette_small photo.jpg a_folder --top 3
+    python predict.py out/mnist digits/ --json
+
+The checkpoint is all it needs: no config file, no data. An image is cut to its middle square and resized as those of
+the training were; a net trained on grey images sees grey (and MNIST's digits are white on black). A folder is searched
+for image files, subfolders too, hidden ones not. Results go to standard output, a line for each file, all else to
+standard error. A file that cannot be used is named there and skipped, and the exit status is then 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.augment import normalise
+from data.prepare_images import BrokenImage, decode
+from gft import checkpoint
+from gft.config import from_dict
+from gft.errors import UserError
+from gft.keys import closest
+from model import ModelConfig, make_net
+from sample import _device, _emit, _folder
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # of data.prepare_images.FILE_FORMATS
+LARGEST_FILE = 64 << 20  # bytes
+LARGEST_BATCH, BATCH_PIXELS = 256, 1 << 20  # images at once, and their pixels together unless one image has more
+
+Skip = Callable[[str, str], None]  # told a file and why it is skipped
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A net and what it needs to know of the images it was trained on."""
+
+    net: nn.Module
+    device: torch.device
+    classes: tuple[str, ...]
+    side: int  # pixels
+    channels: int
+    mean: tuple[float, ...]  # per channel, of pixels / 255
+    std: tuple[float, ...]
+    about: str  # which checkpoint it is
+
+    @property
+    def batch(self) -> int:
+        """How many images to give at once."""
+        return min(LARGEST_BATCH, max(1, BATCH_PIXELS // self.side**2))
+
+    @torch.no_grad()
+    def probabilities(self, images: np.ndarray) -> Tensor:
+        """Softmax over the classes, float64 (B, classes) on the CPU, of images uint8 (B, side, side, channels).
+
+        Raises UserError where the net gives logits that are not finite.
+        """
+        pixels = torch.from_numpy(images).to(self.device)
+        logits = self.net(normalise(pixels, self.mean, self.std)).double().cpu()
+        if not torch.isfinite(logits).all():
+            raise UserError("the network's logits are not finite: this checkpoint's training went wrong; use another")
+        return logits.softmax(dim=1)
+
+
+def load(folder: Path, name: str | None, device: str) -> Classifier:
+    """The net of checkpoint `name` (None: best, or last where there is no best); UserError if it cannot be used."""
+    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
+    tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
+    where = f"{folder / name}.json"
+    if "classes" not in meta:
+        raise UserError(f"{where} is a net for text, and this program classifies images; python sample.py {folder} uses it")
+    cfg = from_dict(meta["config"])
+    net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], tuple(meta["image"])), cfg.seed)
+    try:
+        net.load_state_dict(checkpoint.group(tensors, "model"))
+    except RuntimeError as error:
+        raise UserError(f"{where} does not fit this version's network: {error}") from error
+    side, _, channels = meta["image"]
+    classes, mean, std = (tuple(meta[key]) for key in ("classes", "mean", "std"))
+    about = f"{name} of step {meta['step']}"
+    return Classifier(net.to(device).eval(), torch.device(device), classes, side, channels, mean, std, about)
+
+
+def files_of(paths: Iterable[str], skip: Skip) -> Iterator[str]:
+    """The files among `paths` whatever they are called, and in place of a folder its image files, sorted."""
+    for path in paths:
+        if os.path.isdir(path):
+            yield from _search(path, skip)
+        else:
+            yield path
+
+
+def _search(top: str, skip: Skip) -> Iterator[str]:
+    explained = False
+
+    def unreadable(error: OSError) -> None:
+        nonlocal explained
+        explained = True
+        skip(error.filename, error.strerror)
+
+    for folder, subfolders, names in os.walk(top, onerror=unreadable):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            named_so = name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if named_so and (os.path.isfile(path) or not os.path.exists(path)):  # a dead link is to be named, not a pipe read
+                explained = True
+                yield path
+    if not explained:
+        skip(top, f"a folder without image files ({', '.join(SUFFIXES)})")
+
+
+def images_of(files: Iterable[str], side: int, channels: int, skip: Skip) -> Iterator[tuple[str, np.ndarray]]:
+    """Each file that is an image, and the image: uint8 (side, side, channels)."""
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                content = stream.read(LARGEST_FILE + 1)
+            if len(content) > LARGEST_FILE:
+                raise BrokenImage(f"more than {LARGEST_FILE >> 20} MiB are more than any image here needs")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
+                image = decode(content, side, channels)
+        except BrokenImage as error:
+            skip(file, str(error))
+        except OSError as error:
+            skip(file, error.strerror or str(error))
+        else:
+            yield file, image
+
+
+def classify(
+    classifier: Classifier, paths: Iterable[str], top: int, skip: Skip
+) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
+    """Batches of files, each with its `top` likeliest classes and their probabilities, the likeliest first.
+
+    Of equally likely classes the one of the lower number goes first.
+    """
+    images = images_of(files_of(paths, skip), classifier.side, classifier.channels, skip)
+    while batch := list(islice(images, classifier.batch)):
+        files, pixels = zip(*batch, strict=True)
+        values, order = classifier.probabilities(np.stack(pixels)).sort(dim=1, descending=True, stable=True)
+        yield [
+            (file, [(classifier.classes[c], p) for c, p in zip(cs[:top], ps[:top], strict=True)])
+            for file, cs, ps in zip(files, order.tolist(), values.tolist(), strict=True)
+        ]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; python predict.py --help lists the options", code=2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description="Print what a trained checkpoint sees in image files.")
+    parser.add_argument("folder", help="the run's folder, e.g. out/imagenette_small")
+    parser.add_argument("images", nargs="+", metavar="image", help="an image file, or a folder to search for them")
+    parser.add_argument("--checkpoint", choices=checkpoint.LOADED, help="default: best, or last where there is no best")
+    parser.add_argument("--top", type=int, default=5, help="classes to print for each file (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each file")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The checked options; UserError with code 2 says which one is wrong, the rule, and the closest name."""
+    parser = _parser()
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        names = [name for action in parser._actions for name in action.option_strings]
+        hint = closest(unknown[0].split("=")[0], names, "; did you mean {}?")
+        raise UserError(f"unknown argument {unknown[0]!r}{hint}; python predict.py --help lists the options", code=2)
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: it must be at least 1", code=2)
+    return args
+
+
+def printable(file: str) -> str:
+    """A file's name as it can be printed on one line."""
+    return file if file.isprintable() else ascii(file)
+
+
+def line(file: str, likely: list[tuple[str, float]], as_json: bool) -> str:
+    """What is printed of a file."""
+    if as_json:
+        return json.dumps({"file": file, "predictions": [{"class": c, "probability": p} for c, p in likely]}) + "\n"
+    return f"{printable(file)}: {', '.join(f'{c} {100 * p:.1f} %' for c, p in likely)}\n"
+
+
+def run(argv: list[str]) -> int:
+    """Everything main does, errors and interruptions aside."""
+    args = parse(argv)
+    device, reason = _device(args.device)
+    classifier = load(_folder(args.folder), args.checkpoint, device)
+    print(f"checkpoint {classifier.about}; device {device} ({reason})", file=sys.stderr)
+    skipped = 0
+
+    def skip(file: str, why: str) -> None:
+        nonlocal skipped
+        skipped += 1
+        print(f"skipped: {printable(file)}: {why}", file=sys.stderr)
+
+    for batch in classify(classifier, args.images, args.top, skip):
+        _emit("".join(line(file, likely, args.json) for file, likely in batch))
+    return 1 if skipped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, 2 for a wrong option, 1 for another error or a file skipped, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory ({str(error) or 'no memory left'}); free some, or use --device cpu", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads the results has enough of them
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
