@@ -31,7 +31,7 @@ from gft.config import from_dict
 from gft.errors import UserError
 from gft.keys import closest
 from model import ModelConfig, make_net
-from sample import _device, _emit, _folder
+from sample import choose_device, emit, find_folder
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # of data.prepare_images.FILE_FORMATS
 LARGEST_FILE = 64 << 20  # bytes
@@ -77,7 +77,7 @@ def load(folder: Path, name: str | None, device: str) -> Classifier:
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
     where = f"{folder / name}.json"
     if "classes" not in meta:
-        raise UserError(f"{where} is a net for text, and this program classifies images; python sample.py {folder} uses it")
+        raise UserError(f"{where} is a net for text, not for images; python sample.py {folder} uses it")
     cfg = from_dict(meta["config"])
     net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], tuple(meta["image"])), cfg.seed)
     try:
@@ -111,8 +111,9 @@ def _search(top: str, skip: Skip) -> Iterator[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(folder, name)
-            named_so = name.lower().endswith(SUFFIXES) and not name.startswith(".")
-            if named_so and (os.path.isfile(path) or not os.path.exists(path)):  # a dead link is to be named, not a pipe read
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            if os.path.isfile(path) or not os.path.exists(path):  # no pipe, it might never end; a dead link is named
                 explained = True
                 yield path
     if not explained:
@@ -199,8 +200,8 @@ def line(file: str, likely: list[tuple[str, float]], as_json: bool) -> str:
 def run(argv: list[str]) -> int:
     """Everything main does, errors and interruptions aside."""
     args = parse(argv)
-    device, reason = _device(args.device)
-    classifier = load(_folder(args.folder), args.checkpoint, device)
+    device, reason = choose_device(args.device)
+    classifier = load(find_folder(args.folder), args.checkpoint, device)
     print(f"checkpoint {classifier.about}; device {device} ({reason})", file=sys.stderr)
     skipped = 0
 
@@ -210,7 +211,7 @@ def run(argv: list[str]) -> int:
         print(f"skipped: {printable(file)}: {why}", file=sys.stderr)
 
     for batch in classify(classifier, args.images, args.top, skip):
-        _emit("".join(line(file, likely, args.json) for file, likely in batch))
+        emit("".join(line(file, likely, args.json) for file, likely in batch))
     return 1 if skipped else 0
 
 
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: out of memory ({str(error) or 'no memory left'}); free some, or use --device cpu", file=sys.stderr)
+        print(f"error: out of memory ({error or 'none is left'}); free some, or use --device cpu", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -181,7 +181,7 @@ def _dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def _folder(given: str) -> Path:
+def find_folder(given: str) -> Path:
     """The run's folder: as given, or of that name in out/."""
     for path in (Path(given), Path("out") / given):
         if path.is_dir():
@@ -191,7 +191,7 @@ def _folder(given: str) -> Path:
     raise UserError(f"{given} is not a folder: {hint}", code=2)
 
 
-def _device(wanted: str) -> tuple[str, str]:
+def choose_device(wanted: str) -> tuple[str, str]:
     """The device and why it is this one."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto", code=2)
@@ -226,7 +226,7 @@ def _prompt(given: str) -> str:
         raise UserError(f"standard input is not UTF-8 at byte {exc.start}: convert it with iconv", code=2) from None
 
 
-def _emit(text: str) -> None:
+def emit(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -240,17 +240,17 @@ def _emit(text: str) -> None:
 def run(argv: list[str]) -> None:
     """Everything main does, errors and interruptions aside."""
     args = parse(argv)
-    device, reason = _device(args.device)
-    net, tokenizer, name = load(_folder(args.folder), args.checkpoint, device)
+    device, reason = choose_device(args.device)
+    net, tokenizer, name = load(find_folder(args.folder), args.checkpoint, device)
     prompt = _prompt(args.prompt)
     prompt_ids = start_ids(tokenizer, prompt)
     print(f"checkpoint {name}; device {device} ({reason})", file=sys.stderr)
     for index in range(args.samples):
-        _emit(f"{SEPARATOR}\n" * (index > 0) + prompt)
+        emit(f"{SEPARATOR}\n" * (index > 0) + prompt)
         options = (args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, not args.no_cache, index)
         for piece in decoded(tokenizer, generate(net, prompt_ids, *options)):
-            _emit(piece)
-        _emit("\n")
+            emit(piece)
+        emit("\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             run(sys.argv[1:] if argv is None else argv)
         except KeyboardInterrupt:
-            _emit("\n")
+            emit("\n")
             return 130
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)

@@ -10,6 +10,7 @@ micro-batches a step has.
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from data import TextData, load_text
 from data.augment import Augment, augmented, normalise
 from data.images import ImageData, load_images
+from data.pictures import draw_predictions, per_class_table
 from gft.config import IMAGES, Config, check_against_data
 from kernels.philox import Stream, uniform
 from sample import decoded, generate, start_ids
@@ -50,6 +52,9 @@ class Task(Protocol):
 
     def show(self, net: nn.Module) -> str:
         """A few lines that tell a person how the net is doing; empty for none."""
+
+    def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
+        """What there is to say and draw at the end of a run. Raises OSError if a picture cannot be written."""
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint must hold for the net to be used without the data."""
@@ -123,6 +128,9 @@ class TextTask:
         tokens = generate(net, start_ids(self.data.tokenizer, ""), self.cfg.sample_tokens, 0.8, 0, 1.0, self.cfg.seed)
         return "".join(decoded(self.data.tokenizer, tokens)).strip()
 
+    def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
+        """Nothing: samples were shown on the way."""
+
     def saved(self) -> dict[str, Any]:
         """The tokenizer."""
         return {"tokenizer": self.data.tokenizer.to_json()}
@@ -167,7 +175,7 @@ class ImageTask:
     def outputs_of(self, net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
         """Logits (N, classes) of images (N, H, W, C) uint8."""
         parts = np.array_split(images, max(1, math.ceil(len(images) / self.cfg.batch_size)))
-        rows = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts)
+        rows = (torch.from_numpy(part.copy()).to(device) for part in parts)
         return torch.cat([net(normalise(part, self.data.mean, self.data.std)).float() for part in rows])
 
     def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
@@ -183,6 +191,14 @@ class ImageTask:
     def show(self, net: nn.Module) -> str:
         """Nothing: the accuracy is in the progress line."""
         return ""
+
+    def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
+        """How often each class is right, and predictions.png: images with what the net takes them for."""
+        data = self.data
+        p = self.outputs_of(net, data.val, device).softmax(dim=1).cpu().numpy()
+        print(per_class_table(data.val_labels, p.argmax(axis=1), data.classes))
+        draw_predictions(folder / "predictions.png", data.val, data.val_labels, p, data.classes)
+        print(f"predictions: {folder / 'predictions.png'}")
 
     def saved(self) -> dict[str, Any]:
         """The names of the classes and what pixels are normalised by."""

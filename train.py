@@ -25,11 +25,12 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from gft import checkpoint, runtime
+from gft import checkpoint, energy, runtime
 from gft.config import Config, differences, from_dict, load, to_dict
 from gft.curve import draw
 from gft.errors import UserError
 from gft.learner import FlipLearner, make_learner
+from gft.meter import Meter
 from gft.monitor import Monitor, warnings
 from gft.progress import Metrics, Progress
 from model import ModelConfig, make_net
@@ -159,6 +160,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         monitor = Monitor(run.learner.optimizer, names, cfg.monitor_every, cfg.seed)
     progress = Progress(cfg.steps, run.step, run.task.per_step, run.task.unit)
     said, resident, step_seconds, found = set(), [], [], {}
+    meter, first = Meter.on(run.run.device.type, run.run.device.index), run.step
+    meter.start()
 
     while run.step < cfg.steps:
         begun = time.perf_counter()
@@ -174,6 +177,7 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
             found = run.task.evaluate(run.net, run.run.device)
+            meter.poll()
             record |= {name: round(value, 5) for name, value in found.items()}
             run.losses.append(found["val_loss"])
         metrics.write(record)
@@ -195,7 +199,10 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             return None
     if not step_seconds:  # resumed at the end
         found = run.task.evaluate(run.net, run.run.device)
-    return run.summary(found, step_seconds[1:])
+    used = energy.summary(energy.count(cfg, run.task.outputs, run.task.image), run.step, meter.stop())
+    if first:
+        used["energy_note"] += f"; measured from step {first} on, where this process took the run up"
+    return run.summary(found, step_seconds[1:]) | used
 
 
 def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
@@ -270,11 +277,12 @@ def run_config(cfg: Config, argv: list[str]) -> int:
         print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
               f"go on: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
-    curve = out / "loss.png"
+    curve, title = out / "loss.png", f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights"
     try:
-        draw(out / "metrics.jsonl", curve, f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights")
+        draw(out / "metrics.jsonl", curve, title, run.task.unit.removesuffix("s"))
+        task.report(run.net, chosen.device, out)
     except OSError as error:
-        print(f"note: {curve} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"note: {error.filename or curve} cannot be written: {error.strerror}", file=sys.stderr)
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
           f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}")  # fmt: skip
     if task.image is None:

@@ -16,20 +16,20 @@ import numpy as np
 
 COLUMNS = 8
 INCHES = 1.45  # width of an image with its margin
-CAPTION_INCHES, HEADING_INCHES = 0.5, 0.35
+CAPTION_INCHES, HEADING_INCHES, HEADING_WIDTH = 0.6, 0.35, 6.0
 CAPTION_LETTERS = 17  # so many fit under an image
 WRONG = "#c1121f"
 
 
 def choose(labels: np.ndarray, probabilities: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which `count` images to draw: indices spread evenly over all, and those of the surest mistakes.
+    """Which images to draw: indices spread evenly over all, and those of the surest mistakes.
 
-    A third is for mistakes, fewer if there are fewer. Of equally sure ones the first counts; an image may be in both.
+    A third of `count` is for mistakes; there may be fewer. Of equally sure ones the first counts. One may be in both.
     """
     predicted, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     mistakes = wrong[np.argsort(-sure[wrong], kind="stable")][: count // 3]
-    spread = min(len(labels), count - len(mistakes))
+    spread = min(len(labels), count - count // 3)
     return np.linspace(0, len(labels) - 1, spread).round().astype(np.int64), mistakes
 
 
@@ -37,7 +37,9 @@ def caption(label: int, probabilities: np.ndarray, classes: Sequence[str]) -> st
     """The class predicted and its probability; below, of a mistake, the true class and its own."""
     predicted = int(probabilities.argmax())
     says = f"{_short(classes[predicted])}\n{_percent(probabilities[predicted])}"
-    return says if predicted == label else f"{says}, but it is\n{_short(classes[label])} ({_percent(probabilities[label])})"
+    if predicted == label:
+        return says
+    return f"{says}, but it is\n{_short(classes[label])} ({_percent(probabilities[label])})"
 
 
 def draw_predictions(
@@ -48,7 +50,7 @@ def draw_predictions(
     classes: Sequence[str],
     count: int = 24,
 ) -> None:
-    """Draw `count` of the images (N, H, W, C) uint8 with labels (N,) and probabilities (N, classes) into `png`.
+    """Draw up to `count` of the images (N, H, W, C) uint8 with labels (N,) and probabilities (N, classes) into `png`.
 
     Raises ValueError for arrays that do not fit together or are empty, OSError if `png` cannot be written.
     """
@@ -57,22 +59,23 @@ def draw_predictions(
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     if not len(images) == len(labels) == len(probabilities) > 0 or count < 1:
         raise ValueError(
-            f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities, count {count}: give as "
-            "many of each, at least one"
+            f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities, count {count}: "
+            "give as many of each, at least one"
         )
     if probabilities.shape[1] != len(classes):
         raise ValueError(f"probabilities of {probabilities.shape[1]} classes and {len(classes)} names: give as many")
     spread, mistakes = choose(labels, probabilities, count)
     predicted = probabilities.argmax(axis=1)
     wrong = predicted != labels
-    parts = [(spread, f"{len(spread)} of {len(labels):,} images, spread evenly: {(~wrong[spread]).sum()} right")]
+    right = (~wrong[spread]).sum()
+    heading = f"Spread evenly: {len(spread)} of {len(labels):,} images, {right} right; below each, what the net says"
+    parts = [(spread, heading)]
     if len(mistakes):
-        parts.append((mistakes, f"Of all {wrong.sum():,} mistakes, those made with the greatest confidence"))
+        parts.append((mistakes, f"Mistakes made with the greatest confidence: {len(mistakes)} of {wrong.sum():,}"))
     shape = images.shape[1] / images.shape[2]
     columns = min(COLUMNS, max(len(chosen) for chosen, _ in parts))
     heights = [-(-len(chosen) // columns) * (INCHES * shape + CAPTION_INCHES) + HEADING_INCHES for chosen, _ in parts]
-    width = max(columns * INCHES, 5.0)
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(max(columns * INCHES, HEADING_WIDTH), sum(heights)), layout="constrained")
     areas = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for area, (chosen, heading) in zip(areas, parts, strict=True):
         area.suptitle(heading, fontsize=10)
@@ -90,7 +93,7 @@ def _draw_one(ax, image: np.ndarray, text: str, wrong: bool) -> None:
     else:
         ax.imshow(image)
     ax.set_axis_on()
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], anchor="N")
     for spine in ax.spines.values():
         spine.set(visible=wrong, color=WRONG, linewidth=3)
     ax.set_xlabel(text, fontsize=8, color=WRONG if wrong else "black", parse_math=False)

@@ -18,8 +18,8 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def draw(metrics: Path, png: Path, title: str) -> None:
-    """Draw the curves of `metrics` into `png`."""
+def draw(metrics: Path, png: Path, title: str, unit: str = "token") -> None:
+    """Draw the curves of `metrics` into `png`; losses are in nats per `unit`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +41,7 @@ def draw(metrics: Path, png: Path, title: str) -> None:
         top.plot(*zip(*val, strict=True), color="C0", marker="o", markersize=3, label="validation")
         step, loss = val[-1]
         top.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center", color="C0")
-    top.set(ylabel="loss, nats per token", title=title)
+    top.set(ylabel=f"loss, nats per {unit}", title=title)
     top.grid(alpha=0.3)
     if train or val:
         top.legend(frameon=False)

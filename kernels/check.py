@@ -1,8 +1,9 @@
 """Checks kernels one by one on any machine: their values, their machine code, and on a GPU the real thing.
 
-    python -m kernels.check quantize flip      some kernel files
-    python -m kernels.check all                every kernel file that ships Triton kernels
-    python -m kernels.check flip --json        compile only; one JSON line for each configuration and architecture
+    python -m kernels.check quantize flip               some kernel files
+    python -m kernels.check all                         every kernel file that ships Triton kernels
+    python -m kernels.check flip --compile --only gain  only compile, and only configurations with "gain" in their name
+    python -m kernels.check flip --json                 only compile; a JSON line for each configuration and architecture
 
     values     the file's tests in Triton's interpreter, on the CPU: kernels against their torch references
     compiled   every shipped configuration for sm_80, sm_90 and sm_100, without a GPU
@@ -81,11 +82,11 @@ def known() -> list[str]:
     return [f.stem for f in files if f.stem != "check" and ships.search(f.read_text(encoding="utf-8"))]
 
 
-def configurations(kernel: str) -> list[tuple[Shipped, int]]:
-    """Every (configuration, architecture) that `kernels/KERNEL.py` ships."""
+def configurations(kernel: str, only: str = "") -> list[tuple[Shipped, int]]:
+    """Every (configuration, architecture) that `kernels/KERNEL.py` ships under a name with `only` in it."""
     module = importlib.import_module(f"kernels.{kernel}")
     entries = module.SHIPPED if hasattr(module, "SHIPPED") else module.shipped()
-    return [(entry, architecture) for entry in entries for architecture in entry.architectures]
+    return [(entry, architecture) for entry in entries if only in entry.name for architecture in entry.architectures]
 
 
 def _source(entry: Shipped) -> Any:
@@ -212,20 +213,20 @@ def compile_entry(kernel: str, entry: Shipped, architecture: int) -> Compiled:
     return Compiled(kernel, entry.name, architecture, shared=binary.metadata.shared, problems=problems, **found)
 
 
-def _compile_number(kernel: str, index: int) -> Compiled:
-    """The index-th of the kernel's configurations, compiled; in a process of its own it may print what it likes."""
+def _compile_number(kernel: str, only: str, index: int) -> Compiled:
+    """The index-th of the kernel's configurations, compiled; what compilers print goes to the error output."""
     with contextlib.redirect_stdout(sys.stderr):
-        return compile_entry(kernel, *configurations(kernel)[index])
+        return compile_entry(kernel, *configurations(kernel, only)[index])
 
 
-def compile_here(kernel: str) -> Iterator[Compiled]:
-    """Compile all a kernel file ships, in this process or, with several cores, in as many forks of it."""
-    cores, count = len(os.sched_getaffinity(0)), len(configurations(kernel))
+def compile_here(kernel: str, only: str = "") -> Iterator[Compiled]:
+    """Compile what a kernel file ships, in this process or, with several cores, in as many forks of it."""
+    cores, count = len(os.sched_getaffinity(0)), len(configurations(kernel, only))
     if min(cores, count) < 2:
-        yield from (_compile_number(kernel, index) for index in range(count))
+        yield from (_compile_number(kernel, only, index) for index in range(count))
         return
     with ProcessPoolExecutor(min(cores, count), multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(functools.partial(_compile_number, kernel), range(count))
+        yield from pool.map(functools.partial(_compile_number, kernel, only), range(count))
 
 
 def _environment(**changes: str) -> dict[str, str]:
@@ -234,12 +235,12 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 @functools.cache
-def compiled(kernel: str) -> list[Compiled]:
-    """Compile all a kernel file ships, in a process without the interpreter: a `Compiled` for each of `configurations`.
+def compiled(kernel: str, only: str = "") -> list[Compiled]:
+    """Compile what a kernel file ships, in a process without the interpreter: a `Compiled` for each of `configurations`.
 
     A configuration that the process did not live to report has the end of its error output as its problem.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "kernels.check", kernel, "--json"]
+    command = [sys.executable, "-W", "ignore", "-m", "kernels.check", kernel, "--json", "--only", only]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment())
     results = {}
     for line in ran.stdout.splitlines():
@@ -249,7 +250,7 @@ def compiled(kernel: str) -> list[Compiled]:
     died = f"never reported: its compiler ended with status {ran.returncode}\n{end}"
     return [
         results.get((entry.name, architecture)) or Compiled(kernel, entry.name, architecture, problems=[died])
-        for entry, architecture in configurations(kernel)
+        for entry, architecture in configurations(kernel, only)
     ]
 
 
@@ -300,27 +301,30 @@ def no_gpu() -> str:
     return f"this GPU is sm_{capability[0]}{capability[1]}" if capability < backend.SMALLEST_CAPABILITY else ""
 
 
-def check(kernel: str) -> list[str]:
-    """Print the three checks of one kernel file as they end. Returns the names of those that failed."""
+def check(kernel: str, only: str = "", compile_only: bool = False) -> list[str]:
+    """Print the checks of one kernel file as they end. Returns the names of those that failed."""
 
     def show(name: str, text: str) -> None:
         print(f"  {name:<10}{text}".replace("\n", "\n" + " " * 12), flush=True)
 
+    def tested(name: str, where: str, interpreted: bool) -> list[str]:
+        passed, text = run_tests(tests_of(kernel), interpreted)
+        show(name, f"{tests_of(kernel).relative_to(ROOT)}, {where}: {text}")
+        return [] if passed else [name]
+
     print(kernel, flush=True)
-    failed, file = [], tests_of(kernel)
-    passed, text = run_tests(file, interpreted=True)
-    show("values", f"{file.relative_to(ROOT)}, interpreter: {text}")
-    failed += [] if passed else ["values"]
+    failed = [] if compile_only else tested("values", "interpreter", interpreted=True)
     start = time.perf_counter()
-    results = compiled(kernel)
+    results = compiled(kernel, only)
     show("compiled", f"{len(results)} in {time.perf_counter() - start:.1f} s\n{table(results)}")
-    failed += ["compiled"] if any(r.problems for r in results) else []
+    if not results or any(r.problems for r in results):
+        failed.append("compiled")
+    if compile_only:
+        return failed
     if reason := no_gpu():
         show("gpu", f"not checked: {reason}")
         return failed
-    passed, text = run_tests(file, interpreted=False)
-    show("gpu", f"{torch.cuda.get_device_name()}: {text}")
-    return failed if passed else [*failed, "gpu"]
+    return failed + tested("gpu", torch.cuda.get_device_name(), interpreted=False)
 
 
 def main(arguments: list[str]) -> int:
@@ -329,7 +333,9 @@ def main(arguments: list[str]) -> int:
     about = "Check kernels: values in the interpreter, machine code without a GPU, and on a GPU the real thing."
     parser = argparse.ArgumentParser(prog="python -m kernels.check", description=about)
     parser.add_argument("kernel", nargs="+", help=f"{', '.join(names)}, or all")
-    parser.add_argument("--json", action="store_true", help="compile only, and print a JSON line for each result")
+    parser.add_argument("--only", default="", metavar="TEXT", help="compile only configurations with TEXT in their name")
+    parser.add_argument("--compile", action="store_true", help="only compile")
+    parser.add_argument("--json", action="store_true", help="only compile, and print a JSON line for each result")
     chosen = parser.parse_args(arguments)
     if unknown := [name for name in chosen.kernel if name not in (*names, "all")]:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}, or all")
@@ -339,11 +345,14 @@ def main(arguments: list[str]) -> int:
     names = names if "all" in chosen.kernel else list(dict.fromkeys(chosen.kernel))
     if chosen.json:
         bad = 0
-        for result in (r for name in names for r in compile_here(name)):
+        for result in (r for name in names for r in compile_here(name, chosen.only)):
             print(json.dumps(asdict(result)), flush=True)
             bad += bool(result.problems)
         return 1 if bad else 0
-    failed = [f"{name} ({', '.join(parts)})" for name in names if (parts := check(name))]
+    failed = []
+    for name in names:
+        if parts := check(name, chosen.only, chosen.compile):
+            failed.append(f"{name} ({', '.join(parts)})")
     print(f"FAILED: {'; '.join(failed)}" if failed else f"all right: {', '.join(names)}")
     return 1 if failed else 0
 

@@ -7,10 +7,10 @@ V[o, i] is the gradient of the loss by weight (o, i) in units of sigma * A / 127
 the weight to fall. One int32 sum holds `MAX_REDUCTION` tokens; longer batches are summed in int64 by parts.
 Memory: T*(in + out) bytes read, 4*in*out written; 2*T*in*out operations.
 
-The kernel is that of `kernels.int8_matmul` on D^T and X^T. The reduced axis is the token: operands that come as views of
-transposed copies, strides (1, T padded to 16), are read as they are, others are copied first. A layer has fewer tiles than a
-large GPU has processors, so the tokens are shared out and the parts added with integer atomics, exact in any order: each part
-writes, and adds to, another 4*in*out bytes.
+The kernel is that of `kernels.int8_matmul` on D^T and X^T. The reduced axis is the token: operands that come as views
+of transposed copies, strides (1, T padded to 16), are read as they are, others are copied first. A layer has fewer
+tiles than a large GPU has processors, so the tokens are shared out and the parts added with integer atomics, exact in
+any order: each part adds to another 4*in*out bytes.
 """
 
 import functools

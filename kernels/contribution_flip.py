@@ -4,7 +4,13 @@
 
 The reference is the composition of the kernels it fuses, so the fused path and the two-kernel path (votes, then
 `flip`) share one selection and agree exactly. Memory of a fused kernel: T*(in + out) + 2*out*in bytes, and twice
-out*in more with the vote memory; votes and scores need none.
+out*in more with the vote memory; votes and scores need none. 2*T*in*out int8 operations, and for spectral 15 fp16 products
+of an ortho_tile: 30*ortho_tile*out*in.
+
+A program owns a block of whole tiles, sums its votes over all tokens in registers and lets `flip.learn_block` do the rest
+there. Both operands come with their tokens contiguous (`along_tokens`; the quantizers write them so), as int8 tensor
+cores want them. Blocks of several matrices, of different sizes and batches, go into one launch: a table on the device
+says where everything lies. `learn_step` chooses between this and the two-kernel path.
 """
 
 import itertools
@@ -64,6 +70,8 @@ def _contribution_flip_kernel(
     if tokens % K > 0:
         rest = token < tokens % K
         v = tl.dot(tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v)
+    _, row, top, left = find_matrix(table, matrices, MATRICES, FIELDS, M, N, True)
+    out, inner = tl.load(row + 1), tl.load(row + 2)
     inside = (tl.arange(0, M)[:, None] < out - top) & (tl.arange(0, N)[None, :] < inner - left)
     v = tl.where(inside, v, 0)
     learn_block(
@@ -96,13 +104,17 @@ def why_not(select_tile: int, flip_prob: str = "one") -> str:
     return ""
 
 
-def why_not_in_a_block(rule: str, ortho_tile: int, select_tile: int, memory: bool) -> str:
-    """Why scores cannot be formed in the kernel that selects, "" if they can: they then go through memory, as float32."""
+def why_not_in_a_block(
+    rule: str, ortho_tile: int, select_tile: int, memory: bool, capability: tuple[int, int] = (9, 0)
+) -> str:  # fmt: skip
+    """Why scores cannot be formed in the kernel that selects, "" if they can: if not, they go through memory, as float32."""
     if rule not in FUSED_RULES:
         return f"rule is {rule}; it looks at whole matrices"
     side = max(select_tile, MEMORY_TILE if memory else 0)
     if rule == "spectral" and (ortho_tile not in ORTHO_TILES or ortho_tile < side):
         return f"ortho_tile is {ortho_tile}; a block of {', '.join(map(str, ORTHO_TILES))} must hold tiles of {side}"
+    if rule == "spectral" and ortho_tile == 128 and capability < (9, 0):
+        return f"this GPU is sm_{capability[0]}{capability[1]}; before sm_90 products of 128 x 128 do not fit into registers"
     return ""
 
 
@@ -209,7 +221,8 @@ def learn_step(
     numbers, firsts = [m.index for m in matrices], [m.first_tile for m in matrices]
     settings = [fixed_point(k), signed(seed), step, Stream.TOPK + 16 * index, bits, step_size]
     given = [w.to(weights[0].device) for w in words]
-    in_a_block = not why_not_in_a_block(rule, ortho_tile, select_tile, bool(kept))
+    capability = torch.cuda.get_device_capability(weights[0].device) if weights[0].is_cuda else (9, 0)
+    in_a_block = not why_not_in_a_block(rule, ortho_tile, select_tile, bool(kept), capability)
     pairs = all(not isinstance(o, Tensor) and len(o[0]) <= MAX_REDUCTION for o in operands)
     if fused is None:
         fused = pairs and in_a_block and _fills(matrices, fused_block(rule, ortho_tile, select_tile))
@@ -282,5 +295,6 @@ def shipped() -> list[Shipped]:
         }  # fmt: skip
         name = f"contribution_flip {rule} {M}x{N}{' memory' if memory else ''}"
         instructions = ("int8", "fp16") if rule == "spectral" else ("int8",)
-        found.append(Shipped(name, _contribution_flip_kernel, SIGNATURE, constants, warps, stages, instructions))
+        where = (90, 100) if rule == "spectral" and M == 128 else (80, 90, 100)
+        found.append(Shipped(name, _contribution_flip_kernel, SIGNATURE, constants, warps, stages, instructions, where))
     return found

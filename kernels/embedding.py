@@ -2,11 +2,12 @@
 
     y[t] = W[token[t]] * s            V[token[t]] += D[t]
 
-Memory: forward T*n bytes and 8*T of tokens read, size(y)*T*n written; votes T*n read, 4*T*n added to a table of 4*rows*n bytes
-that was written once. No multiplication by a one-hot matrix. The votes are integers, so the order of the atomic additions
-does not show. A sum is at most 127 * T.
+Memory: forward T*n bytes and 8*T of tokens read, size(y)*T*n written; votes T*n read, 4*T*n added to a table of
+4*rows*n bytes that was written once. No multiplication by a one-hot matrix. The votes are integers, so the order of
+the atomic additions does not show. A sum is at most 127 * T.
 
-A token outside the table is an error in torch; a kernel, which cannot raise one, makes its row of y NaN and drops its votes.
+A token outside the table is an error in torch; a kernel, which cannot raise one, makes its row of y NaN and drops its
+votes.
 """
 
 import torch
@@ -107,9 +108,9 @@ def _(d, tokens, rows):
 
 
 def embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of weight int8 (rows, n) times scale float32 (): tokens int64 (...) to (..., n) in float32, float16 or bfloat16.
+    """Rows of weight int8 (rows, n) times scale float32 (): tokens int64 (...) to (..., n) as `dtype`.
 
-    Raises ValueError on another type or an empty operand.
+    dtype is float32, float16 or bfloat16. Raises ValueError on another type or an empty operand.
     """
     if tokens.numel() == 0 or weight.numel() == 0:
         raise ValueError(
@@ -117,7 +118,8 @@ def embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype 
         )
     if dtype not in OUTPUT_TYPES or weight.dtype != torch.int8:
         raise ValueError(
-            f"embedding: got a table of {weight.dtype} and dtype {dtype}; need torch.int8 and {', '.join(map(str, OUTPUT_TYPES))}"
+            f"embedding: got a table of {weight.dtype} and dtype {dtype}; "
+            f"need torch.int8 and {', '.join(map(str, OUTPUT_TYPES))}"
         )
     if on_triton(weight):
         return torch.ops.nanogft.embedding(tokens, weight, scale, dtype)
@@ -131,7 +133,8 @@ def embedding_votes(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
     """
     if d.dim() != 2 or tokens.shape != d.shape[:1] or d.numel() == 0:
         raise ValueError(
-            f"embedding_votes: got delta {tuple(d.shape)} and tokens {tuple(tokens.shape)}; need (T, n) and (T,), not empty"
+            f"embedding_votes: got delta {tuple(d.shape)} and tokens {tuple(tokens.shape)}; "
+            f"need (T, n) and (T,), not empty"
         )
     if d.shape[0] > MOST_ROWS:
         raise ValueError(f"embedding_votes: {d.shape[0]} rows can overflow int32; the limit is {MOST_ROWS}")

@@ -7,6 +7,10 @@
 `rank_keys` turns scores into integers that compare as |S| does, so that one integer selection serves the
 exact rules and the float ones. `flip_prob`: a selected weight moves with p = (|S| / largest |S| of its
 tile)^gamma, or always.
+
+The Triton kernel keeps a block of tiles in registers (`learn_block`, which the fused kernel of contribution_flip.py ends
+with too). Memory: 4 (votes) + 2 (weights) bytes for each weight, 2 more with the vote memory; about 30 passes over
+registers find the threshold (`choose`). Random words are drawn in the kernel, or given.
 """
 
 from collections.abc import Sequence
@@ -456,5 +460,6 @@ def shipped() -> list[Shipped]:
         name = f"flip {rule} of {votes} {side}x{side}{' memory' if memory else ''}"
         instructions = ("fp16",) if rule == "spectral" else ()
         signature = {"table": "*i64", "flips": "*i64", **numbers}
-        found.append(Shipped(name, _flip_kernel, signature, constants, 8 if side == 128 else 4, 1, instructions))
+        where = (90, 100) if side == 128 else (80, 90, 100)
+        found.append(Shipped(name, _flip_kernel, signature, constants, 8 if side == 128 else 4, 1, instructions, where))
     return found

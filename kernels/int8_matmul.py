@@ -5,15 +5,16 @@
 
 Exact while the reduced length K is at most `MAX_REDUCTION`: 133,144 products of +-127 * +-127 fit in int32. The product
 with the scale and the sum with the residual are taken in fp32, each rounded, then rounded once to the type of y.
-Memory for (M, K) x (K, N): M*K + N*K bytes read, M*N*size(y) written, as much read again for a residual; 2*M*N*K operations.
+Memory for (M, K) x (K, N): M*K + N*K bytes read, M*N*size(y) written, as much read for a residual; 2*M*N*K operations.
 
-How the kernels run. Tensor cores want both operands contiguous along K, rows on 16-byte boundaries. Activations, deltas and
-the quantizers' copies for the votes come like that; any other operand (W^T in the backward pass, a sliced view) is copied
-first, O(size) next to the product's O(size * rows). Two kernels share their epilogue: `_int8_matmul_kernel` loads tiles
-through pointers (sm_80 on), `_int8_matmul_tma_kernel` lets the copy engine of sm_90 and later fetch them, which costs no
-registers for addresses, and walks over several tiles so that one's results are written while the next one's operands come.
-Tiles are numbered in groups of rows: programs that run at the same time share operands in L2. With SPLIT > 1 parts of K
-are summed by different programs with integer atomics, exact in any order.
+Tensor cores want both operands contiguous along K, rows on 16-byte boundaries. Activations, deltas and the
+quantizers' copies for the votes come like that; any other operand (W^T in the backward pass, a sliced view) is copied
+first, its bytes read and written once more. There are two kernels. `_int8_matmul_kernel` moves tiles through
+pointers, from sm_80 on. `_int8_matmul_tma_kernel` has them moved by the copy engine of sm_90 and later, which costs
+no registers for addresses; its persistent form walks over several tiles, and one's results are written while the next
+one's operands come. It needs rows of the result on 16-byte boundaries. Tiles are numbered in groups of rows: programs
+that run at the same time share operands in L2. With SPLIT > 1 different programs sum parts of K with integer atomics,
+exact in any order.
 """
 
 import functools
@@ -120,8 +121,11 @@ def _int8_matmul_kernel(
     SPLIT: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a (M, K) times b (N, K) transposed. K and the distance of rows come in blocks of 16 bytes: so the
-    compiler sees what the launcher has made true and loads whole blocks."""
+    """A tile of a (M, K) times b (N, K) transposed.
+
+    K and the distance of rows come in blocks of 16 bytes: so the compiler sees what the launcher has made true, and
+    loads whole blocks.
+    """
     tl.static_assert(BLOCK_K % 32 == 0, "an int8 dot reduces at least 32 elements")
     K = blocks_k * 16
     part = tl.program_id(0) % SPLIT
@@ -212,7 +216,7 @@ TMA_TILES = [  # (BLOCK_N, PERSISTENT, num_warps, num_stages): what shared memor
     (256, False, 8, 4),
     (128, False, 4, 2),  # two programs share a multiprocessor: one computes while the other writes
 ]
-TILES = [(128, 128, 128, 8, 3), (64, 64, 128, 4, 3)]  # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) through pointers
+TILES = [(128, 128, 128, 8, 3), (64, 64, 128, 4, 3)]  # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), pointers
 SPLIT_TILE = (128, 64, 128, 8, 3)
 SPLIT_COST = 512  # what adding a tile to memory costs, in elements of K
 MOST_PARTS = 32
@@ -244,7 +248,9 @@ def _tuned_tma() -> Callable:
 @functools.cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_PROCESSORS
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -254,7 +260,10 @@ def _has_copy_engine(device: torch.device) -> bool:
 
 
 def _aligned(m: Tensor) -> Tensor:
-    """m int8 (rows, K) with K contiguous and a multiple of 16 and rows on 16-byte boundaries: itself, or a copy with zeros behind."""
+    """m int8 (rows, K) as the kernels want it: K contiguous and a multiple of 16, rows on 16-byte boundaries.
+
+    Itself if it is like that, else a copy with zeros behind each row.
+    """
     rows, k = m.shape
     if m.stride(1) == 1 and m.stride(0) % 16 == 0 and m.stride(0) >= k and k % 16 == 0 and m.data_ptr() % 16 == 0:
         return m
@@ -265,8 +274,9 @@ def _aligned(m: Tensor) -> Tensor:
 
 
 def _on_boundaries(m: Tensor) -> bool:
-    """Whether rows of m can be described to the copy engine."""
-    return m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 and m.stride(0) >= m.shape[1]
+    """Whether m can be described to the copy engine: rows contiguous, apart, on 16-byte boundaries."""
+    row, column = m.stride()
+    return column == 1 and row >= m.shape[1] and row * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0
 
 
 def _parts(m: int, n: int, k: int, processors: int) -> int:
@@ -286,7 +296,8 @@ def launch(
 ) -> Tensor:
     """(a b^T) * scale + residual as `dtype` (M, N): int8 a (M, K), b (N, K) of any stride; without a scale, int32 sums.
 
-    `split` allows parts of K to be added up in memory: for int32 results with few tiles. Raises ValueError for N above 2^23.
+    `split` allows parts of K to be added up in memory: for int32 results with few tiles.
+    Raises ValueError for N above 2^23.
     """
     (m, k), n = a.shape, b.shape[0]
     if n > WIDEST:
@@ -303,8 +314,8 @@ def launch(
         out = torch.zeros(m, n, dtype=dtype, device=a.device)
         block_m, block_n, block_k, warps, stages = SPLIT_TILE
         _int8_matmul_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * parts,)](
-            a, b, out, None, None, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16, 0, 0, 0, SPLIT=parts, **switches,
-            **_tile_constants(block_m, block_n, block_k), num_warps=warps, num_stages=stages,
+            a, b, out, None, None, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16, 0, 0, 0,
+            SPLIT=parts, **switches, **_tile_constants(block_m, block_n, block_k), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
     out = torch.empty(m, n, dtype=dtype, device=a.device)
@@ -315,8 +326,8 @@ def launch(
         return out
     stride_rm, stride_rn = residual.stride() if residual is not None else (0, 0)
     _tuned_pointers()[lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)](
-        a, b, out, scale, residual, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16, stride_scale, stride_rm, stride_rn,
-        SPLIT=1, **switches,
+        a, b, out, scale, residual, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16,
+        stride_scale, stride_rm, stride_rn, SPLIT=1, **switches,
     )  # fmt: skip
     return out
 
@@ -337,8 +348,9 @@ def _launch_tma(
         return (min(tiles, processors) if meta["PERSISTENT"] else tiles,)
 
     _tuned_tma()[grid](
-        described(a, BOX_M, BOX_K), described(b, BOX_M, BOX_K), described(b, 2 * BOX_M, BOX_K), described(out, BOX_M, BOX_N),
-        scale, residual if residual is None else described(residual, BOX_M, BOX_N), m, n, k, stride_scale, **switches,
+        described(a, BOX_M, BOX_K), described(b, BOX_M, BOX_K), described(b, 2 * BOX_M, BOX_K),
+        described(out, BOX_M, BOX_N), scale, residual if residual is None else described(residual, BOX_M, BOX_N),
+        m, n, k, stride_scale, **switches,
     )  # fmt: skip
 
 
@@ -396,7 +408,8 @@ def int8_matmul(
         raise ValueError(f"int8_matmul: got a scale of shape {tuple(scale.shape)}; need () or ({x.shape[0]}, 1)")
     if residual is not None and (residual.dtype != dtype or tuple(residual.shape) != expected):
         raise ValueError(
-            f"int8_matmul: got a residual {residual.dtype} {tuple(residual.shape)}; it must be {dtype} {expected}, as y is"
+            f"int8_matmul: got a residual {residual.dtype} {tuple(residual.shape)}; "
+            f"it must be {dtype} {expected}, as y is"
         )
     if on_triton(x):
         return torch.ops.nanogft.int8_matmul(x, w, scale, residual, dtype, False)
@@ -407,42 +420,53 @@ def int8_matmul(
 
 
 def shipped() -> list[Shipped]:
-    """Every tile with every epilogue: int32 sums, fp32 scaled, bf16 and fp32 with a residual, ragged sizes; sums by parts."""
-    entries = []
-    for out, residual, ragged in (
-        ("i32", False, ""), ("fp32", False, ""), ("bf16", True, ""), ("fp32", True, ""), ("bf16", False, ":1"),
-    ):  # fmt: skip
-        whole = "i32" + ragged
-        scaled = out != "i32"
-        label = f"{out}{' + residual' if residual else ''}{' ragged' if ragged else ''}"
-        switches = {"SCALED": scaled, "RESIDUAL": residual} | ({} if scaled else {"scale": None, "stride_scale": 0})
-        scale = {"scale": "*fp32", "stride_scale": whole} if scaled else {}
-        sizes = {"M": whole, "N": whole}
-        addresses = {"a": "*i8", "b": "*i8", "out": f"*{out}", "blocks_k": whole, "blocks_am": whole, "blocks_bn": whole}
-        added = {"residual": f"*{out}", "stride_rm": whole} if residual else {}
-        fixed = {"stride_rn": 1} if residual else {"residual": None, "stride_rm": 0, "stride_rn": 0}
-        for *tile, warps, stages in TILES:
-            entries.append(Shipped(
-                f"{'x'.join(map(str, tile))} {label}", _int8_matmul_kernel, addresses | sizes | scale | added,
-                switches | fixed | _tile_constants(*tile) | {"SPLIT": 1}, warps, stages, ("int8",),
-            ))  # fmt: skip
-        boxes = {"a": (BOX_M, BOX_K, "i8"), "b_128": (BOX_M, BOX_K, "i8"), "b_256": (2 * BOX_M, BOX_K, "i8"), "out": (BOX_M, BOX_N, out)}
-        boxes |= {"residual": boxes["out"]} if residual else {}
-        described = {name: f"tensordesc<{kind}[{rows}, {columns}]>" for name, (rows, columns, kind) in boxes.items()}
-        for block_n, persistent, warps, stages in TMA_TILES:
-            entries.append(Shipped(
-                f"tma {BOX_M}x{block_n}x{BOX_K}{' persistent' if persistent else ''} {label}", _int8_matmul_tma_kernel,
-                described | sizes | scale | {"K": whole},
-                switches | _tile_constants(BOX_M, block_n, BOX_K) | {"PERSISTENT": persistent} | ({} if residual else {"residual": None}),
-                warps, stages, ("int8",), (90, 100),
-            ))  # fmt: skip
+    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes; and sums by parts."""
+    return [
+        *_shipped("i32"), *_shipped("fp32"), *_shipped("bf16", residual=True), *_shipped("fp32", residual=True),
+        *_shipped("bf16", ragged=True), _shipped_by_parts("i32"), _shipped_by_parts("i32:1"),
+    ]  # fmt: skip
+
+
+def _shipped(out: str, residual: bool = False, ragged: bool = False) -> list[Shipped]:
+    """The tiles of both kernels for results of Triton's type `out`; those other than i32 are scaled."""
+    whole, scaled = "i32:1" if ragged else "i32", out != "i32"
+    label = out + " + residual" * residual + " ragged" * ragged
+    common = {"M": whole, "N": whole} | ({"scale": "*fp32", "stride_scale": whole} if scaled else {})
+    constants = {"SCALED": scaled, "RESIDUAL": residual} | ({} if scaled else {"scale": None, "stride_scale": 0})
+
+    signature = common | {"a": "*i8", "b": "*i8", "out": f"*{out}", "blocks_k": whole}
+    signature |= {"blocks_am": whole, "blocks_bn": whole}
+    signature |= {"residual": f"*{out}", "stride_rm": whole} if residual else {}
+    fixed = {"SPLIT": 1, "stride_rn": 1} if residual else {"SPLIT": 1, "residual": None, "stride_rm": 0, "stride_rn": 0}
+    through_pointers = [
+        Shipped(
+            f"{'x'.join(map(str, tile))} {label}", _int8_matmul_kernel, signature,
+            constants | fixed | _tile_constants(*tile), warps, stages, ("int8",),
+        )
+        for *tile, warps, stages in TILES
+    ]  # fmt: skip
+
+    operand, written = f"tensordesc<i8[{BOX_M}, {BOX_K}]>", f"tensordesc<{out}[{BOX_M}, {BOX_N}]>"
+    wide = f"tensordesc<i8[{2 * BOX_M}, {BOX_K}]>"
+    described = common | {"a": operand, "b_128": operand, "b_256": wide, "out": written, "K": whole}
+    described |= {"residual": written} if residual else {}
+    fixed = {} if residual else {"residual": None}
+    return through_pointers + [
+        Shipped(
+            f"tma {BOX_M}x{block_n}x{BOX_K}{' persistent' * persistent} {label}", _int8_matmul_tma_kernel, described,
+            constants | fixed | _tile_constants(BOX_M, block_n, BOX_K) | {"PERSISTENT": persistent},
+            warps, stages, ("int8",), (90, 100),
+        )
+        for block_n, persistent, warps, stages in TMA_TILES
+    ]  # fmt: skip
+
+
+def _shipped_by_parts(whole: str) -> Shipped:
     *tile, warps, stages = SPLIT_TILE
-    for ragged in ("", ":1"):
-        whole = "i32" + ragged
-        entries.append(Shipped(
-            f"{'x'.join(map(str, tile))} i32 by parts{' ragged' if ragged else ''}", _int8_matmul_kernel,
-            {"a": "*i8", "b": "*i8", "out": "*i32"} | dict.fromkeys(("M", "N", "blocks_k", "blocks_am", "blocks_bn"), whole),
-            _tile_constants(*tile) | {"SPLIT": 4, "SCALED": False, "RESIDUAL": False, "scale": None, "residual": None}
-            | {"stride_scale": 0, "stride_rm": 0, "stride_rn": 0}, warps, stages, ("int8",),
-        ))  # fmt: skip
-    return entries
+    sizes = dict.fromkeys(("M", "N", "blocks_k", "blocks_am", "blocks_bn"), whole)
+    unused = {"scale": None, "residual": None, "stride_scale": 0, "stride_rm": 0, "stride_rn": 0}
+    return Shipped(
+        f"{'x'.join(map(str, tile))} i32 by parts{' ragged' * whole.endswith(':1')}", _int8_matmul_kernel,
+        {"a": "*i8", "b": "*i8", "out": "*i32"} | sizes,
+        _tile_constants(*tile) | unused | {"SPLIT": 4, "SCALED": False, "RESIDUAL": False}, warps, stages, ("int8",),
+    )  # fmt: skip

@@ -3,6 +3,9 @@
     M  <- beta M + V            in the votes' own units
     the rule scores               V + beta M, with the new M
     stored as int8, one scale per tile: scale = max|M| / 127, rounded up or down at random (`philox.dither`)
+
+`remember_tile` is what kernels that learn do in registers: 2 bytes for each weight. `remember_` alone reads 4 + 1 and
+writes 4 + 1 bytes for each: for rules that look at whole matrices.
 """
 
 import torch

@@ -87,8 +87,8 @@ def dither(rows: Tensor, columns: Tensor) -> Tensor:
 
 @jit
 def philox_words(seed, step, stream, element):
-    """`words` in a kernel: the uint32 word of each element. element int64, a block or a scalar; the rest are integers."""
-    tl.static_assert(element.dtype == tl.int64)
+    """`words` in a kernel: the uint32 word of each element. element int64, a block or a scalar; the rest are scalars."""
+    element = tl.to_tensor(element).to(tl.int64)
     group = element >> 2
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
     step32, stream32 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)

@@ -103,7 +103,7 @@ def _nearest(v):
 
 @jit
 def _rounded_down(v):
-    """floor(v) clipped to [-127, 127]: int32. `tl.floor` takes numbers too small for fp32's normal range as 0 on a GPU."""
+    """floor(v) clipped to [-127, 127]: int32. On a GPU `tl.floor` takes subnormal numbers, negative ones too, as 0."""
     v = tl.minimum(tl.maximum(v, -127.0), 127.0)
     q = v.to(tl.int32)
     return q - (v < q.to(tl.float32)).to(tl.int32)
@@ -137,7 +137,9 @@ def _store_transposed(votes, q, first_row, first_column, columns, padded):
 
 
 @jit
-def _load_sum(x, residual, row, column, rows, columns, x_row, x_column, residual_row, residual_column, ADD: tl.constexpr):
+def _load_sum(
+    x, residual, row, column, rows, columns, x_row, x_column, residual_row, residual_column, ADD: tl.constexpr
+):  # fmt: skip
     """x, or x + residual rounded to x's type; zeros outside."""
     mask = (row < rows) & (column < columns)
     value = tl.load(x + row * x_row + column.to(tl.int64) * x_column, mask=mask, other=0.0)
@@ -166,8 +168,8 @@ def _rmsnorm_quantize_kernel(
 ):  # fmt: skip
     """A program walks over blocks of PACK * GROUPS rows, each twice, PIECES times LANES columns at once.
 
-    Blocks are (PACK, GROUPS, LANES): Triton gives the last axis to the lanes of a warp, the middle one to the warps and the
-    first to the registers, so that a row is summed inside one warp and a thread holds PACK neighbouring tokens.
+    Blocks are (PACK, GROUPS, LANES): Triton gives the last axis to the lanes of a warp, the middle one to the warps and
+    the first to the registers, so that a row is summed inside one warp and a thread holds PACK neighbouring tokens.
     """
     R: tl.constexpr = PACK * GROUPS
     tl.static_assert(LANES % 32 == 0)
@@ -206,7 +208,7 @@ def _rmsnorm_quantize_kernel(
 
 @jit
 def _absmax_kernel(delta, largest, n, BLOCK: tl.constexpr, LOOPS: tl.constexpr):
-    """largest int32: the bits of max |delta|, which order as the numbers do (a NaN above all), so that atomics are exact."""
+    """largest int32: the bits of max |delta|, which order as the numbers do (a NaN above all): atomics are exact."""
     first = tl.program_id(0).to(tl.int64) * (BLOCK * LOOPS)
     top = tl.zeros([BLOCK], tl.int32)
     for loop in tl.static_range(LOOPS):
@@ -222,7 +224,7 @@ def _quantize_delta_kernel(
     delta_row, delta_column, sigma_row, word_row, word_column,
     FOR_VOTES: tl.constexpr, PACK: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """PACK * GROUPS rows, every num_programs(1)-th chunk of LANES columns; laid out as in `_rmsnorm_quantize_kernel`."""
+    """PACK * GROUPS rows, every num_programs(1)-th chunk of LANES columns, laid out as for `_rmsnorm_quantize_kernel`."""
     first_row = tl.program_id(0).to(tl.int64) * (PACK * GROUPS)
     row = (first_row + tl.arange(0, PACK)[:, None] + PACK * tl.arange(0, GROUPS)[None, :])[:, :, None]
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
@@ -236,7 +238,7 @@ def _quantize_delta_kernel(
         q = _rounded_down(value.to(tl.float32) * inverse + dither_at(row_word, column_word))
         _store_rows(grid, q, first_row, first_column, rows, columns)
         if FOR_VOTES:
-            # Behind the last row, u alone could round to 0 only: it is below 1.
+            # Past the last row q is 0, as the padding must be: floor(u).
             _store_transposed(votes, q, first_row, first_column, columns, padded)
 
 
@@ -255,10 +257,11 @@ def padded_rows(rows: int) -> int:
 
 
 def empty_votes(like: Tensor, for_votes: bool) -> Tensor:
-    """Memory for the copy for the votes of a matrix (T, n): int8 (T, n) with strides (1, padded T); (0, n) if not wanted."""
+    """Memory for the votes' copy of a matrix (T, n): int8 (T, n) with strides (1, padded T); (0, n) if not wanted."""
     rows, columns = like.shape
-    memory = torch.empty((columns, padded_rows(rows)), dtype=torch.int8, device=like.device)
-    return memory.t()[: rows if for_votes else 0]
+    if not for_votes:
+        return torch.empty((0, columns), dtype=torch.int8, device=like.device)
+    return torch.empty((columns, padded_rows(rows)), dtype=torch.int8, device=like.device).t()[:rows]
 
 
 def _votes_words(votes: Tensor, padded: int, pack: int) -> Tensor:
@@ -270,8 +273,8 @@ def _votes_words(votes: Tensor, padded: int, pack: int) -> Tensor:
 def _norm_blocks(columns: int, itemsize: int, add: bool) -> dict[str, int]:
     """PACK, GROUPS, LANES, PIECES and num_warps for rows of `columns` elements.
 
-    One warp for each group. As rows grow a program takes fewer (32, then 16), so that what all programs come back to stays
-    in an H200's 50 MB of L2 up to 4,096 columns of 16 bits; longer rows are partly read from memory twice.
+    One warp for each group. As rows grow a program takes fewer (32, then 16), so that what all programs come back to
+    stays in an H200's 50 MB of L2 up to 4,096 columns of 16 bits; longer rows are partly read from memory twice.
     """
     lanes = 32 * 16 // itemsize  # 16 bytes a lane
     chunks = -(-columns // lanes)
@@ -336,11 +339,11 @@ def _(delta):
     return delta.new_empty((), dtype=torch.float32)
 
 
-DELTA_PACK, DELTA_LANES, DELTA_CHUNKS, DELTA_WARPS = 4, 128, 4, 8  # fewer lanes than threads: words are cheap to convert
+DELTA_PACK, DELTA_LANES, DELTA_CHUNKS, DELTA_WARPS = 4, 128, 4, 8  # with fewer lanes than threads, Triton moves words, not blocks
 
 
 def _delta_groups(itemsize: int) -> int:
-    """Groups of rows in a block of `_quantize_delta_kernel`: 16 bytes a lane leave a warp two groups of 16-bit elements."""
+    """Groups of rows in a block of `_quantize_delta_kernel`: at 16 bytes a lane a warp has two of 16-bit elements."""
     return DELTA_WARPS * 4 // itemsize
 
 
@@ -372,9 +375,9 @@ def rmsnorm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise rows and put them on the int8 grid.
 
-    x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n), the same values laid out for
-    the votes (X itself on the torch backend, or without `for_votes`) and 1 / rms float32 (T, 1), 0 for rows of zeros.
-    Raises ValueError on another shape or type, or an empty batch.
+    x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n), the same values laid out
+    for the votes (X itself on the torch backend, or without `for_votes`) and 1 / rms float32 (T, 1), 0 for rows of
+    zeros. Raises ValueError on another shape or type, or an empty batch.
     """
     _rows_and_columns("rmsnorm_quantize", x)
     if not on_triton(x):
@@ -387,7 +390,7 @@ def rmsnorm_quantize(
 def add_rmsnorm_quantize(
     x: Tensor, residual: Tensor, act_range: float, for_votes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`rmsnorm_quantize` of x + residual, both (T, n) of one type. Returns the sum in that type, then what that returns."""
+    """`rmsnorm_quantize` of x + residual, both (T, n) of one type. Returns the sum in that type, then what it returns."""
     _rows_and_columns("add_rmsnorm_quantize", x)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
@@ -404,7 +407,7 @@ def add_rmsnorm_quantize(
 def absmax(delta: Tensor) -> Tensor:
     """max |delta| as a float32 scalar tensor; exact, so it does not depend on how the rows are split.
 
-    delta float of any shape; one that is neither contiguous nor the transpose of such a matrix is copied first on a GPU.
+    delta float of any shape; on a GPU one that is neither contiguous nor the transpose of such a matrix is copied first.
     Raises ValueError if it is empty.
     """
     if delta.numel() == 0:
@@ -418,13 +421,14 @@ def quantize_delta(
     """delta / sigma rounded up or down at random: delta float (T, n) of any stride, words int32 (T, 1) and (n,).
 
     sigma is float32 () for the tensor or (T, 1) for each row. Returns D int8 (T, n), 0 where sigma is 0, and the same
-    values laid out for the votes (D itself on the torch backend, or without `for_votes`). Raises ValueError on other shapes.
+    values laid out for the votes (D itself on the torch backend, or without `for_votes`). Raises ValueError on other
+    shapes.
     """
     count, width = _rows_and_columns("quantize_delta", delta)
     if sigma.numel() not in (1, count) or rows.numel() != count or columns.numel() != width:
         raise ValueError(
-            f"quantize_delta: got delta {tuple(delta.shape)}, sigma {tuple(sigma.shape)}, words {tuple(rows.shape)} and "
-            f"{tuple(columns.shape)}; sigma is () or (T, 1), the words (T, 1) and (n,)"
+            f"quantize_delta: got delta {tuple(delta.shape)}, sigma {tuple(sigma.shape)}, words {tuple(rows.shape)} "
+            f"and {tuple(columns.shape)}; sigma is () or (T, 1), the words (T, 1) and (n,)"
         )
     if not on_triton(delta):
         d = quantize_delta_torch(delta, sigma, rows, columns)
@@ -447,11 +451,13 @@ def shipped() -> list[Shipped]:
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
         signature = {
             "x": float_, "residual": float_, "total": float_, "grid": "*i8",
-            "votes": word[blocks["PACK"]] if for_votes else "*i8", "inverse_rms": "*fp32", "rows": "i32", "columns": "i32",
-            "padded": "i32", "x_row": "i32", "residual_row": "i32", "steps": "fp32",
+            "votes": word[blocks["PACK"]] if for_votes else "*i8", "inverse_rms": "*fp32", "rows": "i32",
+            "columns": "i32", "padded": "i32", "x_row": "i32", "residual_row": "i32", "steps": "fp32",
         }  # fmt: skip
-        constants = {"x_column": 1, "residual_column": 1, "ADD": add, "SQUARED_RELU": squared_relu, "FOR_VOTES": for_votes}
-        name = f"{'add_' if add else ''}rmsnorm_quantize {FLOATS[dtype]} {columns}{' squared_relu' if squared_relu else ''}"
+        constants = {"x_column": 1, "residual_column": 1}
+        constants |= {"ADD": add, "SQUARED_RELU": squared_relu, "FOR_VOTES": for_votes}
+        name = f"{'add_' if add else ''}rmsnorm_quantize {FLOATS[dtype]} {columns}"
+        name += " squared_relu" if squared_relu else ""
         name += "" if for_votes else " no votes"
         found.append(Shipped(name, _rmsnorm_quantize_kernel, signature, constants | blocks, warps))
     for dtype, float_ in FLOATS.items():

@@ -2,11 +2,11 @@
 
     x^ = x / rms(x)            delta_x = (delta_x^ - x^ * mean(x^ * delta_x^)) / rms(x) + residual
 
-Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). The residual, a delta that came round the layer, is
-added in fp32 before the result is rounded to x's type.
+Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). The residual, a delta that came round the layer,
+is added in fp32 before the result is rounded to x's type.
 
-Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n more with a residual; b T n
-written; about 12 operations an element, two of them fp64. A program holds its rows in registers and reads them once.
+Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n more with a residual;
+b T n written; about 12 operations an element, two of them fp64. A program holds its rows in registers and reads them once.
 """
 
 import torch
@@ -22,8 +22,9 @@ PRODUCTS = {torch.int32: "i32", **FLOATS}
 
 @fused
 def rmsnorm_backward_torch(
-    product: Tensor, scale: Tensor, x: Tensor, inverse_rms: Tensor, squared_relu: bool = False, residual: Tensor | None = None
-) -> Tensor:
+    product: Tensor, scale: Tensor, x: Tensor, inverse_rms: Tensor, squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`rmsnorm_backward` in torch."""
     delta_hat = product.to(torch.float32) * scale
     wide = x.to(torch.float32)
@@ -40,8 +41,9 @@ def rmsnorm_backward_torch(
 
 @jit
 def _rmsnorm_backward_kernel(
-    product, scale, x, inverse_rms, residual, out, rows, columns, product_row, product_column, scale_row, x_row, x_column,
-    residual_row, residual_column, SQUARED_RELU: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    product, scale, x, inverse_rms, residual, out, rows, columns,
+    product_row, product_column, scale_row, x_row, x_column, residual_row, residual_column,
+    SQUARED_RELU: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -62,12 +64,13 @@ def _rmsnorm_backward_kernel(
     if SQUARED_RELU:
         delta = delta * (2.0 * wide)
     if ADD:
-        delta += tl.load(residual + row * residual_row + wide_column * residual_column, mask=mask, other=0.0).to(tl.float32)
+        pointer = residual + row * residual_row + wide_column * residual_column
+        delta += tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * columns + column, delta.to(out.dtype.element_ty), mask=mask)
 
 
 def _blocks(columns: int) -> dict[str, int]:
-    """ROWS, COLUMNS and num_warps: short rows share a program of 4 warps, long ones have 1,024 elements or less to a warp."""
+    """ROWS, COLUMNS and num_warps: short rows share a program of 4 warps, long ones have a warp for 1,024 elements."""
     width = max(triton.next_power_of_2(columns), 32)
     rows = max(1, 2048 // width)
     return {"ROWS": rows, "COLUMNS": width, "num_warps": max(4, rows * width // 1024)}
@@ -95,8 +98,9 @@ def _(product, scale, x, inverse_rms, squared_relu, residual):
 
 
 def rmsnorm_backward(
-    product: Tensor, scale: Tensor, x: Tensor, inverse_rms: Tensor, squared_relu: bool = False, residual: Tensor | None = None
-) -> Tensor:
+    product: Tensor, scale: Tensor, x: Tensor, inverse_rms: Tensor, squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """delta of the layer's input from the integer product D W, or from delta_x^ itself.
 
     product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale; x float (T, n) as it
@@ -136,11 +140,12 @@ def shipped() -> list[Shipped]:
         blocks = _blocks(columns)
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
         signature = {
-            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inverse_rms": "*fp32", "residual": float_,
-            "out": float_, "rows": "i32", "columns": "i32", "product_row": "i32", "scale_row": "i32", "x_row": "i32",
+            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inverse_rms": "*fp32",
+            "residual": float_, "out": float_, "rows": "i32", "columns": "i32", "product_row": "i32", "scale_row": "i32", "x_row": "i32",
             "residual_row": "i32",
         }  # fmt: skip
         constants = {"product_column": 1, "x_column": 1, "residual_column": 1, "SQUARED_RELU": squared_relu, "ADD": add}
-        name = f"rmsnorm_backward {FLOATS[dtype]} {columns}{' squared_relu' if squared_relu else ''}{' add' if add else ''}"
+        name = f"rmsnorm_backward {FLOATS[dtype]} {columns}"
+        name += (" squared_relu" if squared_relu else "") + (" add" if add else "")
         found.append(Shipped(name, _rmsnorm_backward_kernel, signature, constants | blocks, warps))
     return found

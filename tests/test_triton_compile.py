@@ -201,7 +201,15 @@ def test_failures_are_named_and_end_with_1(bad):
     assert "1 failed" in ran.stdout
     assert "has_no_dot on sm_90 has no int8 tensor-core product" in ran.stdout
     assert "tests/test_triton_untested.py does not exist" in ran.stdout
-    assert ran.stdout.endswith("FAILED: bad (values, compiled); untested (values)\n")
+    assert ran.stdout.endswith("FAILED: bad (values, compiled); untested (values, compiled)\n")
+
+
+def test_part_of_a_file(bad):
+    """Only some configurations, and no tests, which here would fail."""
+    ran = run(bad, "bad", "--compile", "--only", "wrong_dot")
+    assert ran.returncode == 1
+    assert "compiled  1 in" in ran.stdout and "values" not in ran.stdout
+    assert run(bad, "bad", "--compile", "--only", "nothing").stdout.endswith("FAILED: bad (compiled)\n")
 
 
 def test_assembler_report_and_attributes(bad):
@@ -225,7 +233,7 @@ print(sorted(check._source(plain).attrs), sorted(check._source(ragged).attrs))
 
 def test_a_compiler_that_dies_is_reported(monkeypatch):
     entry = check.Shipped("some", None, {}, {})
-    monkeypatch.setattr(check, "configurations", lambda kernel: [(entry, 80), (entry, 90)])
+    monkeypatch.setattr(check, "configurations", lambda kernel, only: [(entry, 80), (entry, 90)])
     line = json.dumps(check.asdict(check.Compiled("dying", "some", 80, registers=32)))
     ended = subprocess.CompletedProcess([], -6, f"{line}\n", "LLVM ERROR: broken\n")
     monkeypatch.setattr(subprocess, "run", lambda *command, **options: ended)

@@ -1,6 +1,7 @@
 """The embedding kernels against their torch references, bit for bit.
 
-Triton's interpreter cuts fp32 to bfloat16 where a GPU rounds it: there, results of that type are compared with the cut reference.
+Triton's interpreter cuts fp32 to bfloat16 where a GPU rounds it: there, results of that type are compared with the
+cut reference.
 
     python -m pytest -q tests/test_triton_embedding.py
 """
@@ -85,7 +86,8 @@ def test_votes_equal_the_reference(shape, layout, device):
 
 
 def test_votes_on_one_row_do_not_lose_any(device):
-    d, tokens = torch.full((700, 3), -127, dtype=torch.int8, device=device), torch.zeros(700, dtype=torch.int64, device=device)
+    d = torch.full((700, 3), -127, dtype=torch.int8, device=device)
+    tokens = torch.zeros(700, dtype=torch.int64, device=device)
     assert embedding_votes(d, tokens, 2).tolist() == [[-127 * 700] * 3, [0] * 3]
 
 
@@ -131,8 +133,9 @@ def test_as_torch_operators(device):
     weight, scale, tokens = int8s(7, 13, device), torch.tensor(0.5, device=device), token_ids(6, 7, device).view(2, 3)
     d = int8s(6, 13, device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.nanogft.embedding.default, (tokens, weight, scale, torch.float16), test_utils=checks)
-    torch.library.opcheck(torch.ops.nanogft.embedding_votes.default, (d, tokens.view(-1), 7), test_utils=checks)
+    operators = torch.ops.nanogft
+    torch.library.opcheck(operators.embedding.default, (tokens, weight, scale, torch.float16), test_utils=checks)
+    torch.library.opcheck(operators.embedding_votes.default, (d, tokens.view(-1), 7), test_utils=checks)
 
     def both(tokens, weight, scale, d):
         return embedding(tokens, weight, scale), embedding_votes(d, tokens.reshape(-1), 7)

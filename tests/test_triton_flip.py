@@ -211,6 +211,7 @@ def test_scores_of_whole_matrices_go_through_memory(rule, ortho_tile, select_til
 def test_what_the_kernels_leave_to_torch():
     assert why_not(64) == "" and "select_tile is 0" in why_not(0) and "flip_prob is score" in why_not(64, "score")
     assert why_not_in_a_block("gain", 0, 64, True) == "" and "ortho_tile is 32" in why_not_in_a_block("spectral", 32, 64, False)
+    assert "sm_80" in why_not_in_a_block("spectral", 128, 64, False, (8, 0))
 
 
 def test_operators_pass_torchs_checks(device):

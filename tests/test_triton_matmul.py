@@ -1,6 +1,7 @@
 """The int8 product kernels and the votes against their torch references, bit for bit.
 
-Triton's interpreter cuts fp32 to bfloat16 where a GPU rounds it: there, results of that type are compared with the cut reference.
+Triton's interpreter cuts fp32 to bfloat16 where a GPU rounds it: there, results of that type are compared with the
+cut reference.
 
     python -m pytest -q tests/test_triton_matmul.py
 """
@@ -24,7 +25,10 @@ from kernels.int8_matmul import (
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
 # M, K, N of a product: less than a tile, an edge in every direction, several tiles, more rows of tiles than a group has
-SHAPES = [(1, 1, 1), (1, 7, 13), (13, 1, 7), (7, 300, 1), (37, 63, 64), (130, 123, 37), (63, 300, 260), (300, 37, 130), (1100, 16, 130)]
+SHAPES = [
+    (1, 1, 1), (1, 7, 13), (13, 1, 7), (7, 300, 1), (37, 63, 64), (130, 123, 37), (63, 300, 260), (300, 37, 130),
+    (1100, 16, 130),
+]  # fmt: skip
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -138,7 +142,7 @@ def test_expanded_operands(device):
 def test_scaled_products_equal_the_reference(shape, per_row, residual, dtype, way, device):
     m, k, n = shape
     x, w = int8s(m, k, device), int8s(n, k, device, 1)
-    scale = 0.01 * torch.rand(m, 1, generator=generator(m)).to(device) if per_row else torch.tensor(0.0371, device=device)
+    scale = 0.01 * torch.rand((m, 1) if per_row else (), generator=generator(m)).to(device)
     for layout in (torch.Tensor.contiguous, every_other) if residual else (torch.Tensor.contiguous,):
         added = layout(floats(m, n, device, dtype)) if residual else None
         y = int8_matmul(x, w, scale, added, dtype)
@@ -232,7 +236,8 @@ def test_twice_the_same(way, device):
 @pytest.mark.parametrize("a, b, message", [
     ((2, 3, torch.float32), (3, 4, torch.int8), "both operands must be int8"),
     ((2, 3, torch.int8), (4, 3, torch.int8), r"shapes \(2, 3\) and \(4, 3\)"),
-    ((0, 3, torch.int8), (3, 4, torch.int8), "empty operand"), ((2, 0, torch.int8), (0, 4, torch.int8), "empty operand"),
+    ((0, 3, torch.int8), (3, 4, torch.int8), "empty operand"),
+    ((2, 0, torch.int8), (0, 4, torch.int8), "empty operand"),
     ((2, 3, torch.int8), (3, 0, torch.int8), "empty operand"),
 ], ids=["float", "inner size", "no rows", "no inner", "no columns"])  # fmt: skip
 def test_products_refuse(a, b, message, device):
@@ -257,7 +262,8 @@ def test_as_torch_operators(device):
     x, w, scale = int8s(13, 37, device), int8s(20, 37, device, 1), torch.rand(13, 1, device=device) / 100
     checks = ("test_schema", "test_faketensor")
     operator = torch.ops.nanogft.int8_matmul.default
-    for arguments in ((x, w, None, None, torch.int32, True), (x, w, scale, floats(13, 20, device), torch.float32, False)):
+    residual = floats(13, 20, device)
+    for arguments in ((x, w, None, None, torch.int32, True), (x, w, scale, residual, torch.float32, False)):
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
     def both(x, w, scale, d):
@@ -265,4 +271,5 @@ def test_as_torch_operators(device):
 
     d = int8s(13, 20, device, 2)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(one, other) for one, other in zip(compiled(x, w, scale, d), both(x, w, scale, d), strict=True))
+    pairs = zip(compiled(x, w, scale, d), both(x, w, scale, d), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
