@@ -2,8 +2,7 @@
 
     python -m kernels.check quantize flip               some kernel files
     python -m kernels.check all                         every kernel file that ships Triton kernels
-    python -m kernels.check flip --compile --only gain  only compile, and only configurations with "gain" in their name
-    python -m kernels.check flip --json                 only compile; a JSON line for each configuration and architecture
+    python -m kernels.check flip --compile --only gain  only compile, and only configurations named "...gain..."
 
     values     the file's tests in Triton's interpreter, on the CPU: kernels against their torch references
     compiled   every shipped configuration for sm_80, sm_90 and sm_100, without a GPU
@@ -129,7 +128,7 @@ def _from_machine_code(cubin: str, ptx: str) -> dict[str, Any]:
     usage = output(_tool("cuobjdump"), "--dump-resource-usage", cubin)
     # Disassembling takes a third of compiling, and where there is no stack nothing can have been spilled to it.
     plain = re.search(r"STACK:0\b", usage) and not re.search(ANY_PTX_PRODUCT, ptx)
-    code = "" if plain else output(_tool("nvdisasm"), "-c", cubin)
+    code = "" if plain else output(_tool("nvdisasm"), "-c", "-ndf", cubin)
     spilled = {"STL": 0, "LDL": 0}
     for way, width in re.findall(r"\b(STL|LDL)\b(?:\.LU)?(?:\.[SU]?(\d+))?", code):
         spilled[way] += SPILL_BYTES[width or None]
@@ -236,7 +235,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 @functools.cache
 def compiled(kernel: str, only: str = "") -> list[Compiled]:
-    """Compile what a kernel file ships, in a process without the interpreter: a `Compiled` for each of `configurations`.
+    """Compile what a kernel file ships, without the interpreter: one `Compiled` for each of `configurations`.
 
     A configuration that the process did not live to report has the end of its error output as its problem.
     """
@@ -333,7 +332,7 @@ def main(arguments: list[str]) -> int:
     about = "Check kernels: values in the interpreter, machine code without a GPU, and on a GPU the real thing."
     parser = argparse.ArgumentParser(prog="python -m kernels.check", description=about)
     parser.add_argument("kernel", nargs="+", help=f"{', '.join(names)}, or all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="compile only configurations with TEXT in their name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="compile configurations with TEXT in their name")
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--json", action="store_true", help="only compile, and print a JSON line for each result")
     chosen = parser.parse_args(arguments)

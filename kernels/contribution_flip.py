@@ -20,9 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, jit, on_triton, tl
+from kernels.backend import Shipped, on_triton, tl
 from kernels.contribution import votes
-from kernels.flip import FIELDS, SELECT_TILES, find_matrix, fixed_point, flip, launch, learn_block, of_one_type, signed
+from kernels.flip import (
+    FIELDS,
+    NUMBERS,
+    SELECT_TILES,
+    find_matrix,
+    fixed_point,
+    flip,
+    launch,
+    learn_block,
+    learning_kernel,
+    of_one_type,
+    signed,
+)
 from kernels.int8_matmul import MAX_REDUCTION
 from kernels.memory import MEMORY_TILE, remember_
 from kernels.philox import Stream, dither_words
@@ -44,7 +56,7 @@ def contribution_flip_torch(
     return flip([weight], s, top_words, **chosen)[0]
 
 
-@jit
+@learning_kernel
 def _contribution_flip_kernel(
     table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
     RULE: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr, SELECT: tl.constexpr,
@@ -70,8 +82,6 @@ def _contribution_flip_kernel(
     if tokens % K > 0:
         rest = token < tokens % K
         v = tl.dot(tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v)
-    _, row, top, left = find_matrix(table, matrices, MATRICES, FIELDS, M, N, True)
-    out, inner = tl.load(row + 1), tl.load(row + 2)
     inside = (tl.arange(0, M)[:, None] < out - top) & (tl.arange(0, N)[None, :] < inner - left)
     v = tl.where(inside, v, 0)
     learn_block(
@@ -113,8 +123,8 @@ def why_not_in_a_block(
     side = max(select_tile, MEMORY_TILE if memory else 0)
     if rule == "spectral" and (ortho_tile not in ORTHO_TILES or ortho_tile < side):
         return f"ortho_tile is {ortho_tile}; a block of {', '.join(map(str, ORTHO_TILES))} must hold tiles of {side}"
-    if rule == "spectral" and ortho_tile == 128 and capability < (9, 0):
-        return f"this GPU is sm_{capability[0]}{capability[1]}; before sm_90 products of 128 x 128 do not fit into registers"
+    if rule == "spectral" and ortho_tile == 128 and capability[0] != 9:
+        return f"this GPU is sm_{capability[0]}{capability[1]}; only on sm_90 products of 128 x 128 fit into registers, 64 x 64 do on all"
     return ""
 
 
@@ -185,7 +195,9 @@ def _check(matrices: Sequence[Matrix], operands: Sequence[Tensor | tuple[Tensor,
         if d.dtype != torch.int8 or x.dtype != torch.int8:
             raise ValueError(f"learn_step: got D of {d.dtype} and X of {x.dtype}; operands of votes must be int8")
         if d.dim() != 2 or x.dim() != 2 or len(d) != len(x) or (d.shape[1], x.shape[1]) != shape:
-            raise ValueError(f"learn_step: got D {tuple(d.shape)} and X {tuple(x.shape)}; a weight {shape} needs (T, out) and (T, in)")
+            raise ValueError(
+                f"learn_step: got D {tuple(d.shape)} and X {tuple(x.shape)}; a weight {shape} needs (T, out) and (T, in)"
+            )
         if len(d) == 0:
             raise ValueError("learn_step: got an empty batch; votes need at least one token")
 
@@ -208,8 +220,8 @@ def learn_step(
 
     operands are, for each matrix, the pair D int8 (T, out), X int8 (T, in), or votes int32 or int64 (out, in), or for
     ready scores float32 under rule "gain". index is that of the group's first layer, whose stream rounds m. Weights and
-    memories are changed in place. Random words are drawn in the kernels, or for a single matrix given: dither words of rows and columns,
-    top-k words. fused None decides by the number of tiles. Returns the flips of each matrix, int64 (matrices,) on the
+    memories are changed in place. Random words are drawn in the kernels, or for a single matrix given: dither words of rows
+    and columns, top-k words. fused None decides by the number of tiles. Returns the flips of each matrix, int64 (matrices,) on the
     device, without waiting for it. Raises ValueError on shapes or types that do not agree and for what `why_not` names.
     """
     _check(matrices, operands, bits, k)
@@ -263,8 +275,9 @@ def contribution_flip(
 ) -> int:  # fmt: skip
     """Learn from one batch: d int8 (T, out), x int8 (T, in), weight int8 (out, in), changed in place.
 
-    top_words (flip's words), draws, k, step_size, select_tile and gamma as in `flip.flip`; rule and ortho_tile as in `scores.score`; memory is
-    (stored, scale) of `memory.remember_`, changed in place, and words its dither words. Returns the number of flips.
+    top_words (flip's words), draws, k, step_size, select_tile and gamma as in `flip.flip`; rule and ortho_tile as in
+    `scores.score`; memory is (stored, scale) of `memory.remember_`, changed in place, and words its dither words. Returns the
+    number of flips.
     """
     settings = {"rule": rule, "bits": bits, "k": k, "step_size": step_size, "ortho_tile": ortho_tile, "beta": beta}
     if on_triton(weight) and draws is None and not why_not(select_tile):
@@ -276,25 +289,20 @@ def contribution_flip(
     )
 
 
-SIGNATURE = {
-    "table": "*i64", "flips": "*i64", "matrices": "i32", "share": "i64", "seed": "i64", "step": "i32", "stream": "i32",
-    "beta": "fp32", "q": "i32", "unit": "i32", "width": "i32",
-}  # fmt: skip
-
-
 def shipped() -> list[Shipped]:
     """What `python -m kernels.check contribution_flip` compiles: the rules, with and without memory, at each block."""
-    found = []
+    found, signature = [], {"table": "*i64", "flips": "*i64", **NUMBERS}
     for rule, ortho_tile, memory in itertools.product(FUSED_RULES, (64, 128), (False, True)):
         if rule != "spectral" and ortho_tile == 64:
             continue
         M, N = fused_block(rule, ortho_tile, 64)
         warps, stages = fused_launch((M, N))
         constants = {
-            "RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "MATRICES": 16, "FIELDS": FIELDS, "M": M, "N": N, "K": FUSED_K,
+            "RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "MATRICES": 16, "FIELDS": FIELDS, "M": M, "N": N,
+            "K": FUSED_K,
         }  # fmt: skip
         name = f"contribution_flip {rule} {M}x{N}{' memory' if memory else ''}"
         instructions = ("int8", "fp16") if rule == "spectral" else ("int8",)
-        where = (90, 100) if rule == "spectral" and M == 128 else (80, 90, 100)
-        found.append(Shipped(name, _contribution_flip_kernel, SIGNATURE, constants, warps, stages, instructions, where))
+        where = (90,) if rule == "spectral" and M == 128 else (80, 90, 100)
+        found.append(Shipped(name, _contribution_flip_kernel, signature, constants, warps, stages, instructions, where))
     return found

@@ -13,7 +13,7 @@ with too). Memory: 4 (votes) + 2 (weights) bytes for each weight, 2 more with th
 registers find the threshold (`choose`). Random words are drawn in the kernel, or given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ def flip_torch(
 
 @jit
 def choose(keys, m, SIDE: tl.constexpr):
-    """`select` for tiles in registers: the m (tiles,) largest of keys (tiles, SIDE * SIDE), uint32 or int64. Returns bool of that shape.
+    """`select` for tiles in registers: the m (tiles,) largest of keys (tiles, SIDE * SIDE), uint32 or int64. Returns bool.
 
     A key is twice the rank, plus a bit that does not count; 0 is never chosen. The m-th largest rank is found by halving the
     range of values it can have, all tiles at once, counting keys on the way. Where more keys have it than there are places
@@ -291,7 +291,19 @@ def learn_block(
     tl.store(weights, tl.minimum(tl.maximum(moved, -q), q).to(tl.int8), mask=inside)
 
 
-@jit
+# Numbers that change from step to step; promises about them (":1" makes none) would compile the kernel again and again.
+NUMBERS = {
+    "matrices": "i32:1", "share": "i64:1", "seed": "i64:1", "step": "i32:1", "stream": "i32:1", "beta": "fp32", "q": "i32:1",
+    "unit": "i32:1", "width": "i32:1",
+}  # fmt: skip
+
+
+def learning_kernel(function: Callable) -> Any:
+    """A Triton kernel compiled once for all values of `NUMBERS`."""
+    return function if triton is None else triton.jit(function, do_not_specialize=list(NUMBERS))
+
+
+@learning_kernel
 def _flip_kernel(
     table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
     RULE: tl.constexpr, MEMORY: tl.constexpr, GIVEN: tl.constexpr, SELECT: tl.constexpr, VOTES: tl.constexpr,
@@ -445,8 +457,6 @@ def flip(
 
 def shipped() -> list[Shipped]:
     """What `python -m kernels.check flip` compiles: integer and float scores, and the rules whose scores are formed here."""
-    numbers = {"matrices": "i32", "share": "i64", "seed": "i64", "step": "i32", "stream": "i32", "beta": "fp32", "q": "i32",
-               "unit": "i32", "width": "i32"}  # fmt: skip
     found = []
     for rule, votes, ortho_tile, memory in [
         ("gain", "int32", 0, False), ("gain", "float32", 0, False), ("gain", "int64", 0, False), ("gain", "int32", 0, True),
@@ -459,7 +469,7 @@ def shipped() -> list[Shipped]:
                      "M": side, "N": side}  # fmt: skip
         name = f"flip {rule} of {votes} {side}x{side}{' memory' if memory else ''}"
         instructions = ("fp16",) if rule == "spectral" else ()
-        signature = {"table": "*i64", "flips": "*i64", **numbers}
-        where = (90, 100) if side == 128 else (80, 90, 100)
+        signature = {"table": "*i64", "flips": "*i64", **NUMBERS}
+        where = (90,) if side == 128 else (80, 90, 100)
         found.append(Shipped(name, _flip_kernel, signature, constants, 8 if side == 128 else 4, 1, instructions, where))
     return found

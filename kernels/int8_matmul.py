@@ -68,7 +68,9 @@ def int8_product_torch(a: Tensor, b: Tensor) -> Tensor:
 @fused
 def _scaled(accumulator: Tensor, scale: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = accumulator.to(torch.float32) * scale
-    return (y if residual is None else y + residual.to(torch.float32)).to(dtype)
+    if residual is not None:
+        y = y + residual.to(torch.float32)
+    return y if dtype == torch.float32 else y.to(dtype)
 
 
 def int8_matmul_torch(
@@ -400,20 +402,20 @@ def int8_matmul(
     y and the residual are of `dtype`: float32, float16 or bfloat16. Raises ValueError as `int8_product` does, and on
     another type or a residual that does not match.
     """
-    _check(x, w.t())
-    expected = (x.shape[0], w.shape[0])
+    across = w.t()
+    _check(x, across)
     if dtype not in OUTPUT_TYPES:
         raise ValueError(f"int8_matmul: got dtype {dtype}; it must be one of {', '.join(map(str, OUTPUT_TYPES))}")
-    if scale.numel() != 1 and tuple(scale.shape) != (x.shape[0], 1):
+    if scale.dim() and scale.numel() != 1 and tuple(scale.shape) != (x.shape[0], 1):
         raise ValueError(f"int8_matmul: got a scale of shape {tuple(scale.shape)}; need () or ({x.shape[0]}, 1)")
-    if residual is not None and (residual.dtype != dtype or tuple(residual.shape) != expected):
+    if residual is not None and (residual.dtype != dtype or residual.shape != (x.shape[0], w.shape[0])):
         raise ValueError(
             f"int8_matmul: got a residual {residual.dtype} {tuple(residual.shape)}; "
-            f"it must be {dtype} {expected}, as y is"
+            f"it must be {dtype} {(x.shape[0], w.shape[0])}, as y is"
         )
     if on_triton(x):
         return torch.ops.nanogft.int8_matmul(x, w, scale, residual, dtype, False)
-    return int8_matmul_torch(x, w, scale, residual, dtype)
+    return _scaled(int8_product_torch(x, across), scale, residual, dtype)
 
 
 # What `kernels.check` compiles

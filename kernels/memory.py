@@ -101,7 +101,7 @@ def _remember(stored: Tensor, scale: Tensor, votes: Tensor, beta: float, rows: T
     evidence = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
     _remember_kernel[(scale.numel(),)](
         evidence, stored, scale, votes, rows, columns, *stored.shape, *votes.stride(), beta, SIDE=MEMORY_TILE,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, num_warps=8,
     )  # fmt: skip
     return evidence
 
@@ -127,6 +127,7 @@ def remember_(stored: Tensor, scale: Tensor, votes: Tensor, beta: float, rows: T
 
 def shipped() -> list[Shipped]:
     """What `python -m kernels.check memory` compiles."""
-    pointers = {"evidence": "*fp32", "stored": "*i8", "scale": "*fp32", "votes": "*i32", "row_words": "*i32", "column_words": "*i32"}
+    pointers = {"evidence": "*fp32", "stored": "*i8", "scale": "*fp32", "votes": "*i32", "row_words": "*i32",
+                "column_words": "*i32"}  # fmt: skip
     numbers = {"out": "i32", "inner": "i32", "down": "i32", "across": "i32", "beta": "fp32"}
-    return [Shipped("remember", _remember_kernel, pointers | numbers, {"SIDE": MEMORY_TILE})]
+    return [Shipped("remember", _remember_kernel, pointers | numbers, {"SIDE": MEMORY_TILE}, num_warps=8)]

@@ -101,7 +101,7 @@ def score(rule: str, votes: list[Tensor], weights: list[Tensor], ortho_tile: int
 
 @jit
 def orthogonalise_tile(v):
-    """`orthogonalise` of one square tile in registers: float32 (n, n) to float32, operands and results rounded where torch's are."""
+    """`orthogonalise` of one square tile in registers, rounded to fp16 where torch's is: float32 (n, n) to float32."""
     norm = tl.sqrt_rn(tl.sum(v * v))
     x = tl.div_rn(v, tl.full(v.shape, 0.0, tl.float32) + tl.maximum(norm, 1e-20)).to(tl.float16)
     for _ in range(4):

@@ -12,12 +12,12 @@ from kernels.contribution_flip import Matrix, learn_step, why_not, why_not_in_a_
 from kernels.flip import flip, flip_torch
 from kernels.memory import MEMORY_TILE, remember_, remember_torch_
 from kernels.philox import Stream, dither_words, integers
-from kernels.scores import contribution, orthogonalise
+from kernels.scores import contribution, orthogonalise, score
 from kernels.tiles import stack_tiles, tile_grid, unstack_tiles
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory")
 
-SHAPES = [(1, 1), (1, 7), (13, 1), (37, 63), (64, 64), (123, 70), (7, 300)]
+SHAPES = [(1, 1), (1, 7), (13, 1), (37, 63), (123, 70), (7, 300)]
 BITS = {1: (1, 2), 2: (1, 1), 3: (3, 1), 4: (7, 1), 5: (15, 1), 6: (31, 1), 7: (63, 1), 8: (127, 1)}
 
 
@@ -67,7 +67,7 @@ def border(band: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flips_of_the_reference(shape, dtype, device):
     """Every width; ties, zeros and illegal moves; views between guard bands, transposed ones among them."""
-    for bits, levels, select_tile, step_size in [(1, 3, 64, 1), (2, 0, 32, 1), (6, 2, 64, 1), (8, 0, 64, 5)]:
+    for bits, levels, select_tile, step_size in [(1, 3, 64, 1), (6, 2, 32, 1), (8, 0, 64, 5)]:
         w, v = some_weight(shape, bits), some_votes(shape, levels)
         v = v.long() * 2**31 if dtype == torch.int64 else v.to(dtype)
         words = integers(1, 2, 3, tiles(shape, select_tile))
@@ -188,10 +188,8 @@ def test_a_group_in_one_launch(rule, bits, ortho_tile, select_tile, memory, devi
         assert not memory or all(torch.equal(s.cpu(), t) for s, t in zip(a.memory, b.memory, strict=True))
 
 
-@pytest.mark.parametrize("rule, ortho_tile, select_tile", [("balanced", 128, 64), ("spectral", 0, 64), ("spectral", 48, 32)])
+@pytest.mark.parametrize("rule, ortho_tile, select_tile", [("balanced", 128, 64), ("spectral", 0, 64)])
 def test_scores_of_whole_matrices_go_through_memory(rule, ortho_tile, select_tile, device):
-    from kernels.scores import score
-
     assert why_not_in_a_block(rule, ortho_tile, select_tile, True)
     settings = {"bits": 6, "k": 0.3, "select_tile": select_tile}
     mine, theirs = group(6, True, select_tile, device), group(6, True, select_tile, device)
@@ -212,6 +210,7 @@ def test_what_the_kernels_leave_to_torch():
     assert why_not(64) == "" and "select_tile is 0" in why_not(0) and "flip_prob is score" in why_not(64, "score")
     assert why_not_in_a_block("gain", 0, 64, True) == "" and "ortho_tile is 32" in why_not_in_a_block("spectral", 32, 64, False)
     assert "sm_80" in why_not_in_a_block("spectral", 128, 64, False, (8, 0))
+    assert "sm_100" in why_not_in_a_block("spectral", 128, 64, False, (10, 0))
 
 
 def test_operators_pass_torchs_checks(device):
