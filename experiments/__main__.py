@@ -1,7 +1,11 @@
 """python -m experiments NAME [--quick] [--jobs N]: run an experiment and redraw RESULTS.md.
 
+    sweep     any config, any keys, any seeds: `python -m experiments sweep --help`
     small     the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (about an hour and a half on two cores)
     speed     seconds per training step, each method alone on the machine (five minutes)
+    images    MNIST and a small ViT at 6 to 1 bits against AdamW (about three hours)
+    hybrid    which layers are integer, the others fp32 (two hours and a half)
+    alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (two hours)
     report    redraw RESULTS.md from the results that are there
 
 A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
@@ -13,16 +17,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import gpu, small, speed
+from experiments import alternatives, gpu, grid, hybrid, images, small, speed
 from experiments.sweep import ROOT, Store
 from gft.errors import UserError
 
 RESULTS = ROOT / "results" / "cpu"
-EXPERIMENTS = {"small": small, "speed": speed}
+EXPERIMENTS = {"small": small, "speed": speed, "images": images, "hybrid": hybrid, "alternatives": alternatives}
 
 
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
+    try:
+        return grid.main(argv[1:]) if argv[:1] == ["sweep"] else run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("\nstopped; finished cells are kept, the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str]) -> int:
+    """Run one experiment, or all of its quick version; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,20 +48,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
-    try:
-        if options.quick and options.name != "report":
-            return _quick(options.name, options.jobs)
-        if options.name != "report":
-            module = EXPERIMENTS[options.name]
-            common = {} if module is speed else {"threads": 1}
-            module.run(Store(RESULTS / f"{options.name}.jsonl"), options.jobs, False, common)
-        report()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\nstopped; finished cells are kept, the same command goes on", file=sys.stderr)
-        return 130
+    if options.quick and options.name != "report":
+        return _quick(options.name, options.jobs)
+    if options.name != "report":
+        module = EXPERIMENTS[options.name]
+        common = {} if module is speed else {"threads": 1}
+        module.run(Store(RESULTS / f"{options.name}.jsonl"), options.jobs, False, common)
+    report()
     return 0
 
 
@@ -54,7 +63,7 @@ def _quick(name: str, jobs: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder, f"{name}.jsonl"))
         module.run(store, jobs, True, {"threads": 1})
-        print(module.table(store))
+        print(f"{module.table(store)}\n{len(store.done)} short runs went well")
     return 0
 
 
@@ -74,14 +83,14 @@ def report() -> None:
 def section(name: str, module, store: Store) -> list[str]:
     """Heading, command, explanation and tables of one experiment."""
     title, *paragraphs = (module.__doc__ or "").strip().split("\n\n")
-    environment = next(iter(store.done.values()))["environment"]
+    environment = next(r["environment"] for r in store.done.values() if not r.get("diverged"))
     commits = ", ".join(sorted({record["commit"] for record in store.done.values()}))
     where = (f"torch {environment['torch']}, {environment['device']}, {environment['threads']} thread(s) a run; code of commit "
              f"{commits}")  # fmt: skip
     lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
              module.table(store), ""]  # fmt: skip
-    if module is small:
-        lines += ["<details><summary>All that was tried while tuning</summary>", "", small.tuning_table(store), "", "</details>", ""]
+    if hasattr(module, "tuning_table"):
+        lines += ["<details><summary>All that was tried while tuning</summary>", "", module.tuning_table(store), "", "</details>", ""]
     return lines
 
 

@@ -5,22 +5,14 @@ grid is then trained three times on the whole training part and judged by the lo
 usual last 10 % (eval_on = "val").
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import mean
 
-from experiments.sweep import Cell, Store, best_of, run_cells, spread
+from experiments.rows import SEEDS, Row, finals, finished, settings, tune_and_train, tuning_cells, tuning_table
+from experiments.sweep import Cell, Store, show_quality
 
-SEEDS = (1, 2, 3)
+__all__ = ["Row", "finals", "settings", "tuning_cells", "tuning_table"]  # for experiments.gpu too
 CONFIG = "shakespeare_char_small"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its name, the target it has, and the cells its settings are chosen from."""
-
-    name: str
-    target: str  # must and aim, in nats over AdamW
-    cells: tuple[Cell, ...]
 
 
 def grid(name: str, common: dict, *choices: dict) -> tuple[Cell, ...]:
@@ -79,24 +71,11 @@ ROWS = (
 )  # fmt: skip
 
 
-def tuning_cells(row: Row, **short) -> list[Cell]:
-    """The row's grid on the held-out part of the training text."""
-    return [cell.with_(eval_on="tune", seed=1, **short) for cell in row.cells]
-
-
-def finals(row: Row, store: Store, seeds: tuple[int, ...], **short) -> list[Cell]:
-    """The winner of the row's grid on the part that is reported, once for each seed."""
-    winner = best_of(tuning_cells(row, **short), store)
-    return [winner.with_(eval_on="val", seed=seed) for seed in seeds]
-
-
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Tune every row, then train its winner with each seed."""
     short = {"steps": 12, "warmup": 0, "eval_windows": 20, "compile": "false"} if quick else {}
     rows = [replace(row, cells=row.cells[:2]) for row in ROWS] if quick else ROWS
-    run_cells([cell for row in rows for cell in tuning_cells(row, **short, **common)], store, jobs)
-    last = [finals(row, store, SEEDS[:1] if quick else SEEDS, **short, **common) for row in rows]
-    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs)
+    tune_and_train(rows, store, jobs, SEEDS[:1] if quick else SEEDS, **short, **common)
 
 
 def table(store: Store, threads: int = 1) -> str:
@@ -107,34 +86,12 @@ def table(store: Store, threads: int = 1) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     base = None
-    for row in ROWS:
-        if any(store.get(cell) is None for cell in tuning_cells(row, threads=threads)):
-            continue
-        runs = [r for cell in finals(row, store, SEEDS, threads=threads) if (r := store.get(cell)) is not None]
-        if not runs:
-            continue
+    for row, runs in finished(ROWS, store, threads=threads):
         losses = [r["val_loss"] for r in runs]
         base = mean(losses) if base is None else base  # AdamW is the first row
         lines.append(
-            f"| {row.name} | {runs[0]['bits']} | {settings(runs[0])} | {spread(losses)} ({len(losses)} seeds) | "
+            f"| {row.name} | {runs[0]['bits']} | {settings(runs[0])} | {show_quality(runs)} ({len(losses)} seeds) | "
             f"{mean(losses) - base:+.4f} | {row.target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
             f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
         )
     return "\n".join(lines)
-
-
-def tuning_table(store: Store) -> str:
-    """Every cell tried while tuning, with its loss on the held-out part."""
-    lines = ["| row | settings | loss on the held-out part |", "|---|---|---|"]
-    for record in store.done.values():
-        if record["eval_on"] == "tune":
-            lines.append(f"| {record['label']} | {settings(record)} | {record['val_loss']:.4f} |")
-    return "\n".join(lines)
-
-
-def settings(record: dict) -> str:
-    """What was chosen for a run: its overrides but those the tables show elsewhere."""
-    hidden = {"eval_on", "seed", "threads", "method", "bits", "sample_tokens"}
-    pairs = zip(record["arguments"][1::2], record["arguments"][2::2], strict=True)
-    usual = (("--steps", "500"),) if record["arguments"][0] == CONFIG else ()
-    return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in hidden and (key, value) not in usual)

@@ -7,6 +7,7 @@ what its arguments mean now: who changes a config or a default removes the lines
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from gft.config import FIELDS, Config, load, unmet
+from gft.config import FIELDS, IMAGES, Config, load, unmet
+from gft.curve import read_metrics
 from gft.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,16 +108,33 @@ def commit() -> str:
 
 
 def run_cell(cell: Cell) -> dict:
-    """Train the cell in a process of its own and return its final JSON. Raises UserError if it fails."""
+    """Train the cell in a process of its own. Raises UserError if it fails.
+
+    Returns its final JSON and "curve": [step, loss (of images: accuracy)] of every evaluation. A run whose loss became
+    infinite has a result too, the worst there is.
+    """
     with tempfile.TemporaryDirectory(prefix="nanogft-") as folder:
         # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
-        command = [sys.executable, "train.py", *cell.arguments(), "--out_dir", folder, "--sample_tokens", "0",
-                   "--eval_every", "100", "--save_every", "1000000"]  # fmt: skip
+        config, *overrides = cell.arguments()
+        command = [sys.executable, "train.py", config, "--eval_every", "100", *overrides, "--out_dir", folder,
+                   "--sample_tokens", "0", "--save_every", "1000000"]  # fmt: skip
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(t)} if (t := cell.resolved().threads) else {})}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        metrics = Path(folder, "metrics.jsonl")
+        records = read_metrics(metrics) if metrics.exists() else []
+    if done.returncode and "the loss became" in done.stderr:
+        return diverged(cell.resolved())
     if done.returncode:
         raise UserError(f"the run `train.py {' '.join(cell.arguments())}` failed:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    curve = [[r["step"], r.get("accuracy", r["val_loss"])] for r in records if "val_loss" in r]
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"curve": curve}
+
+
+def diverged(cfg: Config) -> dict:
+    """The result of a run whose loss became infinite."""
+    same = {key: getattr(cfg, key) for key in ("method", "bits", "seed", "eval_on", "steps")}
+    accuracy = 0.0 if cfg.data in IMAGES else None
+    return {**same, "diverged": True, "val_loss": math.inf, "accuracy": accuracy, "curve": []}
 
 
 def run_cells(cells: Iterable[Cell], store: Store, jobs: int) -> list[dict]:
@@ -127,8 +146,7 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int) -> list[dict]:
     def work(numbered: tuple[int, Cell]) -> None:
         number, cell = numbered
         store.add(cell, run_cell(cell))
-        loss = store.get(cell)["val_loss"]
-        print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {loss:.4f}  {cell.label}: "
+        print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  {cell.label}: "
               f"{' '.join(cell.arguments())}", flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -138,11 +156,28 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int) -> list[dict]:
 
 
 def best_of(cells: Sequence[Cell], store: Store) -> Cell:
-    """The cell of lowest validation loss among finished ones."""
-    return min(cells, key=lambda cell: store.get(cell)["val_loss"])
+    """The best cell among finished ones: of lowest validation loss, of images of highest accuracy."""
+    return min(cells, key=lambda cell: badness(store.get(cell)))
+
+
+def quality(record: dict) -> float:
+    """What a run is judged by: its loss at the last step, of images the accuracy."""
+    return record["val_loss"] if record.get("accuracy") is None else record["accuracy"]
+
+
+def badness(record: dict) -> float:
+    """The same, less being better."""
+    return record["val_loss"] if record.get("accuracy") is None else -record["accuracy"]
+
+
+def show_quality(records: Sequence[dict]) -> str:
+    """Mean and spread of what runs are judged by: nats, of images percent."""
+    if records[0].get("accuracy") is None:
+        return spread([quality(r) for r in records])
+    return f"{spread([100 * quality(r) for r in records], 2)} %"
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
     """"mean ± standard deviation" of a few runs; the mean alone of one."""
     text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 and math.isfinite(sum(values)) else text

@@ -66,8 +66,9 @@ class Config:
     act_range: float = key(6.0, "model", "activations are rounded to 255 levels in -A..A, A = this", above=0, high=1000,
                            needs="method=gft")
 
-    method: str = key("gft", "method", "integer flips, or a baseline on the same architecture: adamw, muon, ste "
-                      "(latent weights, straight-through)", choices=("gft", "adamw", "muon", "ste"))
+    method: str = key("gft", "method", "integer flips, or a baseline on the same architecture: adamw, muon, sgd (momentum 0.9), "
+                      "signsgd, ste (latent weights, straight-through)",
+                      choices=("gft", "adamw", "muon", "sgd", "signsgd", "ste"))
     bits: int = key(6, "method", "bits of a weight; 2 is ternary, 1 is -1/+1", low=1, high=8, needs="method=gft|ste")
 
     int_layers: str = key("all", "method", f"kinds of layer that are integer, the others being fp32 under AdamW: all, or some of "

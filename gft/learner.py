@@ -3,9 +3,14 @@
     gft     FlipOptimizer; where int_layers leaves some layers in fp32, AdamW for those in the same step
     adamw   torch.optim.AdamW on every weight
     muon    torch.optim.Muon on the matrices of the blocks, AdamW on embedding and head
-    ste     AdamW on latent weights that are rounded to `bits` bits in the forward pass
+    sgd     torch.optim.SGD with momentum 0.9 on every weight
+    signsgd every weight moves by lr against the sign of its gradient; no state
+    ste     AdamW on latent weights that are rounded to `bits` bits in the forward pass: at two bits to -1, 0, +1 times
+            mean|w| as in BitNet b1.58, at one to -1, +1 times it, at more to a uniform grid up to max|w|; of weights only,
+            activations stay fp32
 
-The baselines' learning rate rises over `warmup` steps and falls linearly to lr_end * lr.
+The baselines' learning rate rises over `warmup` steps and falls linearly to lr_end * lr. Their weight decay is
+decoupled: AdamW's.
 """
 
 import torch
@@ -59,16 +64,20 @@ class FlipLearner:
 
 
 class GradientLearner:
-    """AdamW, Muon, or AdamW on latent weights (ste)."""
+    """AdamW, Muon, SGD, signSGD, or AdamW on latent weights (ste)."""
 
     def __init__(self, net: nn.Module, cfg: Config):
         self.cfg = cfg
         blocks = [p for name, p in net.named_parameters() if name.startswith("blocks.") and cfg.method == "muon"]
         others = [p for p in net.parameters() if not any(p is b for b in blocks)]
-        adamw = torch.optim.AdamW(
-            others, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
-        )
-        self.optimizers = [(adamw, cfg.lr)]
+        if cfg.method in ("sgd", "signsgd"):
+            momentum = 0.9 if cfg.method == "sgd" else 0.0
+            first = torch.optim.SGD(others, lr=cfg.lr, momentum=momentum, fused=True)
+        else:
+            first = torch.optim.AdamW(
+                others, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+            )
+        self.optimizers = [(first, cfg.lr)]
         if blocks:
             muon = torch.optim.Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95)
             self.optimizers.append((muon, cfg.muon_lr))
@@ -84,9 +93,20 @@ class GradientLearner:
             now = scheduled(lr, self.cfg.lr_end * lr, "linear", step, self.cfg.steps, self.cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = now
+            if self.cfg.method in ("sgd", "signsgd"):
+                self._before_sgd(now)
             optimizer.step()
             optimizer.zero_grad()
         return self.weights
+
+    @torch.no_grad()
+    def _before_sgd(self, lr: float) -> None:
+        """Decay the weights, and for signsgd leave the sign alone of their gradients: torch's SGD adds decay to them."""
+        for _, optimizer, p in self._parameters():
+            if self.cfg.weight_decay:
+                p.mul_(1 - lr * self.cfg.weight_decay)
+            if self.cfg.method == "signsgd":
+                p.grad.sign_()
 
     def _parameters(self) -> list[tuple[str, torch.optim.Optimizer, Tensor]]:
         return [

@@ -88,10 +88,10 @@ def dither(rows: Tensor, columns: Tensor) -> Tensor:
 @jit
 def philox_words(seed, step, stream, element):
     """`words` in a kernel: the uint32 word of each element. element int64, a block or a scalar; the rest are scalars."""
-    element = tl.to_tensor(element).to(tl.int64)
+    element = tl.cast(element, tl.int64)
     group = element >> 2
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
-    step32, stream32 = tl.to_tensor(step).to(tl.uint32), tl.to_tensor(stream).to(tl.uint32)
+    step32, stream32 = tl.cast(step, tl.uint32), tl.cast(stream, tl.uint32)
     word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step32, stream32)
     place = element & 3
     return tl.where(place < 2, tl.where(place == 0, word_0, word_1), tl.where(place == 2, word_2, word_3))
