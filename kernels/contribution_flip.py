@@ -76,12 +76,12 @@ def _contribution_flip_kernel(
     x_at = x + x_row * x_stride.to(tl.int32) + token
     v = tl.zeros((M, N), tl.int32)
     for _ in range(tokens // K):
-        v = tl.dot(tl.load(d_at), tl.trans(tl.load(x_at)), v)
+        v = tl.dot(tl.load(d_at), tl.trans(tl.load(x_at)), v, out_dtype=tl.int32)
         d_at += K
         x_at += K
     if tokens % K > 0:
         rest = token < tokens % K
-        v = tl.dot(tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v)
+        v = tl.dot(tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v, out_dtype=tl.int32)
     inside = (tl.arange(0, M)[:, None] < out - top) & (tl.arange(0, N)[None, :] < inner - left)
     v = tl.where(inside, v, 0)
     learn_block(
