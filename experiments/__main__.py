@@ -1,12 +1,13 @@
 """python -m experiments NAME [--quick] [--jobs N]: run an experiment and redraw RESULTS.md.
 
-    sweep     any config, any keys, any seeds: `python -m experiments sweep --help`
-    small     the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (about an hour and a half on two cores)
-    speed     seconds per training step, each method alone on the machine (five minutes)
-    images    MNIST and a small ViT at 6 to 1 bits against AdamW (about three hours)
-    hybrid    which layers are integer, the others fp32 (two hours and a half)
-    alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (two hours)
-    report    redraw RESULTS.md from the results that are there
+    sweep         any config, any keys, any seeds: `python -m experiments sweep --help`
+    small         the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (an hour and a half on two cores)
+    speed         seconds per training step, each method alone on the machine (five minutes)
+    images        MNIST and a small ViT at 6 to 1 bits against AdamW (about three hours)
+    hybrid        which layers are integer, the others fp32 (two hours)
+    ablations     one thing changed at a time, a figure for each (about three hours and a half)
+    alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
+    report        redraw RESULTS.md and docs/figures from the results that are there
 
 A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
 RESULTS.md alone. What needs a GPU: `python -m experiments.gpu`.
@@ -17,12 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import alternatives, gpu, grid, hybrid, images, small, speed
+from experiments import ablations, alternatives, gpu, grid, hybrid, images, small, speed
 from experiments.sweep import ROOT, Store
 from gft.errors import UserError
 
 RESULTS = ROOT / "results" / "cpu"
-EXPERIMENTS = {"small": small, "speed": speed, "images": images, "hybrid": hybrid, "alternatives": alternatives}
+EXPERIMENTS = {
+    "small": small, "speed": speed, "images": images, "hybrid": hybrid, "ablations": ablations,
+    "alternatives": alternatives,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +79,8 @@ def report() -> None:
         store = Store(RESULTS / f"{name}.jsonl")
         if store.done:
             text += section(name, module, store)
+            if hasattr(module, "draw"):
+                module.draw(store, ROOT / "docs" / "figures")
     text += gpu.section(gpu.Plan(ROOT / "results" / "gpu"))
     (ROOT / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
     print(f"wrote {ROOT / 'RESULTS.md'}")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -50,6 +51,7 @@ class Cell:
         """What follows `python train.py`."""
         return [self.config, *(part for key, value in self.overrides for part in (f"--{key}", str(value)))]
 
+    @cache  # a table asks for the keys of hundreds of cells, again and again
     def resolved(self) -> Config:
         """The checked config. Raises UserError."""
         return load(self.arguments(), notes=False)

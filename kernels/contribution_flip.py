@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, on_triton, tl
+from kernels.backend import Shipped, on_triton, tl, triton
 from kernels.contribution import votes
 from kernels.flip import (
     FIELDS,
@@ -91,6 +91,7 @@ def _contribution_flip_kernel(
 
 FUSED_RULES = ("gain", "contribution", "spectral")
 ORTHO_TILES = (32, 64, 128)
+OLD_COMPILER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 SMALLEST_SHARE = 0.5  # of the GPU's processors that the programs of the fused kernel must fill
 
 
@@ -125,6 +126,8 @@ def why_not_in_a_block(
         return f"ortho_tile is {ortho_tile}; a block of {', '.join(map(str, ORTHO_TILES))} must hold tiles of {side}"
     if rule == "spectral" and ortho_tile == 128 and capability[0] != 9:
         return f"this GPU is sm_{capability[0]}{capability[1]}; only on sm_90 products of 128 x 128 fit into registers, 64 x 64 do on all"
+    if rule == "spectral" and capability[0] > 9 and OLD_COMPILER:
+        return f"triton {triton.__version__} cannot compile its products for sm_{capability[0]}{capability[1]}; 3.8 can"
     return ""
 
 

@@ -69,6 +69,7 @@ def remember_tile(v, stored, inside, scales, real, row_words, column_words, beta
     # M is formed again: kept since the maximum was taken, it would not fit into registers beside V.
     m = beta * (blocks_of(tl.load(stored, mask=inside, other=0, volatile=True), SIDE).to(tl.float32) * scale) + v
     u = tl.reshape(dither_at(row_words[:, :, None], column_words[:, None, :]), v.shape)
+    # floor takes a negative subnormal for 0 on a GPU; m is whole votes, and its share of the maximum never that small.
     rounded = tl.floor(m * inverse[:, None] + u)
     rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
     tl.store(stored, block_from(rounded, M, N, SIDE), mask=inside)

@@ -87,7 +87,7 @@ def dither(rows: Tensor, columns: Tensor) -> Tensor:
 
 @jit
 def philox_words(seed, step, stream, element):
-    """`words` in a kernel: the uint32 word of each element. element int64, a block or a scalar; the rest are scalars."""
+    """`words` in a kernel: the uint32 word of each element, int64 (a block or a scalar); the rest are scalars."""
     element = tl.cast(element, tl.int64)
     group = element >> 2
     low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)

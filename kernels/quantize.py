@@ -102,7 +102,7 @@ def _nearest(v):
 
 
 @jit
-def _rounded_down(v):
+def rounded_down(v):
     """floor(v) clipped to [-127, 127]: int32. On a GPU `tl.floor` takes subnormal numbers, negative ones too, as 0."""
     v = tl.minimum(tl.maximum(v, -127.0), 127.0)
     q = v.to(tl.int32)
@@ -224,7 +224,7 @@ def _quantize_delta_kernel(
     delta_row, delta_column, sigma_row, word_row, word_column,
     FOR_VOTES: tl.constexpr, PACK: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """PACK * GROUPS rows, every num_programs(1)-th chunk of LANES columns, laid out as for `_rmsnorm_quantize_kernel`."""
+    """PACK * GROUPS rows, every num_programs(1)-th chunk of LANES columns, laid out as in the norm's kernel."""
     first_row = tl.program_id(0).to(tl.int64) * (PACK * GROUPS)
     row = (first_row + tl.arange(0, PACK)[:, None] + PACK * tl.arange(0, GROUPS)[None, :])[:, :, None]
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
@@ -235,7 +235,7 @@ def _quantize_delta_kernel(
         mask = (row < rows) & (column < columns)
         value = tl.load(delta + row * delta_row + wide_column * delta_column, mask=mask, other=0.0)
         column_word = tl.load(column_words + wide_column * word_column, mask=column < columns, other=0)
-        q = _rounded_down(value.to(tl.float32) * inverse + dither_at(row_word, column_word))
+        q = rounded_down(value.to(tl.float32) * inverse + dither_at(row_word, column_word))
         _store_rows(grid, q, first_row, first_column, rows, columns)
         if FOR_VOTES:
             # Past the last row q is 0, as the padding must be: floor(u).
@@ -339,7 +339,8 @@ def _(delta):
     return delta.new_empty((), dtype=torch.float32)
 
 
-DELTA_PACK, DELTA_LANES, DELTA_CHUNKS, DELTA_WARPS = 4, 128, 4, 8  # with fewer lanes than threads, Triton moves words, not blocks
+# With fewer columns than threads Triton converts the layout of the words; with more, that of the whole block.
+DELTA_PACK, DELTA_LANES, DELTA_CHUNKS, DELTA_WARPS = 4, 128, 4, 8
 
 
 def _delta_groups(itemsize: int) -> int:
@@ -390,7 +391,7 @@ def rmsnorm_quantize(
 def add_rmsnorm_quantize(
     x: Tensor, residual: Tensor, act_range: float, for_votes: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`rmsnorm_quantize` of x + residual, both (T, n) of one type. Returns the sum in that type, then what it returns."""
+    """`rmsnorm_quantize` of x + residual, both (T, n) of one type: the sum in that type, then what that returns."""
     _rows_and_columns("add_rmsnorm_quantize", x)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
@@ -407,7 +408,7 @@ def add_rmsnorm_quantize(
 def absmax(delta: Tensor) -> Tensor:
     """max |delta| as a float32 scalar tensor; exact, so it does not depend on how the rows are split.
 
-    delta float of any shape; on a GPU one that is neither contiguous nor the transpose of such a matrix is copied first.
+    delta float of any shape; one that is neither contiguous nor the transpose of such a matrix is copied on a GPU.
     Raises ValueError if it is empty.
     """
     if delta.numel() == 0:

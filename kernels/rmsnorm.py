@@ -6,7 +6,7 @@ Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). The resi
 is added in fp32 before the result is rounded to x's type.
 
 Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n more with a residual;
-b T n written; about 12 operations an element, two of them fp64. A program holds its rows in registers and reads them once.
+b T n written; about 12 operations an element, two of them fp64. A program holds its rows in registers: one read.
 """
 
 import torch
@@ -141,8 +141,8 @@ def shipped() -> list[Shipped]:
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
         signature = {
             "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inverse_rms": "*fp32",
-            "residual": float_, "out": float_, "rows": "i32", "columns": "i32", "product_row": "i32", "scale_row": "i32", "x_row": "i32",
-            "residual_row": "i32",
+            "residual": float_, "out": float_, "rows": "i32", "columns": "i32", "product_row": "i32",
+            "scale_row": "i32", "x_row": "i32", "residual_row": "i32",
         }  # fmt: skip
         constants = {"product_column": 1, "x_column": 1, "residual_column": 1, "SQUARED_RELU": squared_relu, "ADD": add}
         name = f"rmsnorm_backward {FLOATS[dtype]} {columns}"

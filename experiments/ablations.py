@@ -1,0 +1,200 @@
+"""Ablations: one thing is changed at a time, on the character model and on the MNIST network.
+
+Short runs, 300 steps on Tiny Shakespeare (0.8 M weights) and 5 epochs of MNIST: what they say is about the choices
+beside one another and not about the best there is. Three seeds (mean ± standard deviation), one where a table has no
+spread. Judged at the last step, by the loss in nats and by the accuracy.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.plots import Panel, draw as draw_panels
+from experiments.rows import QUICK, SEEDS
+from experiments.small import PAPER
+from experiments.sweep import Cell, Store, quality, run_cells, show_quality
+
+NETS = {
+    "Tiny Shakespeare": ("shakespeare_char_small", {"steps": 300, "eval_every": 300}),
+    "MNIST": ("mnist", {"steps": 1175, "eval_every": 1175}),
+}
+LM, MNIST = NETS
+MEASURES = {LM: "validation loss, nats", MNIST: "accuracy"}
+
+Lines = Mapping[str, Mapping[str, dict]]  # line -> point -> settings
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is changed (`x`), in which lines and points, on which nets, and what was learnt from it."""
+
+    name: str
+    title: str
+    x: str
+    nets: Mapping[str, Lines]
+    seeds: tuple[int, ...] = SEEDS
+    said: str = ""  # two or three sentences, written after looking at the figure
+
+    def cells(self, net: str, line: str, point: str, **short) -> list[Cell]:
+        """The runs of one point, one a seed."""
+        config, common = NETS[net]
+        settings = common | self.nets[net][line][point] | short
+        cell = Cell(", ".join(part for part in (self.name, line, point) if part), config).with_(**settings)
+        return [cell.with_(seed=seed) for seed in self.seeds]
+
+    def places(self) -> list[tuple[str, str, str]]:
+        """Every (net, line, point)."""
+        return [(n, line, point) for n, lines in self.nets.items() for line, points in lines.items() for point in points]
+
+
+def values(key: str, *of: float | str) -> dict[str, dict]:
+    """Points that set one key."""
+    return {str(value): {key: value} for value in of}
+
+
+def cross(points: Mapping[str, dict], lines: Mapping[str, dict]) -> Lines:
+    """Every line at every point; what a point says counts."""
+    return {line: {point: common | own for point, own in points.items()} for line, common in lines.items()}
+
+
+def both(points: Mapping[str, dict], lm: Mapping[str, dict], mnist: Mapping[str, dict]) -> dict[str, Lines]:
+    """The same points on both nets."""
+    return {LM: cross(points, lm), MNIST: cross(points, mnist)}
+
+
+def by_bits(plain: Sequence[float], memory: Sequence[float]) -> Lines:
+    """1 to 8 bits with k for each; 7 and 8 bits begin with moves of 2 and 4 units."""
+    def points(ks: Sequence[float], more: dict) -> dict[str, dict]:
+        size = {7: 2, 8: 4}
+        return {str(b): more | {"bits": b, "k": k, "init_spread": spread(b), "step_size": size.get(b, 1)}
+                for b, k in enumerate(ks, 1)}  # fmt: skip
+
+    def spread(bits: int) -> float:
+        return 0.6 if bits <= 2 else 0.5 if bits <= 4 else 0.33
+
+    few = {"memory": "int8", "beta": 0.95}
+    with_memory = points(memory, {"memory": "int8"})
+    return {"no memory": points(plain, {}), "int8 memory": with_memory | {b: with_memory[b] | few for b in ("1", "2")}}
+
+
+# k for the 6 bits of the configs, from the tables above: half as much with memory.
+NONE_LM, MEMORY_LM = {"k": 0.5}, {"k": 0.3, "memory": "int8"}
+NONE_MNIST, MEMORY_MNIST = {"k": 0.3}, {"k": 0.1, "memory": "int8"}
+TWO = ({"no memory": NONE_LM, "int8 memory": MEMORY_LM}, {"no memory": NONE_MNIST, "int8 memory": MEMORY_MNIST})
+ONE = ({"": NONE_LM}, {"": NONE_MNIST})
+RULES = {rule: {"rule": rule} for rule in ("contribution", "gain", "balanced", "spectral")} | {"paper mode": PAPER}
+BETAS = values("beta", 0.5, 0.8, 0.9, 0.95, 0.98)
+ORTHO = values("ortho_tile", 32, 64, 128) | {"whole": {"ortho_tile": 0}}
+SELECT = {f"top k in {side or 'layer'}": {"select_tile": side} for side in (32, 64, 128, 0)}
+GAMMA = {"certain": {}} | {f"p ~ s^{g}": {"flip_prob": "score", "flip_gamma": g} for g in (0.25, 0.5, 1.0, 2.0)}
+FEWER = {"6 bits": {}, "4 bits": {"bits": 4, "k": 0.1}, "ternary": {"bits": 2, "k": 0.015}}
+ADAMW = {"method": "adamw", "lr_end": 0.0, "warmup": 50}
+DEEP = {"d_model": 64, "batch_size": 24}
+
+
+def schedules(k: float) -> Lines:
+    """The shapes of k_t, from k on."""
+    shapes = {name: {"k_schedule": name} for name in ("linear", "quadratic", "cosine", "constant")}
+    shapes |= {"constant, half k": {"k_schedule": "constant", "k": k / 2}, "linear to 0.1 k": {"k_end": k / 10},
+               "linear to 0.3 k": {"k_end": 3 * k / 10}}  # fmt: skip
+    return cross(shapes, {"": {"k": k}})
+
+
+def batches(base: int, steps: int, sizes: Sequence[int], lines: Mapping[str, dict]) -> Lines:
+    """Batches of these sizes, with as many steps as see the same number of examples."""
+    return cross({str(size): {"batch_size": size, "steps": base * steps // size} for size in sizes}, lines)
+
+
+ABLATIONS = (
+    Ablation("k", "k: the share of the weights selected", "k at the start", both(
+        values("k", 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8), *TWO)),
+    Ablation("k_schedule", "k: its way to the end", "schedule", {LM: schedules(0.5), MNIST: schedules(0.3)}),
+    Ablation("bits", "Bits of a weight", "bits", {
+        LM: by_bits((0.01, 0.015, 0.08, 0.15, 0.3, 0.5, 0.55, 0.6), (0.005, 0.01, 0.03, 0.06, 0.15, 0.3, 0.3, 0.4)),
+        MNIST: by_bits((0.005, 0.01, 0.03, 0.05, 0.15, 0.3, 0.4, 0.4), (0.002, 0.005, 0.02, 0.03, 0.06, 0.1, 0.15, 0.2))}),
+    Ablation("rule", "The rule, and the paper mode", "rule", both(
+        RULES, {"k 0.5": {"k": 0.5}, "k 0.1": {"k": 0.1}}, {"k 0.3": {"k": 0.3}, "k 0.05": {"k": 0.05}})),
+    Ablation("memory", "Vote memory", "beta", both(
+        {"none": {"memory": "none"}} | BETAS,
+        {"k 0.3": MEMORY_LM, "k 0.1": MEMORY_LM | {"k": 0.1}}, {"k 0.1": MEMORY_MNIST, "k 0.03": MEMORY_MNIST | {"k": 0.03}})),
+    Ablation("tiles", "Tiles of the orthogonalisation and of the selection", "side of the tiles orthogonalised", {
+        LM: cross(ORTHO, {line: NONE_LM | own for line, own in SELECT.items()}),
+        MNIST: cross(ORTHO, {line: NONE_MNIST | own for line, own in SELECT.items()})}),
+    Ablation("depth", "Depth: blocks of width 64, hidden layers of width 256 (no residual path)", "layers", {
+        LM: cross(values("n_layer", 2, 4, 8, 16, 24), {line: DEEP | own for line, own in (
+            TWO[0] | {"AdamW": ADAMW | {"lr": 8e-3}}).items()}),
+        MNIST: cross(values("n_layer", 1, 2, 4, 8, 16, 24), TWO[1] | {"AdamW": ADAMW | {"lr": 1e-3}})}),
+    Ablation("flip_prob", "Flips with a probability", "probability of a selected weight, s its score", both(
+        GAMMA, {"k 0.5": NONE_LM, "k 0.9": {"k": 0.9}}, {"k 0.3": NONE_MNIST, "k 0.6": {"k": 0.6}}), (1,)),
+    Ablation("batch", "Batch size, at the same number of examples", "batch size", {
+        LM: batches(48, 300, (12, 24, 48, 96, 192), TWO[0] | {"ternary, no memory": {"bits": 2, "k": 0.015}}),
+        MNIST: batches(256, 1175, (64, 256, 1024, 4096), TWO[1] | {"ternary, no memory": {"bits": 2, "k": 0.01}})}, (1,)),
+    Ablation("init_spread", "Spread of the first weights, of the limit", "init_spread", both(
+        values("init_spread", 0.1, 0.2, 0.33, 0.5, 0.8),
+        {line: NONE_LM | own for line, own in FEWER.items()}, {line: NONE_MNIST | own for line, own in FEWER.items()}), (1,)),
+    Ablation("delta", "What of the error enters the votes", "delta", both(
+        {"int8": {}, "int8, delayed scale": {"delta_scale": "delayed"}, "sign": {"delta": "sign"}}, *TWO), (1,)),
+    Ablation("act_range", "Range of the 8-bit activations: twice the range is a bit less", "act_range", both(
+        values("act_range", 1.5, 3, 6, 12, 24, 48, 96), *ONE), (1,)),
+)  # fmt: skip
+
+
+def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """One ablation after the other; of each all points with one seed, then with the next."""
+    if quick:  # the last point of the last line on the first net, and some on the second
+        chosen = [(a, [p for p in a.places() if p[0] == LM][-1]) for a in ABLATIONS]
+        chosen += [(a, a.places()[-1]) for a in ABLATIONS[::3]]
+        run_cells([a.cells(*place, **QUICK, **common)[0] for a, place in chosen], store, jobs)
+        return
+    for ablation in ABLATIONS:
+        cells = [ablation.cells(*place, **common) for place in ablation.places()]
+        run_cells([of_seed for seed in zip(*cells, strict=True) for of_seed in seed], store, jobs)
+
+
+def results(ablation: Ablation, store: Store, **short) -> dict[tuple[str, str, str], list[dict]]:
+    """Finished runs by (net, line, point)."""
+    found = {p: [r for c in ablation.cells(*p, **short) if (r := store.get(c))] for p in ablation.places()}
+    return {place: runs for place, runs in found.items() if runs}
+
+
+def table(store: Store, threads: int = 1) -> str:
+    """Title, figure and table of every ablation that has results, as markdown."""
+    lines = []
+    for ablation in ABLATIONS:
+        if found := results(ablation, store, threads=threads):
+            lines += ["", f"### {ablation.title}", "", *([ablation.said, ""] if ablation.said else []),
+                      f"![{ablation.title}](docs/figures/{ablation.name}.png)", "", *_table(ablation, found)]  # fmt: skip
+    return "\n".join(lines).strip() or "Nothing is finished yet."
+
+
+def _table(ablation: Ablation, found: Mapping[tuple[str, str, str], list[dict]]) -> list[str]:
+    columns = list(dict.fromkeys((net, line) for net, line, _ in found))
+    points = list(dict.fromkeys(point for _, _, point in ablation.places() if any(place[2] == point for place in found)))
+    if all(point.replace(".", "", 1).isdigit() for point in points):
+        points.sort(key=float)
+    heads = [f"{net}, {line}" if line else net for net, line in columns]
+    lines = [f"| {' | '.join((ablation.x, *heads))} |", "|---" * (1 + len(heads)) + "|"]
+    for point in points:
+        cells = [show_quality(runs) if (runs := found.get((*column, point))) else "" for column in columns]
+        lines.append(f"| {' | '.join((point, *cells))} |")
+    return lines
+
+
+def panels(ablation: Ablation, store: Store, **short) -> list[Panel]:
+    """A panel for each net that has results; runs that diverged are not drawn."""
+    found = []
+    for net in ablation.nets:
+        lines: dict[str, list] = {}
+        for (where, line, point), runs in results(ablation, store, **short).items():
+            if where == net and (whole := [quality(r) for r in runs if not r.get("diverged")]):
+                lines.setdefault(line, []).append((point, whole))
+        if lines:
+            found.append(Panel(net, ablation.x, MEASURES[net], lines))
+    return found
+
+
+def draw(store: Store, folder: Path, threads: int = 1) -> None:
+    """One figure for every ablation that has results, NAME.png in `folder`."""
+    for ablation in ABLATIONS:
+        if shown := panels(ablation, store, threads=threads):
+            draw_panels(folder / f"{ablation.name}.png", shown)

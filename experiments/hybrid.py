@@ -1,0 +1,57 @@
+"""Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
+
+Integer layers have 6 bits and no memory. The character model is judged by its loss, the ViT (Imagenette, 64 x 64
+pixels, a third of the epochs of its config) by its accuracy, three seeds each. Nothing is tuned here: k is that of the
+config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps for its layers.
+"""
+
+from statistics import mean
+
+from experiments.rows import QUICK, SEEDS, Row, finished, make_row, shortened, tune_and_train
+from experiments.sweep import Store, show_quality
+
+LM = {"steps": 500, "lr": 0.016, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1}
+VIT = {"steps": 1480, "lr": 4e-3, "lr_end": 0.0, "warmup": 100, "weight_decay": 0.1, "eval_every": 1480}
+CHOICES = ("all", "{first},attention,mlp", "attention,mlp,head", "attention,mlp", "mlp", "attention", "{first}", "head")
+
+
+def group(config: str, first: str, common: dict) -> tuple[Row, ...]:
+    """Rows of a net whose first layers are of kind `first`: every choice, and all in fp32."""
+    choices = [choice.format(first=first) for choice in CHOICES]
+    rows = [make_row(choice, "", config, common | {"int_layers": choice}, {}) for choice in choices]
+    return (*rows, make_row("none (AdamW)", "", config, common | {"method": "adamw"}, {}))
+
+
+GROUPS = {
+    "Tiny Shakespeare, 0.8 M weights": group("shakespeare_char_small", "embedding", LM),
+    "Imagenette, 64 x 64 pixels, ViT of 0.8 M weights": group("imagenette_small", "patch", VIT),
+}
+
+
+def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """Train every choice with each seed: the character model, then the ViT."""
+    for rows in GROUPS.values():
+        if quick:
+            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
+        else:
+            tune_and_train(rows, store, jobs, SEEDS, **common)
+
+
+def table(store: Store, threads: int = 1) -> str:
+    """A table for each net as markdown, of the choices that are in the store."""
+    lines = []
+    for title, rows in GROUPS.items():
+        found = list(finished(rows, store, threads=threads))
+        if not found:
+            continue
+        measure = "val loss, last step" if found[0][1][0].get("accuracy") is None else "accuracy, last step"
+        lines += ["", f"### {title}", "",
+                  f"| integer layers | {measure} | seeds | weights changed, share of all in a step | integer weights, bytes | "
+                  "float weights, bytes | optimizer state, bytes |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"| {row.name.replace(',', ', ')} | {show_quality(runs)} | {len(runs)} | "
+            f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f} | {runs[0]['int_weight_bytes']:,} | "
+            f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
+            for row, runs in found
+        ]  # fmt: skip
+    return "\n".join(lines).strip() or "Nothing is finished yet."

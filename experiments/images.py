@@ -1,0 +1,95 @@
+"""Images: an MLP on MNIST at 6, 4, 2 and 1 bits, and a ViT on Imagenette at 64 x 64 pixels, against fp32 AdamW.
+
+Every row is tuned on a tenth of the training images (eval_on = "tune", one seed); the winner of a row's grid is then
+trained three times on all of them and judged by its accuracy after the last step on the official test images. Ternary
+and binary rows may have larger batches and more epochs: few bits need votes of little noise. Bytes of weights are those
+of a file with `bits` bits for each, state is what the optimizer keeps between steps.
+"""
+
+from statistics import mean
+
+from experiments.rows import QUICK, SEEDS, Row, finished, make_row, settings, shortened, tune_and_train, tuning_table
+from experiments.sweep import Store, show_quality
+
+__all__ = ["tuning_table"]  # for the report
+
+NO_MEMORY, MEMORY = {"method": "gft", "memory": "none"}, {"method": "gft", "memory": "int8"}
+FORTY = {"batch_size": 1024, "steps": 2350}  # epochs of MNIST
+SIXTY = {"batch_size": 4096, "steps": 880}
+
+
+def mnist(name: str, target: str, common: dict, *choices: dict) -> Row:
+    """A row of the MLP, 20 epochs unless it says otherwise."""
+    config = "mnist" if common["method"] == "gft" else "mnist_adamw"
+    return make_row(name, target, config, {"eval_every": 470} | common, *choices)
+
+
+def vit(name: str, target: str, common: dict, *choices: dict) -> Row:
+    """A row of the ViT, 30 epochs."""
+    config = "imagenette_small" if common["method"] == "gft" else "imagenette_small_adamw"
+    return make_row(name, target, config, {"eval_every": 1110} | common, *choices)
+
+
+MNIST = (
+    mnist("AdamW, fp32", "", {"method": "adamw"}, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}),
+    mnist("6 bits, no memory", "97.8 / 98.4", NO_MEMORY | {"bits": 6},
+          {"k": 0.3}, {"k": 0.5}, {"k": 0.2} | FORTY),
+    mnist("4 bits, no memory", "97.2 / 98.2", NO_MEMORY | {"bits": 4, "init_spread": 0.5},
+          {"k": 0.05}, {"k": 0.1}, {"k": 0.05} | FORTY),
+    mnist("ternary, no memory", "96.8 / 97.8", NO_MEMORY | {"bits": 2, "init_spread": 0.6},
+          {"k": 0.01}, {"k": 0.01} | FORTY, {"k": 0.01} | SIXTY, {"k": 0.02, "k_schedule": "quadratic"} | SIXTY),
+    mnist("binary, no memory", "95.5 / 97.5", NO_MEMORY | {"bits": 1},
+          {"k": 0.005}, {"k": 0.005} | FORTY, {"k": 0.005} | SIXTY, {"k": 0.01} | SIXTY),
+    mnist("6 bits, int8 memory", "98.0 / 98.6", MEMORY | {"bits": 6},
+          {"k": 0.1}, {"k": 0.2}, {"k": 0.1} | FORTY),
+    mnist("4 bits, int8 memory", "97.9 / 98.5", MEMORY | {"bits": 4, "init_spread": 0.5},
+          {"k": 0.03, "beta": 0.95}, {"k": 0.06}, {"k": 0.03, "beta": 0.95} | FORTY),
+    mnist("ternary, int8 memory", "97.3 / 98.3", MEMORY | {"bits": 2, "init_spread": 0.6},
+          {"k": 0.005}, {"k": 0.002, "beta": 0.98}, {"k": 0.005, "beta": 0.95} | FORTY),
+    mnist("binary, int8 memory", "96.5 / 98.0", MEMORY | {"bits": 1, "beta": 0.98},
+          {"k": 0.002}, {"k": 0.001}, {"k": 0.002} | FORTY),
+)  # fmt: skip
+VIT = (
+    vit("AdamW, fp32", "", {"method": "adamw"}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}),
+    vit("6 bits, no memory", "AdamW - 1.5 / better", NO_MEMORY | {"bits": 6}, {"k": 0.5}, {"k": 0.3}),
+    vit("6 bits, int8 memory", "", MEMORY | {"bits": 6}, {"k": 0.2}, {"k": 0.3}),
+)
+GROUPS = {"MNIST, MLP 784-256-10": MNIST, "Imagenette, 64 x 64 pixels, ViT of 0.8 M weights": VIT}
+
+
+def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """Tune and train MNIST, then the ViT."""
+    for rows in GROUPS.values():
+        if quick:
+            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
+        else:
+            tune_and_train(rows, store, jobs, SEEDS, **common)
+
+
+def table(store: Store, threads: int = 1) -> str:
+    """A table for each data set as markdown: the rows whose grid and finals are in the store."""
+    lines = []
+    for title, rows in GROUPS.items():
+        found = list(finished(rows, store, threads=threads))
+        if not found:
+            continue
+        lines += ["", f"### {title}", "",
+                  "| row | accuracy, last step | seeds | against AdamW, points | must / aim | flips per weight and step | "
+                  "weights, bytes | optimizer state, bytes | settings chosen on the held-out part |",
+                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        base = mean(r["accuracy"] for r in found[0][1]) if found[0][0] is rows[0] else None
+        for row, runs in found:
+            against = "" if base is None else f"{100 * (mean(r['accuracy'] for r in runs) - base):+.2f}"
+            first = runs[0]
+            lines.append(
+                f"| {row.name} | {show_quality(runs)} | {len(runs)} | {against} | {row.target} | "
+                f"{mean(r['flips_per_weight_per_step'] for r in runs):.4f} | "
+                f"{first['packed_weight_bytes'] or first['float_param_bytes']:,} | {first['optimizer_state_bytes']:,} | "
+                f"{chosen(first)} |"
+            )
+    return "\n".join(lines).strip() or "Nothing is finished yet."
+
+
+def chosen(record: dict) -> str:
+    """The winner's settings, but memory, which the row's name tells."""
+    return ", ".join(part for part in settings(record).split(", ") if not part.startswith("memory "))

@@ -1,0 +1,86 @@
+"""Rows of a table: each is tuned on a held-out part of the training data, and its winner trained once for each seed.
+
+A row that has one cell needs no tuning: what it says is known from another table.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from experiments.sweep import Cell, Store, best_of, run_cells, show_quality
+
+SEEDS = (1, 2, 3)
+# What the tables show elsewhere, or what says nothing about the result.
+HIDDEN = {"eval_on", "seed", "threads", "method", "bits", "sample_tokens", "eval_every"}
+# Overrides of a quick run.
+QUICK = {"steps": 8, "warmup": 0, "batch_size": 16, "compile": "false", "n_layer": 1, "n_head": 2, "d_model": 32,
+         "eval_windows": 20}  # fmt: skip
+USUAL = {"shakespeare_char_small": ("--steps", "500")}  # and what every row of a config has
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its name, the target it has, and the cells its settings are chosen from."""
+
+    name: str
+    target: str  # must and aim
+    cells: tuple[Cell, ...]
+
+
+def make_row(name: str, target: str, config: str, common: dict, *choices: dict) -> Row:
+    """A row of `config` with `common` settings and one of `choices` each."""
+    return Row(name, target, tuple(Cell(name, config).with_(**common | choice) for choice in choices))
+
+
+def shortened(rows: Sequence[Row]) -> list[Row]:
+    """Rows for a quick run: the first with two cells, so that something is tuned, the others with one."""
+    return [replace(row, cells=row.cells[: 1 if n else 2]) for n, row in enumerate(rows)]
+
+
+def tuning_cells(row: Row, **short) -> list[Cell]:
+    """The row's grid on the held-out part of the training data."""
+    return [cell.with_(eval_on="tune", seed=1, **short) for cell in row.cells]
+
+
+def to_tune(row: Row, **short) -> list[Cell]:
+    """The cells that have to be run before the row's winner is known."""
+    return tuning_cells(row, **short) if len(row.cells) > 1 else []
+
+
+def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
+    """The winner of the row's grid on the part that is reported, once for each seed."""
+    cells = tuning_cells(row, **short)
+    winner = best_of(cells, store) if len(cells) > 1 else cells[0]
+    return [winner.with_(eval_on="val", seed=seed) for seed in seeds]
+
+
+def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], **short) -> None:
+    """Tune every row, then train its winner with each seed; all rows with one seed, then with the next."""
+    run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs)
+    last = [finals(row, store, seeds, **short) for row in rows]
+    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs)
+
+
+def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short) -> Iterator[tuple[Row, list[dict]]]:
+    """The rows that are tuned, with the results of their winner; rows without any are left out."""
+    for row in rows:
+        if any(store.get(cell) is None for cell in to_tune(row, **short)):
+            continue
+        if runs := [r for cell in finals(row, store, seeds, **short) if (r := store.get(cell)) is not None]:
+            yield row, runs
+
+
+def tuning_table(store: Store) -> str:
+    """Every cell tried while tuning, with what it reached on the held-out part."""
+    tuned = [r for r in store.done.values() if r["eval_on"] == "tune"]
+    images = any(r.get("accuracy") is not None for r in tuned)
+    lines = [f"| row | settings | {'accuracy' if images else 'loss'} on the held-out part |", "|---|---|---|"]
+    for record in tuned:
+        lines.append(f"| {record['label']} | {settings(record)} | {show_quality([record])} |")
+    return "\n".join(lines)
+
+
+def settings(record: dict) -> str:
+    """What was chosen for a run: its overrides, but usual ones and those the tables show elsewhere."""
+    config, *rest = record["arguments"]
+    pairs = [pair for pair in zip(rest[::2], rest[1::2], strict=True) if pair != USUAL.get(config)]
+    return ", ".join(f"{key[2:]} {value}" for key, value in pairs if key[2:] not in HIDDEN)

@@ -1,0 +1,171 @@
+"""images, hybrid, ablations, alternatives: what they run, and the tables and figures drawn from results."""
+
+import pytest
+
+from experiments import __main__ as program
+from experiments import ablations, alternatives, hybrid, images, sweep
+from experiments.rows import finals, make_row, shortened, to_tune
+from experiments.sweep import Store
+
+TUNED = (images, alternatives)
+
+
+def result(cell) -> dict:
+    """A run that takes no time: less loss, and more accuracy, for small k and lr and for seed 1."""
+    cfg = cell.resolved()
+    value = 0.1 * (cfg.k if cfg.method == "gft" else cfg.lr) + 0.01 * cfg.seed
+    state = {"gft": cfg.memory == "int8", "signsgd": 0, "sgd": 4}.get(cfg.method, 8)
+    pictures = cfg.data in ("mnist", "imagenette")
+    whole = cfg.method == "gft"
+    return {
+        "val_loss": value, "accuracy": 1 - value if pictures else None, "eval_on": cfg.eval_on, "method": cfg.method,
+        "bits": cfg.bits if cfg.method in ("gft", "ste") else 32, "seed": cfg.seed, "steps": cfg.steps, "tokens": 100 * cfg.steps,
+        "flips_per_weight_per_step": cfg.k / 2 if whole else 1.0, "weights": 1000, "int_weight_bytes": 1000 * whole,
+        "packed_weight_bytes": 750 * whole, "float_param_bytes": 4000 * (not whole), "optimizer_state_bytes": 1000 * int(state),
+        "step_seconds": 0.1, "seconds": 10.0, "peak_memory_bytes": 2**20, "energy_model_joules": (1.0 if whole else 3.0) * cfg.steps,
+        "energy_measured_joules": None, "curve": [[cfg.steps // 2, value if not pictures else 1 - value], [cfg.steps, value]],
+        "environment": {"compile": False, "torch": "t", "device": "cpu", "threads": 1}, "out_dir": "x",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    made = []
+
+    def run(cell):
+        made.append(cell)
+        return result(cell)
+
+    monkeypatch.setattr(sweep, "run_cell", run)
+    monkeypatch.setattr(sweep, "commit", lambda: "abc")
+    return made
+
+
+@pytest.fixture
+def run_quietly(capsys):
+    def run(module, store, quick=False):
+        module.run(store, 2, quick, {"threads": 1})
+        capsys.readouterr()
+        return module.table(store)
+
+    return run
+
+
+@pytest.mark.parametrize("module", TUNED, ids=lambda m: m.__name__)
+def test_rows_are_tuned_on_the_held_out_part_and_judged_on_the_other(module, ran, run_quietly, tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    text = run_quietly(module, store)
+    rows = [row for group in module.GROUPS.values() for row in group]
+    tuned = [c for c in ran if c.resolved().eval_on == "tune"]
+    assert len({c.key() for c in tuned}) == len(tuned) == sum(len(to_tune(row)) for row in rows)
+    assert all(c.resolved().seed == 1 for c in tuned)
+    assert len(ran) - len(tuned) == 3 * len(rows)
+    for row in rows:
+        winner = min(row.cells, key=lambda c: result(c)["val_loss"]).resolved()
+        mine = [c.resolved() for c in ran if c.label == row.name and c.config == row.cells[0].config]
+        last = {(c.k, c.lr, c.batch_size, c.steps) for c in mine if c.eval_on == "val"}
+        assert last == {(winner.k, winner.lr, winner.batch_size, winner.steps)}
+    for title, group in module.GROUPS.items():
+        assert f"### {title}" in text and all(f"| {row.name} |" in text for row in group)
+    before = len(ran)
+    assert run_quietly(module, Store(store.path)) == text and len(ran) == before, "all is found again on disk"
+    assert module.tuning_table(store).count("\n") == 1 + len(tuned)
+
+
+def test_images_table(ran, run_quietly, tmp_path):
+    text = run_quietly(images, Store(tmp_path / "r.jsonl"))
+    assert "| AdamW, fp32 | 97.99 ± 1.00 % | 3 | +0.00 |  | 1.0000 | 4,000 | 8,000 | lr 0.001 |" in text
+    assert "| 6 bits, int8 memory | 97.00 ± 1.00 % | 3 | -0.99 | 98.0 / 98.6 | 0.0500 | 750 | 1,000 | k 0.1 |" in text
+
+
+def test_images_are_chosen_by_accuracy_and_an_unfinished_row_is_left_out(tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    row = images.MNIST[0]
+    assert images.table(store) == "Nothing is finished yet."
+    for number, cell in enumerate(to_tune(row, threads=1)):
+        assert images.table(store) == "Nothing is finished yet."
+        store.add(cell, result(cell) | {"accuracy": 0.1 * number, "val_loss": number})
+    chosen = [c.resolved().lr for c in finals(row, store, (1,), threads=1)]
+    assert chosen == [row.cells[-1].resolved().lr], "the highest accuracy, although its loss is highest too"
+
+
+def test_hybrid_has_every_kind_of_layer_and_all_in_floats(ran, run_quietly, tmp_path):
+    text = run_quietly(hybrid, Store(tmp_path / "r.jsonl"))
+    assert {c.resolved().eval_on for c in ran} == {"val"} and len(ran) == 3 * sum(map(len, hybrid.GROUPS.values()))
+    chosen = {c.resolved().int_layers for c in ran if c.resolved().method == "gft" and c.resolved().data == "imagenette"}
+    assert chosen == {"all", "patch,attention,mlp", "attention,mlp,head", "attention,mlp", "mlp", "attention", "patch", "head"}
+    assert "| none (AdamW) |" in text and "| patch, attention, mlp |" in text and "accuracy, last step" in text
+
+
+def test_alternatives_count_state_energy_and_the_way_to_adamws_loss(ran, run_quietly, tmp_path):
+    text = run_quietly(alternatives, Store(tmp_path / "r.jsonl"))
+    lm, mnist = text.split("### ")[1:]
+    methods = {line.split("|")[1].strip(): line.split("|") for line in lm.split("Energy")[0].splitlines() if line.startswith("| ")}
+    assert [methods[m][5].strip() for m in ("AdamW", "SGD, momentum 0.9", "signSGD", "GFT, 6 bits", "GFT, 6 bits, int8 memory")] == [
+        "12.00", "8.00", "4.00", "1.00", "2.00"]  # fmt: skip
+    energy = {line.split("|")[1].strip(): line.split("|") for line in lm.split("Energy")[1].splitlines() if line.startswith("| ")}
+    assert [part.strip() for part in energy["AdamW"][2:6]] == ["30000.00", "1.00x", "1500.00", "1.00x"]
+    assert energy["GFT, 6 bits"][3].strip() == "3.00x" and energy["GFT, 6 bits"][4].strip() == "not reached"
+    assert "joules per million images" in mnist
+    methods_run = {(c.resolved().method, c.resolved().bits) for c in ran}
+    assert {("ste", 1), ("ste", 2), ("ste", 4), ("ste", 8), ("sgd", 6), ("signsgd", 6), ("muon", 6)} <= methods_run
+
+
+def test_joules_to_a_loss():
+    run = {"accuracy": None, "steps": 10, "energy_model_joules": 50.0, "curve": [[2, 3.0], [6, 2.0], [10, 1.0]]}
+    assert alternatives.joules_to(run, 2.5) == 30.0 and alternatives.joules_to(run, 0.5) is None
+    assert alternatives.joules_to(run | {"accuracy": 0.9}, 2.5) == 10.0
+    assert alternatives.mean_joules_to([run, run | {"curve": [[10, 2.0]]}], 2.0) == 40.0
+    assert alternatives.mean_joules_to([run, run | {"curve": []}], 2.0) is None
+
+
+def test_ablations_are_run_drawn_and_tabled(ran, run_quietly, tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    text = run_quietly(ablations, store)
+    ablations.draw(store, tmp_path / "figures")
+    for a in ablations.ABLATIONS:
+        assert f"![{a.title}](docs/figures/{a.name}.png)" in text
+        assert (tmp_path / "figures" / f"{a.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert all(store.get(c) for place in a.places() for c in a.cells(*place, threads=1))
+    assert text.count("###") == len(ablations.ABLATIONS) == len({a.name for a in ablations.ABLATIONS})
+    assert "| 0.1 | 0.0300 ± 0.0100 | 0.0300 ± 0.0100 | 97.00 ± 1.00 % | 97.00 ± 1.00 % |" in text
+    bits = next(a for a in ablations.ABLATIONS if a.name == "bits")
+    assert {c.resolved().bits for p in bits.places() for c in bits.cells(*p)} == set(range(1, 9))
+    assert len({c.key() for c in ran}) == len(ran)
+
+
+def test_a_figure_has_what_there_is(ran, tmp_path):
+    store, first = Store(tmp_path / "r.jsonl"), ablations.ABLATIONS[0]
+    assert ablations.table(store) == "Nothing is finished yet."
+    place = first.places()[0]
+    cells = first.cells(*place, threads=1)
+    store.add(cells[0], result(cells[0]))
+    store.add(cells[1], sweep.diverged(cells[1].resolved()))
+    (panel,) = ablations.panels(first, store, threads=1)
+    assert panel.title == place[0] and panel.lines == {place[1]: [(place[2], [pytest.approx(0.012)])]}
+    ablations.draw(store, tmp_path)
+    assert [p.name for p in tmp_path.glob("*.png")] == ["k.png"]
+    assert "| inf |" in ablations.table(store) and "MNIST" not in ablations.table(store)
+
+
+@pytest.mark.parametrize("module", [images, hybrid, ablations, alternatives], ids=lambda m: m.__name__)
+def test_quick_is_a_few_short_runs(module, ran, run_quietly, tmp_path):
+    run_quietly(module, Store(tmp_path / "r.jsonl"), quick=True)
+    assert 10 < len(ran) <= 26 and all(c.resolved().steps <= 8 for c in ran)
+
+
+def test_only_what_has_results_is_in_the_report(ran, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
+    assert program.main(["hybrid", "--jobs", "1"]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## Hybrid networks" in text and "Ablations" not in text and "Images" not in text and "alternatives" not in text
+    assert program.main(["ablations", "--jobs", "1"]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## Ablations" in text and (tmp_path / "docs" / "figures" / "depth.png").exists()
+    assert "python -m experiments ablations" in capsys.readouterr().out + text
+
+
+def test_a_quick_run_keeps_something_to_tune():
+    rows = [make_row(name, "", "mnist", {}, {"k": 0.1}, {"k": 0.2}, {"k": 0.3}) for name in "ab"]
+    assert [len(row.cells) for row in shortened(rows)] == [2, 1] and not to_tune(shortened(rows)[1])
