@@ -26,7 +26,7 @@ train: $(READY) ## train configs/shakespeare_char_small.toml; more settings thro
 	@exec $(VENV_PYTHON) train.py configs/shakespeare_char_small.toml $(ARGS)
 
 test: $(READY) ## run the tests; pytest's options through ARGS="-k config"
-	@exec $(VENV_PYTHON) -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS)
 
 gpu: ## all that needs a GPU, part after part, each gone on with where it was cut off
 	@echo "make gpu: $(GPU_PARTS), one after another; each is a target of its own and writes into results/gpu/"
