@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.int8_matmul import MAX_REDUCTION, int8_product, int8_product_torch
+from kernels.backend import Shipped
+from kernels.int8_matmul import MAX_REDUCTION, int8_product, int8_product_torch, shipped_by_parts
 
 PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch; parts begin on 16-byte boundaries
 
@@ -49,3 +50,8 @@ def votes(d: Tensor, x: Tensor) -> Tensor:
 def add_votes(a: Tensor, b: Tensor, bound: int) -> Tensor:
     """a + b, widened to int64 when a sum of `bound` tokens no longer fits int32."""
     return a + b if bound <= MAX_REDUCTION else a.to(torch.int64) + b.to(torch.int64)
+
+
+def shipped() -> list[Shipped]:
+    """What `python -m kernels.check contribution` compiles: the product's kernel with the tokens shared out."""
+    return [shipped_by_parts("i32"), shipped_by_parts("i32:1")]

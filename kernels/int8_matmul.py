@@ -422,10 +422,10 @@ def int8_matmul(
 
 
 def shipped() -> list[Shipped]:
-    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes; and sums by parts."""
+    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes. By parts: kernels.contribution."""
     return [
         *_shipped("i32"), *_shipped("fp32"), *_shipped("bf16", residual=True), *_shipped("fp32", residual=True),
-        *_shipped("bf16", ragged=True), _shipped_by_parts("i32"), _shipped_by_parts("i32:1"),
+        *_shipped("bf16", ragged=True),
     ]  # fmt: skip
 
 
@@ -463,7 +463,8 @@ def _shipped(out: str, residual: bool = False, ragged: bool = False) -> list[Shi
     ]  # fmt: skip
 
 
-def _shipped_by_parts(whole: str) -> Shipped:
+def shipped_by_parts(whole: str) -> Shipped:
+    """The tile of sums by parts, for sizes of Triton's type `whole`."""
     *tile, warps, stages = SPLIT_TILE
     sizes = dict.fromkeys(("M", "N", "blocks_k", "blocks_am", "blocks_bn"), whole)
     unused = {"scale": None, "residual": None, "stride_scale": 0, "stride_rm": 0, "stride_rn": 0}
