@@ -7,7 +7,7 @@ config, the learning rate AdamW's own on that net, for every choice. State is wh
 
 from statistics import mean
 
-from experiments.rows import QUICK, SEEDS, Row, finished, make_row, shortened, tune_and_train
+from experiments.rows import Row, finished, make_row, train_groups
 from experiments.sweep import Store, show_quality
 
 LM = {"steps": 500, "lr": 0.016, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1}
@@ -30,11 +30,7 @@ GROUPS = {
 
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Train every choice with each seed: the character model, then the ViT."""
-    for rows in GROUPS.values():
-        if quick:
-            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
-        else:
-            tune_and_train(rows, store, jobs, SEEDS, **common)
+    train_groups(GROUPS.values(), store, jobs, quick, common)
 
 
 def table(store: Store, threads: int = 1) -> str:

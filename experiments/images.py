@@ -8,7 +8,7 @@ of a file with `bits` bits for each, state is what the optimizer keeps between s
 
 from statistics import mean
 
-from experiments.rows import QUICK, SEEDS, Row, finished, make_row, settings, shortened, tune_and_train, tuning_table
+from experiments.rows import Row, finished, make_row, settings, train_groups, tuning_table
 from experiments.sweep import Store, show_quality
 
 __all__ = ["tuning_table"]  # for the report
@@ -59,11 +59,7 @@ GROUPS = {"MNIST, MLP 784-256-10": MNIST, "Imagenette, 64 x 64 pixels, ViT of 0.
 
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Tune and train MNIST, then the ViT."""
-    for rows in GROUPS.values():
-        if quick:
-            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
-        else:
-            tune_and_train(rows, store, jobs, SEEDS, **common)
+    train_groups(GROUPS.values(), store, jobs, quick, common)
 
 
 def table(store: Store, threads: int = 1) -> str:

@@ -3,7 +3,7 @@
 A row that has one cell needs no tuning: what it says is known from another table.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments.sweep import Cell, Store, best_of, run_cells, show_quality
@@ -58,6 +58,15 @@ def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence
     run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs)
     last = [finals(row, store, seeds, **short) for row in rows]
     run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs)
+
+
+def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """Tune and train several tables' rows, one table after another; `quick` takes a few steps of a few cells."""
+    for rows in groups:
+        if quick:
+            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
+        else:
+            tune_and_train(rows, store, jobs, SEEDS, **common)
 
 
 def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short) -> Iterator[tuple[Row, list[dict]]]:
