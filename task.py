@@ -154,14 +154,18 @@ class ImageTask:
 
     def chosen(self, step: int) -> Tensor:
         """The images of a step: every epoch goes once through all of them, in an order of its own. int64 (batch_size,)."""
-        n = len(self.data.train)
-        at = torch.arange(step * self.cfg.batch_size, (step + 1) * self.cfg.batch_size)
-        epochs = (at // n).unique().tolist()
-        self._orders = {epoch: self._orders.get(epoch, self._order(epoch)) for epoch in epochs}
-        return torch.stack([self._orders[i // n][i % n] for i in at.tolist()])
+        n, first = len(self.data.train), step * self.cfg.batch_size
+        parts = []
+        for epoch in range(first // n, (first + self.cfg.batch_size - 1) // n + 1):
+            begin, end = max(first - epoch * n, 0), min(first + self.cfg.batch_size - epoch * n, n)
+            parts.append(self._order(epoch)[begin:end])
+        return torch.cat(parts)
 
     def _order(self, epoch: int) -> Tensor:
-        return torch.argsort(uniform(self.cfg.seed, epoch, Stream.BATCH, len(self.data.train)), stable=True)
+        if epoch not in self._orders:  # of two epochs, as a batch may reach into the next
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = torch.argsort(uniform(self.cfg.seed, epoch, Stream.BATCH, len(self.data.train)), stable=True)
+        return self._orders[epoch]
 
     def batches(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (B, C, H, W) and targets, labels (B,) or shares (B, classes), of the step's micro-batches."""

@@ -78,7 +78,7 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
         if quick:
             tune_and_train(shortened(rows)[::4] if n else shortened(rows)[:10], store, jobs, SEEDS[:1], **QUICK, **common)
         else:
-            tune_and_train(rows, store, jobs, SEEDS, **common)
+            tune_and_train(rows, store, jobs, SEEDS, apart=True, **common)
 
 
 def joules_to(record: dict, target: float) -> float | None:

@@ -53,11 +53,14 @@ def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
     return [winner.with_(eval_on="val", seed=seed) for seed in seeds]
 
 
-def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], **short) -> None:
-    """Tune every row, then train its winner with each seed; all rows with one seed, then with the next."""
-    run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs)
+def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short) -> None:
+    """Tune every row, then train its winner with each seed; all rows with one seed, then with the next.
+
+    `apart`: each run in a process of its own (see run_cells).
+    """
+    run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs, apart)
     last = [finals(row, store, seeds, **short) for row in rows]
-    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs)
+    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs, apart)
 
 
 def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool, common: dict) -> None:

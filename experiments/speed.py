@@ -32,7 +32,7 @@ def cells(quick: bool, common: dict) -> list[Cell]:
 
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Run the cells one at a time, whatever `jobs` says: two at once would time each other."""
-    run_cells(cells(quick, common), store, 1)
+    run_cells(cells(quick, common), store, 1, apart=not quick)
 
 
 def table(store: Store) -> str:

@@ -8,10 +8,8 @@ what its arguments mean now: who changes a config or a default removes the lines
 import hashlib
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,11 +21,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from experiments.worker import ROOT, Worker
 from gft.config import FIELDS, IMAGES, Config, load, unmet
 from gft.curve import read_metrics
 from gft.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -109,27 +106,30 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def run_cell(cell: Cell) -> dict:
-    """Train the cell in a process of its own. Raises UserError if it fails.
+def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
+    """Train the cell, by `worker` or in a process of its own. Raises UserError if it fails.
 
     Returns its final JSON and "curve": [step, loss (of images: accuracy)] of every evaluation. A run whose loss became
     infinite has a result too, the worst there is.
     """
+    own = worker or Worker(cell.resolved().threads)
     with tempfile.TemporaryDirectory(prefix="nanogft-") as folder:
         # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
         config, *overrides = cell.arguments()
-        command = [sys.executable, "train.py", config, "--eval_every", "100", *overrides, "--out_dir", folder,
-                   "--sample_tokens", "0", "--save_every", "1000000"]  # fmt: skip
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(t)} if (t := cell.resolved().threads) else {})}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        try:
+            code, out, err = own.run([config, "--eval_every", "100", *overrides, "--out_dir", folder, "--sample_tokens", "0",
+                                      "--save_every", "1000000"])  # fmt: skip
+        finally:
+            if worker is None:
+                own.close()
         metrics = Path(folder, "metrics.jsonl")
         records = read_metrics(metrics) if metrics.exists() else []
-    if done.returncode and "the loss became" in done.stderr:
+    if code and "the loss became" in err:
         return diverged(cell.resolved())
-    if done.returncode:
-        raise UserError(f"the run `train.py {' '.join(cell.arguments())}` failed:\n{done.stderr.strip()[-2000:]}")
+    if code:
+        raise UserError(f"the run `train.py {' '.join(cell.arguments())}` failed:\n{err.strip()[-2000:]}")
     curve = [[r["step"], r.get("accuracy", r["val_loss"])] for r in records if "val_loss" in r]
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {"curve": curve}
+    return json.loads(out.strip().splitlines()[-1]) | {"curve": curve}
 
 
 def diverged(cfg: Config) -> dict:
@@ -139,21 +139,31 @@ def diverged(cfg: Config) -> dict:
     return {**same, "diverged": True, "val_loss": math.inf, "accuracy": accuracy, "curve": []}
 
 
-def run_cells(cells: Iterable[Cell], store: Store, jobs: int) -> list[dict]:
-    """Results of `cells`, in order; those not in the store are run, `jobs` at a time."""
+def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = False) -> list[dict]:
+    """Results of `cells`, in order; those not in the store are run, `jobs` at a time.
+
+    `apart` gives each a process of its own, for tables that show memory.
+    """
     cells = list(cells)
     waiting = list({cell.key(): cell for cell in cells if store.get(cell) is None}.values())
     begun = time.monotonic()
+    workers: dict[tuple[int, int], Worker] = {}  # by thread, and the threads it has itself
 
     def work(numbered: tuple[int, Cell]) -> None:
         number, cell = numbered
-        store.add(cell, run_cell(cell))
+        place = threading.get_ident(), cell.resolved().threads
+        worker = None if apart else workers.setdefault(place, Worker(cell.resolved().threads))
+        store.add(cell, run_cell(cell, worker))
         print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  {cell.label}: "
               f"{' '.join(cell.arguments())}", flush=True)  # fmt: skip
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(work, enumerate(waiting, 1)):
-            pass
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(work, enumerate(waiting, 1)):
+                pass
+    finally:
+        for worker in workers.values():
+            worker.close()
     return [store.get(cell) for cell in cells]
 
 

@@ -47,7 +47,7 @@ def initial_weight(shape: tuple[int, int], bits: int, spread: float, seed: int, 
     return torch.round(z * (spread * q)).clamp(-q, q).to(torch.int8)
 
 
-_handles = itertools.count()
+_made = itertools.count()
 _layers: weakref.WeakValueDictionary[int, "IntLayer"] = weakref.WeakValueDictionary()
 
 
@@ -65,7 +65,7 @@ class IntLayer(nn.Module, ABC):
     ):
         super().__init__()
         self._take_handle()
-        index = self.handle if index is None else index
+        index = next(_made) if index is None else index
         self.bits, self.q, self.index = bits, largest_weight(bits), index
         weight = initial_weight(shape, bits, spread, seed, index)
         std = weight.to(torch.float64).std(correction=0).item()
@@ -82,8 +82,11 @@ class IntLayer(nn.Module, ABC):
         self.attach(Clock(seed))
 
     def _take_handle(self) -> None:
-        """A number by which a backward pass finds this layer; a copy needs its own."""
-        self.handle = next(_handles)
+        """A number by which a backward pass finds this layer; a copy needs its own.
+
+        The lowest one that is free: compiled graphs have it as a constant, and then fit a later net of the same shapes.
+        """
+        self.handle = next(number for number in itertools.count() if number not in _layers)
         _layers[self.handle] = self
 
     def __setstate__(self, state: dict) -> None:

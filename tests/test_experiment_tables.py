@@ -32,7 +32,7 @@ def result(cell) -> dict:
 def ran(monkeypatch):
     made = []
 
-    def run(cell):
+    def run(cell, worker=None):
         made.append(cell)
         return result(cell)
 

@@ -17,7 +17,7 @@ def ran(monkeypatch, tmp_path):
     """Runs that take no time: the loss is k plus a hundredth of the bits and a thousandth of the seed."""
     made = []
 
-    def run(cell):
+    def run(cell, worker=None):
         cfg = cell.resolved()
         made.append(cfg)
         loss = cfg.k + 0.01 * cfg.bits + 0.001 * cfg.seed
@@ -50,7 +50,7 @@ def test_every_combination_and_seed_is_run_once_and_shown(ran, tmp_path, capsys)
 def test_a_sweep_that_was_cut_off_goes_on(ran, tmp_path, monkeypatch):
     working, argv = sweep.run_cell, [CONFIG, "--k", "0.1,0.2,0.3,0.4", "--jobs", "1"]
 
-    def cut(cell):
+    def cut(cell, worker=None):
         if len(ran) == 2:
             raise KeyboardInterrupt
         return working(cell)
@@ -110,7 +110,7 @@ def test_a_plot_that_cannot_be_written_is_an_error_that_names_it(ran, tmp_path, 
 
 def test_a_run_whose_loss_became_infinite_is_a_result(ran, monkeypatch, capsys):
     working = sweep.run_cell
-    monkeypatch.setattr(sweep, "run_cell", lambda c: sweep.diverged(c.resolved()) if c.resolved().k == 0.2 else working(c))
+    monkeypatch.setattr(sweep, "run_cell", lambda c, worker: sweep.diverged(c.resolved()) if c.resolved().k == 0.2 else working(c))
     assert program.main(["sweep", CONFIG, "--k", "0.1,0.2", "--seeds", "1,2"]) == 0
     text = capsys.readouterr().out
     assert "| 0.2 | inf | 2 |  |  |" in text and "**0.1615" in text
