@@ -24,6 +24,7 @@ class Row:
     name: str
     target: str  # must and aim
     cells: tuple[Cell, ...]
+    tuned_with: tuple[tuple[str, object], ...] = ()  # overrides while tuning: long runs are tuned on shorter ones
 
 
 def make_row(name: str, target: str, config: str, common: dict, *choices: dict) -> Row:
@@ -38,7 +39,7 @@ def shortened(rows: Sequence[Row]) -> list[Row]:
 
 def tuning_cells(row: Row, **short) -> list[Cell]:
     """The row's grid on the held-out part of the training data."""
-    return [cell.with_(eval_on="tune", seed=1, **short) for cell in row.cells]
+    return [cell.with_(eval_on="tune", seed=1, **dict(row.tuned_with) | short) for cell in row.cells]
 
 
 def to_tune(row: Row, **short) -> list[Cell]:
@@ -48,9 +49,9 @@ def to_tune(row: Row, **short) -> list[Cell]:
 
 def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
     """The winner of the row's grid on the part that is reported, once for each seed."""
-    cells = tuning_cells(row, **short)
-    winner = best_of(cells, store) if len(cells) > 1 else cells[0]
-    return [winner.with_(eval_on="val", seed=seed) for seed in seeds]
+    tried = tuning_cells(row, **short)
+    winner = row.cells[tried.index(best_of(tried, store)) if len(tried) > 1 else 0]
+    return [winner.with_(eval_on="val", seed=seed, **short) for seed in seeds]
 
 
 def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short) -> None:
