@@ -99,6 +99,7 @@ class Config:
                             needs="method=gft flip_prob=score")
     delta: str = key("int8", "gft", "what of the error enters the votes: its int8 value or its sign",
                      choices=("int8", "sign"), needs="method=gft")
+    delta_bits: int = key(8, "gft", "bits of the error on its grid, in a byte however few", low=2, high=8, needs="method=gft")
     delta_scale: str = key("step", "gft", "int8 scale of the error from this step, or (delayed) from earlier ones",
                            choices=("step", "delayed"), needs="method=gft")
 

@@ -74,7 +74,7 @@ class IntLayer(nn.Module, ABC):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         self.tap = torch.zeros(0, requires_grad=True)
-        self.delta_kind, self.delta_scale = "int8", "step"
+        self.delta_kind, self.delta_scale, self.delta_levels = "int8", "step", 127
         self.watched = False  # a monitor wants to know the share of delta at the limit of int8
         self.learn_now: Callable[[IntLayer], None] | None = None  # set where weights flip inside the backward pass
         # Training state, kept by the optimizer's state_dict: a net that only samples has none.
@@ -104,9 +104,10 @@ class IntLayer(nn.Module, ABC):
     def delta_width(self) -> int:
         """Columns of this layer's delta."""
 
-    def set_delta(self, kind: str, scale: str) -> None:
-        """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (from the last DELAY steps)."""
-        self.delta_kind, self.delta_scale = kind, scale
+    def set_delta(self, kind: str, scale: str, bits: int = 8) -> None:
+        """kind "int8" or "sign" (what enters the votes), scale "step" or "delayed" (from the last DELAY steps), and the
+        bits of delta on its grid: 8, or fewer in the same byte."""
+        self.delta_kind, self.delta_scale, self.delta_levels = kind, scale, 2 ** (bits - 1) - 1
         self.take_history(torch.zeros(DELAY) if scale == "delayed" else None)
 
     def take_history(self, largest: Tensor | None) -> None:
@@ -146,15 +147,15 @@ class IntLayer(nn.Module, ABC):
         largest = absmax(delta)
         self.largest_delta = largest if self.largest_delta is None else torch.maximum(self.largest_delta, largest)
         if self.calibrating:
-            return delta.abs().amax(dim=-1, keepdim=True) / 127.0
-        return (self.delta_history.amax() * (HEADROOM / 127.0)).expand(len(delta), 1).contiguous()
+            return delta.abs().amax(dim=-1, keepdim=True) / self.delta_levels
+        return (self.delta_history.amax() * (HEADROOM / self.delta_levels)).expand(len(delta), 1).contiguous()
 
     def hold(self, d: Tensor, operand: Tensor, sigma: Tensor) -> None:
         """Keep the int8 operands of this pass's votes until the step."""
         if self.calibrating:
             return
         if self.watched:
-            self.saturation = max(self.saturation, (d.abs() == 127).float().mean().item())
+            self.saturation = max(self.saturation, (d.abs() >= self.delta_levels).float().mean().item())
         if self.held:
             self._sum_held()
         self.held.append((d, operand, sigma))
@@ -242,7 +243,7 @@ class IntLinear(IntLayer):
             raise ValueError(f"IntLinear: got an empty batch {tuple(x.shape)}; it needs at least one row")
         return _IntLinearFunction.apply(
             x, residual, self.tap, self.weight, self.scale, self.act_range, self.squared_relu,
-            self.delta_kind, self.delta_scale, self.handle, torch.is_grad_enabled(),
+            (self.delta_kind, self.delta_scale, self.delta_levels, self.handle), torch.is_grad_enabled(),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -269,7 +270,7 @@ class IntEmbedding(IntLayer):
         if tokens.numel() == 0:
             raise ValueError(f"IntEmbedding: got an empty batch {tuple(tokens.shape)}; it needs at least one token")
         return _IntEmbeddingFunction.apply(
-            tokens, self.tap, self.weight, self.scale, self.delta_kind, self.delta_scale, self.handle, self.dtype
+            tokens, self.tap, self.weight, self.scale, (self.delta_kind, self.delta_scale, self.delta_levels, self.handle), self.dtype
         )
 
     def extra_repr(self) -> str:
@@ -325,14 +326,14 @@ def _copy(columns: Tensor) -> Tensor:
     return columns.t().clone(memory_format=torch.contiguous_format).t()
 
 
-def _quantise(delta: Tensor, kind: str, scale: str, handle: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise(delta: Tensor, kind: str, scale: str, levels: int, handle: int) -> tuple[Tensor, Tensor, Tensor]:
     """delta (T, n) on its int8 grid: D int8, what of it votes int8, sigma float32 () or (T, 1)."""
     compiling = torch.compiler.is_compiling()
     rows, columns = _delta_words(delta, handle) if compiling else _layers[handle].words_for(*delta.shape, delta.device)
     if scale == "delayed":
         sigma = _delayed_sigma(delta, handle) if compiling else _layers[handle].delayed_sigma(delta)
     else:
-        sigma = absmax(delta) / 127.0
+        sigma = absmax(delta) / levels
     d, voter = quantize_delta(delta, sigma, rows, columns)
     return d, torch.sign(delta).to(torch.int8) if kind == "sign" else voter, sigma
 
@@ -350,12 +351,12 @@ def _keep(d: Tensor, operand: Tensor, sigma: Tensor, after: Tensor, handle: int)
 
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, tap, weight, scale, act_range, squared_relu, kind, delta_scale, handle, learning):
+    def forward(ctx, x, residual, tap, weight, scale, act_range, squared_relu, about_delta, learning):
         dtype = x.dtype if x.dtype in HALVES else torch.float32
         flat = x.reshape(-1, weight.shape[1]).to(dtype).contiguous()
         grid, voter, inverse_rms = rmsnorm_quantize(flat, act_range, squared_relu, learning)
         ctx.save_for_backward(flat, voter, inverse_rms, weight, scale)
-        ctx.squared_relu, ctx.delta, ctx.shape, ctx.dtype = squared_relu, (kind, delta_scale, handle), x.shape, x.dtype
+        ctx.squared_relu, ctx.delta, ctx.shape, ctx.dtype = squared_relu, about_delta, x.shape, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         if residual is not None:
             residual = residual.reshape(-1, weight.shape[0]).to(dtype)
@@ -375,21 +376,21 @@ class _IntLinearFunction(torch.autograd.Function):
                 after = int8_product(d, weight)
                 delta_x = rmsnorm_backward(after, scale * sigma, flat, inverse_rms, ctx.squared_relu)
             delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
-        tap = _keep(d_voter, voter, sigma, after, ctx.delta[2])
+        tap = _keep(d_voter, voter, sigma, after, ctx.delta[-1])
         delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
-        return delta_x, delta_residual, tap, None, None, None, None, None, None, None, None
+        return delta_x, delta_residual, tap, None, None, None, None, None, None
 
 
 class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, tap, weight, scale, kind, delta_scale, handle, dtype):
+    def forward(ctx, tokens, tap, weight, scale, about_delta, dtype):
         ctx.save_for_backward(tokens)
-        ctx.delta = kind, delta_scale, handle
+        ctx.delta = about_delta
         return embedding(tokens, weight, scale, dtype)
 
     @staticmethod
     def backward(ctx, delta):
         (tokens,) = ctx.saved_tensors
         d, voter, sigma = _quantise(delta.reshape(-1, delta.shape[-1]), *ctx.delta)
-        tap = _keep(voter, tokens.reshape(-1), sigma, d, ctx.delta[2])
-        return None, tap, None, None, None, None, None, None
+        tap = _keep(voter, tokens.reshape(-1), sigma, d, ctx.delta[-1])
+        return None, tap, None, None, None, None

@@ -26,7 +26,7 @@ class FlipLearner:
 
     def __init__(self, net: nn.Module, cfg: Config):
         keys = ("k", "k_end", "k_schedule", "k_warmup", "steps", "rule", "embedding_rule", "ortho_tile", "select_tile",
-                "flip_prob", "flip_gamma", "step_size", "memory", "beta", "delta", "delta_scale", "seed",
+                "flip_prob", "flip_gamma", "step_size", "memory", "beta", "delta", "delta_bits", "delta_scale", "seed",
                 "flip_at")  # fmt: skip
         self.optimizer = FlipOptimizer(net, **{key: getattr(cfg, key) for key in keys})
         self.floats = GradientLearner(net, cfg) if any(True for _ in net.parameters()) else None

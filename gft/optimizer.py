@@ -58,7 +58,7 @@ class FlipOptimizer:
     embedding_rule is the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule`
     says ("linear", "quadratic", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight
     units at the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta.
-    delta "sign" lets only the sign of delta vote; delta_scale "delayed" scales delta by the largest maximum of the
+    delta "sign" lets only the sign of delta vote; delta_bits below 8 gives delta fewer levels; delta_scale "delayed" scales delta by the largest maximum of the
     last 16 steps, so that micro-batches add up to exactly the one big batch; its first step only measures.
     flip_at "backward" lets every layer learn as soon as its delta has passed, so that no operands are held until the step:
     the same weights for less memory. A layer used twice in a step is then refused.
@@ -71,7 +71,7 @@ class FlipOptimizer:
         steps: int = 1000, rule: str = "spectral", embedding_rule: str = "balanced", ortho_tile: int = 128,
         select_tile: int = 64, flip_prob: str = "one", flip_gamma: float = 1.0, step_size: int = 1,
         memory: str = "none", beta: float = 0.9, delta: str = "int8", delta_scale: str = "step", seed: int = 1,
-        flip_at: str = "step",
+        flip_at: str = "step", delta_bits: int = 8,
     ):  # fmt: skip
         known = {
             "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES), "flip_prob": (flip_prob, ("one", "score")),
@@ -88,6 +88,7 @@ class FlipOptimizer:
             "step_size": (step_size, step_size >= 1, "at least 1"), "beta": (beta, 0 <= beta < 1, "from 0 to below 1"),
             "select_tile": (select_tile, select_tile >= 0, "at least 0"),
             "ortho_tile": (ortho_tile, ortho_tile >= 0, "at least 0"), "flip_gamma": (flip_gamma, flip_gamma > 0, "above 0"),
+            "delta_bits": (delta_bits, 2 <= delta_bits <= 8, "from 2 to 8"),
         }  # fmt: skip
         for name, (value, right, rule_text) in ranges.items():
             if not right:
@@ -105,7 +106,7 @@ class FlipOptimizer:
         for index, layer in enumerate(self.layers):
             layer.index = index
             layer.attach(self.clock)
-            layer.set_delta(delta, delta_scale)
+            layer.set_delta(delta, delta_scale, delta_bits)
             own = replace(hidden, name=embedding_rule) if isinstance(layer, IntEmbedding) else hidden
             group = groups.setdefault((own, layer.bits), Group(own))
             group.add(layer)

@@ -152,6 +152,21 @@ def test_sign_of_delta_votes_and_delta_goes_on_in_int8():
     assert (delta_x[3] == 0).all() and delta_x.unique().numel() > 200
 
 
+@pytest.mark.parametrize("scale", ["step", "delayed"])
+def test_delta_of_few_bits_has_few_levels(scale):
+    layer = IntLinear(8, 4)
+    opt = FlipOptimizer(layer, rule="gain", delta_scale=scale, delta_bits=3)
+    for step in range(2):
+        delta = randn(64, 4, seed=step)
+        layer(randn(64, 8, seed=step)).backward(delta)
+        if step:
+            ((d, _, sigma),) = layer.held
+            values = set(d.unique().tolist())
+            assert values == set(range(-3, 4)) if scale == "step" else {-1, 0, 1} <= values <= set(range(-3, 4))
+            assert (d - delta / sigma).abs().max() < 1
+        opt.step()
+
+
 def test_delayed_scale_is_twice_the_largest_of_sixteen_steps():
     """The first step scales every row by itself and holds no vote; a later outlier is clipped."""
     layer = IntLinear(8, 4)

@@ -331,6 +331,7 @@ SETTINGS = [
     {"rule": "muon"}, {"embedding_rule": "Gain"}, {"flip_prob": "half"}, {"memory": "fp32"}, {"delta": "bf16"},
     {"delta_scale": "later"}, {"k_schedule": "exponential"}, {"k": 1.5}, {"k": -0.1}, {"k_end": 2.0}, {"steps": 0},
     {"k_warmup": -1}, {"step_size": 0}, {"beta": 1.0}, {"select_tile": -4}, {"ortho_tile": -4}, {"flip_gamma": 0.0},
+    {"delta_bits": 9}, {"delta_bits": 1},
 ]  # fmt: skip
 
 
