@@ -147,7 +147,7 @@ class IntLayer(nn.Module, ABC):
         largest = absmax(delta)
         self.largest_delta = largest if self.largest_delta is None else torch.maximum(self.largest_delta, largest)
         if self.calibrating:
-            return delta.abs().amax(dim=-1, keepdim=True) / self.delta_levels
+            return delta.abs().amax(dim=-1, keepdim=True).float() / self.delta_levels
         return (self.delta_history.amax() * (HEADROOM / self.delta_levels)).expand(len(delta), 1).contiguous()
 
     def hold(self, d: Tensor, operand: Tensor, sigma: Tensor) -> None:
@@ -300,7 +300,7 @@ def _delayed_sigma(delta: Tensor, handle: int) -> Tensor:
 
 @_delayed_sigma.register_fake
 def _(delta: Tensor, handle: int) -> Tensor:
-    return delta.new_empty((delta.shape[0], 1))
+    return delta.new_empty((delta.shape[0], 1), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanogft::hold", mutates_args=())
