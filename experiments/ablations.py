@@ -16,7 +16,7 @@ from experiments.sweep import Cell, Store, quality, run_cells, show_quality
 
 NETS = {
     "Tiny Shakespeare": ("shakespeare_char_small", {"steps": 200, "batch_size": 24, "eval_every": 1000, "compile": "true"}),
-    "MNIST": ("mnist", {"steps": 940, "eval_every": 1000, "compile": "true"}),
+    "MNIST": ("mnist", {"steps": 940, "batch_size": 256, "eval_every": 1000, "compile": "true"}),
 }
 LM, MNIST = NETS
 MEASURES = {LM: "validation loss, nats", MNIST: "accuracy"}

@@ -65,7 +65,7 @@ GROUPS = {
         "shakespeare_char_small", {"steps": 500, "eval_every": 50}, LM_GFT,
         sgd=(0.1, 0.3, 1.0), sign=(2e-3, 4e-3, 8e-3), adam=(24e-3,), ste=(8e-3, 24e-3), muon=(48e-3,)),
     "MNIST, MLP 784-256-10, 10 epochs": rows_of(
-        "mnist", {"steps": 2350, "eval_every": 235}, MNIST_GFT,
+        "mnist", {"steps": 2350, "batch_size": 256, "eval_every": 235}, MNIST_GFT,
         sgd=(0.01, 0.03, 0.1), sign=(3e-4, 1e-3, 2e-3), adam=(2e-3, 4e-3), ste=(2e-3, 4e-3), muon=()),
 }  # fmt: skip
 
