@@ -13,6 +13,7 @@ import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def main() -> int:
     import train
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop
     for line in sys.stdin:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -76,6 +78,7 @@ def main() -> int:
                 code = 1
         answers.write(json.dumps([code, out.getvalue(), err.getvalue()]) + "\n")
         answers.flush()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         gc.collect()  # layers are in cycles, and their numbers are those of compiled graphs
     return 0
 
