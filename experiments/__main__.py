@@ -95,8 +95,9 @@ def section(name: str, module, store: Store) -> list[str]:
              f"{commits}")  # fmt: skip
     lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
              module.table(store), ""]  # fmt: skip
-    if hasattr(module, "tuning_table"):
-        lines += ["<details><summary>All that was tried while tuning</summary>", "", module.tuning_table(store), "", "</details>", ""]
+    tuned = module.tuning_table(store) if hasattr(module, "tuning_table") else ""
+    if tuned.count("\n") > 1:
+        lines += ["<details><summary>All that was tried while tuning</summary>", "", tuned, "", "</details>", ""]
     return lines
 
 

@@ -1,10 +1,11 @@
 """Against the alternatives: AdamW, SGD with momentum, signSGD, Muon, quantization-aware training (STE) and GFT.
 
 The same nets and the same tokens (images) for all. What has a learning rate is tuned on the held-out part, one seed;
-GFT, and on the text AdamW and Muon, have the settings that won in the tables above. Three seeds, judged at the last step. STE rounds the weights of every
-product, at 2 bits in the manner of BitNet b1.58 (mean|w|), at 4 and 8 bits to a uniform grid in the manner of DoReFa, and
-keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training and
-what the optimizer keeps. The time is of runs side by side, one thread each; energy is modelled (45 nm, docs/energy.md).
+GFT, and on the text AdamW and Muon, have the settings that won in the tables above. Three seeds, judged at the last step.
+STE rounds the weights of every product, at 2 bits in the manner of BitNet b1.58 (mean|w|), at 4 and 8 bits to a uniform
+grid in the manner of DoReFa, and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the
+weight itself as it is kept while training and what the optimizer keeps. The time is of runs side by side, one thread each,
+other work included; energy is modelled (45 nm, docs/energy.md).
 """
 
 from collections.abc import Mapping, Sequence
