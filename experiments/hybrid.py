@@ -7,7 +7,7 @@ the config, the learning rate AdamW's own on that net, for every choice. State i
 
 from statistics import mean
 
-from experiments.rows import Row, finished, make_row, train_groups
+from experiments.rows import Row, finished_groups, make_row, train_groups
 from experiments.sweep import Store, show_quality
 
 LM = {"steps": 300, "batch_size": 24, "lr": 0.016, "lr_end": 0.0, "warmup": 30, "weight_decay": 0.1}
@@ -36,10 +36,7 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
 def table(store: Store, threads: int = 1) -> str:
     """A table for each net as markdown, of the choices that are in the store."""
     lines = []
-    for title, rows in GROUPS.items():
-        found = list(finished(rows, store, threads=threads))
-        if not found:
-            continue
+    for title, _, found in finished_groups(GROUPS, store, threads):
         measure = "val loss, last step" if found[0][1][0].get("accuracy") is None else "accuracy, last step"
         lines += ["", f"### {title}", "",
                   f"| integer layers | {measure} | seeds | weights changed, share of all in a step | integer weights, bytes | "

@@ -9,7 +9,7 @@ Bytes of weights are those of a file with `bits` bits for each, state is what th
 from dataclasses import replace
 from statistics import mean
 
-from experiments.rows import Row, finished, make_row, settings, train_groups, tuning_table
+from experiments.rows import Row, finished_groups, make_row, settings, train_groups, tuning_table
 from experiments.sweep import Store, show_quality
 
 __all__ = ["tuning_table"]  # for the report
@@ -70,10 +70,7 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
 def table(store: Store, threads: int = 1) -> str:
     """A table for each data set as markdown: the rows whose grid and finals are in the store."""
     lines = []
-    for title, rows in GROUPS.items():
-        found = list(finished(rows, store, threads=threads))
-        if not found:
-            continue
+    for title, rows, found in finished_groups(GROUPS, store, threads):
         lines += ["", f"### {title}", "",
                   "| row | accuracy, last step | seeds | against AdamW, points | must / aim | flips per weight and step | "
                   "weights, bytes | optimizer state, bytes | settings chosen on the held-out part |",

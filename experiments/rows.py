@@ -3,7 +3,7 @@
 A row that has one cell needs no tuning: what it says is known from another table.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from experiments.sweep import Cell, Store, best_of, run_cells, show_quality
@@ -80,6 +80,15 @@ def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **
             continue
         if runs := [r for cell in finals(row, store, seeds, **short) if (r := store.get(cell)) is not None]:
             yield row, runs
+
+
+def finished_groups(
+    groups: Mapping[str, Sequence[Row]], store: Store, threads: int
+) -> Iterator[tuple[str, Sequence[Row], list[tuple[Row, list[dict]]]]]:
+    """Title, rows, and the finished ones with their results, of every table that has any."""
+    for title, rows in groups.items():
+        if found := list(finished(rows, store, threads=threads)):
+            yield title, rows, found
 
 
 def tuning_table(store: Store) -> str:
