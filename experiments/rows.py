@@ -57,9 +57,9 @@ def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
 def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short) -> None:
     """Tune every row, then train its winner with each seed; all rows with one seed, then with the next.
 
-    `apart`: each run in a process of its own (see run_cells).
+    `apart`: each run that is reported in a process of its own (see run_cells).
     """
-    run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs, apart)
+    run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs)
     last = [finals(row, store, seeds, **short) for row in rows]
     run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs, apart)
 
