@@ -89,10 +89,11 @@ def report() -> None:
 def section(name: str, module, store: Store) -> list[str]:
     """Heading, command, explanation and tables of one experiment."""
     title, *paragraphs = (module.__doc__ or "").strip().split("\n\n")
-    environment = next(r["environment"] for r in store.done.values() if not r.get("diverged"))
+    environments = [record["environment"] for record in store.done.values() if not record.get("diverged")]
     commits = ", ".join(sorted({record["commit"] for record in store.done.values()}))
-    where = (f"torch {environment['torch']}, {environment['device']}, {environment['threads']} thread(s) a run; code of commit "
-             f"{commits}")  # fmt: skip
+    first, processors = environments[0], sorted({e["processor"] for e in environments if "processor" in e})
+    where = (f"torch {first['torch']}, {' and '.join(processors) or first['device']}, {first['threads']} thread(s) a run; "
+             f"code of commit {commits}")  # fmt: skip
     lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
              module.table(store), ""]  # fmt: skip
     tuned = module.tuning_table(store) if hasattr(module, "tuning_table") else ""

@@ -1,14 +1,15 @@
 """Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
 
 Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
-(Imagenette, 64 x 64 pixels, three epochs) by its accuracy, three seeds each: short runs, to compare choices. Nothing is tuned here: k is that of
-the config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps for its layers.
+(Imagenette, 64 x 64 pixels, three epochs) by its accuracy too, three seeds each: short runs, to compare choices. Nothing is
+tuned here: k is that of the config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps
+for its layers.
 """
 
 from statistics import mean
 
 from experiments.rows import Row, finished_groups, make_row, train_groups
-from experiments.sweep import Store, show_quality
+from experiments.sweep import Store, show_quality, spread
 
 LM = {"steps": 300, "batch_size": 24, "lr": 0.016, "lr_end": 0.0, "warmup": 30, "weight_decay": 0.1}
 VIT = {"steps": 444, "lr": 4e-3, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1, "eval_every": 444}
@@ -37,14 +38,15 @@ def table(store: Store, threads: int = 1) -> str:
     """A table for each net as markdown, of the choices that are in the store."""
     lines = []
     for title, _, found in finished_groups(GROUPS, store, threads):
-        measure = "val loss, last step" if found[0][1][0].get("accuracy") is None else "accuracy, last step"
-        lines += ["", f"### {title}", "",
-                  f"| integer layers | {measure} | seeds | weights changed, share of all in a step | integer weights, bytes | "
-                  "float weights, bytes | optimizer state, bytes |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-        lines += [
-            f"| {row.name.replace(',', ', ')} | {show_quality(runs)} | {len(runs)} | "
-            f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f} | {runs[0]['int_weight_bytes']:,} | "
-            f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
-            for row, runs in found
-        ]  # fmt: skip
+        images = found[0][1][0].get("accuracy") is not None
+        heads = ["integer layers", "val loss, last step", *(["accuracy, last step"] if images else []), "seeds",
+                 "weights changed, share of all in a step", "integer weights, bytes", "float weights, bytes",
+                 "optimizer state, bytes"]  # fmt: skip
+        lines += ["", f"### {title}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row, runs in found:
+            cells = [row.name.replace(",", ", "), spread([r["val_loss"] for r in runs]),
+                     *([show_quality(runs)] if images else []), str(len(runs)),
+                     f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f}",
+                     *(f"{runs[0][key]:,}" for key in ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes"))]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() or "Nothing is finished yet."

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import resource
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ class Runtime:
 
     def environment(self) -> dict[str, str | int | bool]:
         """What exact repetition is promised within: recorded in checkpoints and results."""
-        return {"torch": torch.__version__, "device": self.device.type, "backend": self.backend,
-                "compile": self.compile, "threads": self.threads}  # fmt: skip
+        return {"torch": torch.__version__, "device": self.device.type, "processor": processor(self.device),
+                "backend": self.backend, "compile": self.compile, "threads": self.threads}  # fmt: skip
 
 
 def choose(cfg: Config) -> Runtime:
@@ -128,6 +129,17 @@ def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device
     if need > free:
         raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a "
                         "smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 or more")  # fmt: skip
+
+
+def processor(device: torch.device) -> str:
+    """What the GPU or CPU calls itself. Products of 16 bits, and so a run's last digits, differ between kinds of CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -27,7 +27,8 @@ def made_up(monkeypatch):
             "val_loss": value + 0.01 * cfg.seed, "eval_on": cfg.eval_on, "method": cfg.method, "bits": cfg.bits, "seed": cfg.seed,
             "flips_per_weight_per_step": cfg.k / 2, "float_param_bytes": 0, "optimizer_state_bytes": 0,
             "step_seconds": 0.1 if cfg.compile == "true" else 0.2, "peak_memory_bytes": 2**20,
-            "environment": {"compile": cfg.compile == "true", "torch": "t", "device": "cpu", "threads": 1}, "out_dir": "x",
+            "environment": {"compile": cfg.compile == "true", "torch": "t", "device": "cpu", "threads": 1,
+                            **({"processor": f"Processor {cfg.seed}"} if cfg.seed > 1 else {})}, "out_dir": "x",
         }  # fmt: skip
 
     monkeypatch.setattr(sweep, "run_cell", run)
@@ -89,6 +90,7 @@ def test_report_is_drawn_from_the_store(tmp_path, made_up, monkeypatch, capsys):
     assert program.main(["speed"]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
     assert "python -m experiments speed" in text and "100.0" in text and "Not measured" in text
+    assert "(torch t, Processor 2 and Processor 3, 1 thread(s) a run" in text, "of runs that say where they were made"
     made_up.clear()
     assert program.main(["speed"]) == 0 and not made_up
     assert program.main(["small", "--quick", "--jobs", "1"]) == 0

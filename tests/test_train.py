@@ -187,6 +187,14 @@ def test_resuming_a_finished_run_prints_valid_json(capsys, tmp_path):
     assert status == 0 and again["weights_sha256"] == first["weights_sha256"] and again["step_seconds"] is None
 
 
+def test_resuming_on_another_machine_says_what_is_no_longer_promised(capsys, tmp_path, monkeypatch):
+    run(capsys, tmp_path / "o")
+    assert "promised" not in run(capsys, tmp_path / "o", resume="last")[2]
+    monkeypatch.setattr(train.runtime, "processor", lambda device: "Another CPU")
+    _, _, error = run(capsys, tmp_path / "o", resume="last")
+    assert "going on exactly is promised on one set-up only: processor " in error and "Another CPU now" in error
+
+
 def test_a_damaged_log_does_not_block_a_good_checkpoint(capsys, tmp_path):
     run(capsys, tmp_path / "o")
     for damage in (b"\xff\xfe", b"null\n", b'{"loss": 1}\n'):
