@@ -49,7 +49,8 @@ class ModelConfig:
 
     @classmethod
     def from_config(cls, config: Config, vocab_size: int, image: tuple[int, int, int] | None = None) -> "ModelConfig":
-        """Pick the model's keys out of a gft.config.Config; vocab_size is the number of outputs, classes with images."""
+        """Pick the model's keys out of a gft.config.Config; vocab_size is the number of outputs,
+        classes with images."""
         keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range",
                 "precision", "model", "patch")  # fmt: skip
         kinds = tuple(config.int_layers.split(",")) if config.int_layers != "all" else LAYER_KINDS
@@ -80,8 +81,9 @@ class LayerFactory:
         c = self.config
         if self._integer(kind):
             return IntLinear(
-                in_features, out_features, c.bits, gain, squared_relu, c.init_spread, c.act_range, self.seed, self._next()
-            )
+                in_features, out_features, c.bits, gain, squared_relu, c.init_spread, c.act_range, self.seed,
+                self._next(),
+            )  # fmt: skip
         return FloatLinear(in_features, out_features, gain, squared_relu, self._latent_bits, self.seed, self._next())
 
     def embedding(self, rows: int, width: int) -> nn.Module:
@@ -176,7 +178,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model, tokens int64 (B, T) to logits (B, T, vocab); or a ViT, images (B, C, H, W) to (B, classes)."""
+    """A causal language model, tokens int64 (B, T) to logits (B, T, vocab);
+    or a ViT, images (B, C, H, W) to (B, classes)."""
 
     def __init__(self, config: ModelConfig, seed: int = 1):
         super().__init__()
@@ -194,8 +197,8 @@ class Transformer(nn.Module):
         return Cache(self.config.n_layer)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of tokens (B, T) or images (B, C, H, W). With a cache, tokens follow those it has seen, at the same cost
-        however many those are."""
+        """Logits of tokens (B, T) or images (B, C, H, W). With a cache, tokens follow those it has seen, at the same
+        cost however many those are."""
         if self.config.image is not None:
             return self._classify(x)
         first = cache.seen if cache else 0
@@ -220,7 +223,8 @@ class Transformer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected, squared ReLU: images (B, C, H, W) to logits (B, classes) through n_layer hidden layers of d_model.
+    """Fully connected, squared ReLU: images (B, C, H, W) to logits (B, classes) through n_layer hidden layers of
+    d_model.
 
     With one hidden layer of 256 it is the network of the paper's MNIST experiment.
     """

@@ -206,7 +206,10 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
     cfg = from_dict(meta["config"])
     if "tokenizer" not in meta:
-        raise UserError(f"{folder / name}.json is a net for images ({meta['data']['name']}); python predict.py {folder} IMAGE... uses it")
+        raise UserError(
+            f"{folder / name}.json is a net for images ({meta['data']['name']}); "
+            f"python predict.py {folder} IMAGE... uses it"
+        )
     net = Transformer(ModelConfig.from_config(cfg, meta["vocab_size"]), seed=cfg.seed)
     try:
         net.load_state_dict(checkpoint.group(tensors, "model"))

@@ -153,7 +153,8 @@ class ImageTask:
         self._orders: dict[int, Tensor] = {}
 
     def chosen(self, step: int) -> Tensor:
-        """The images of a step: every epoch goes once through all of them, in an order of its own. int64 (batch_size,)."""
+        """The images of a step: every epoch goes once through all of them, in an order of its own.
+        int64 (batch_size,)."""
         n, first = len(self.data.train), step * self.cfg.batch_size
         parts = []
         for epoch in range(first // n, (first + self.cfg.batch_size - 1) // n + 1):
@@ -164,15 +165,16 @@ class ImageTask:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:  # of two epochs, as a batch may reach into the next
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = torch.argsort(uniform(self.cfg.seed, epoch, Stream.BATCH, len(self.data.train)), stable=True)
+            draws = uniform(self.cfg.seed, epoch, Stream.BATCH, len(self.data.train))
+            self._orders[epoch] = torch.argsort(draws, stable=True)
         return self._orders[epoch]
 
     def batches(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (B, C, H, W) and targets, labels (B,) or shares (B, classes), of the step's micro-batches."""
         data, chosen = self.data, self.chosen(step)
         for rows in torch.arange(self.cfg.batch_size).chunk(self.cfg.grad_accum):
-            batch = augmented(data.train, data.train_labels, chosen, rows, self.augment, data.mean, data.std, self.cfg.seed,
-                              step, device)  # fmt: skip
+            batch = augmented(data.train, data.train_labels, chosen, rows, self.augment, data.mean, data.std,
+                              self.cfg.seed, step, device)  # fmt: skip
             yield batch.images, batch.labels if self.cfg.mix == "none" else batch.soft_targets(self.outputs)
 
     @torch.no_grad()
@@ -207,4 +209,6 @@ class ImageTask:
     def saved(self) -> dict[str, Any]:
         """The names of the classes and what pixels are normalised by."""
         data = self.data
-        return {"classes": list(data.classes), "image": list(self.image), "mean": list(data.mean), "std": list(data.std)}
+        return {
+            "classes": list(data.classes), "image": list(self.image), "mean": list(data.mean), "std": list(data.std),
+        }  # fmt: skip

@@ -83,8 +83,8 @@ class Run:
         where = f"checkpoint {self.out / name}.json"
         different = differences(from_dict(meta["config"]), self.cfg)
         if different:
-            raise UserError(f"{where} is of another config: {'; '.join(different)}; give the same settings to go on, or "
-                            "another --out_dir for a new run")  # fmt: skip
+            raise UserError(f"{where} is of another config: {'; '.join(different)}; give the same settings to go on, "
+                            "or another --out_dir for a new run")  # fmt: skip
         if meta["data"]["sha256"] != self.task.sha256:
             raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
                             f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
@@ -171,7 +171,9 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         took = time.perf_counter() - begun
         run.seconds += took
         step_seconds.append(took)
-        record = {"step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4)}
+        record = {
+            "step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4),
+        }  # fmt: skip
         if monitor:
             record |= monitor.report()
         last = run.step == cfg.steps
@@ -208,18 +210,21 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
 def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
     """The run's folder, and its lock, which is held while the file is open.
 
-    Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no --out_dir of its own; a
-    resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
+    Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no --out_dir of its own;
+    a resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
     """
     first = cfg.out_path
-    numbers = [2, *(int(m[1]) + 1 for p in first.parent.glob(f"{first.name}-*") if (m := re.search(r"-(\d+)$", p.name)))]
+    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{first.name}-*"))
+    numbers = [2, *(int(ending[1]) + 1 for ending in endings if ending)]
     numbered = [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, max(numbers) + 1))]
     if cfg.out_dir:
         numbered = [first]
     if cfg.resume:
         used = [folder for folder in numbered if _has_run(folder)]
         if not used:
-            raise UserError(f"--resume {cfg.resume}: {first} holds no run; start one without --resume, or name its --out_dir")
+            raise UserError(
+                f"--resume {cfg.resume}: {first} holds no run; start one without --resume, or name its --out_dir"
+            )
         return used[-1], _lock(used[-1])
     for folder in numbered:
         if not _has_run(folder):
@@ -232,12 +237,15 @@ def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
 
 
 def _lock(folder: Path) -> TextIO:
-    """An open file only one process can hold. Raises BlockingIOError if another one does, UserError if it cannot be made."""
+    """An open file only one process can hold. Raises BlockingIOError if another one does,
+    UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; make it a writable folder or choose another --out_dir") from None
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror}; make it a writable folder or choose another --out_dir"
+        ) from None
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
@@ -309,13 +317,15 @@ def main(argv: list[str]) -> int:
         print("stopped before the first step", file=sys.stderr)
         return 130
     except BlockingIOError:
-        print("error: another run is writing into this folder; wait for it, or choose another --out_dir", file=sys.stderr)
+        print("error: another run is writing into this folder; wait for it, or choose another --out_dir",
+              file=sys.stderr)  # fmt: skip
         return 1
     except BrokenPipeError:  # the reader of our output has gone
         sys.stdout = None
         return 141
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; checkpoints saved before are intact", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; checkpoints saved before are intact",
+              file=sys.stderr)  # fmt: skip
         return 1
     except RuntimeError as error:
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
@@ -325,8 +335,8 @@ def main(argv: list[str]) -> int:
 
 def _out_of_memory(error: BaseException) -> int:
     reason = str(error).splitlines()[0][:200] if str(error) else "no memory left"
-    print(f"error: out of memory ({reason}). Checkpoints saved before are intact. A smaller --batch_size needs less, and "
-          "so does --grad_accum 2 or more with --delta_scale delayed", file=sys.stderr)  # fmt: skip
+    print(f"error: out of memory ({reason}). Checkpoints saved before are intact. A smaller --batch_size needs less, "
+          "and so does --grad_accum 2 or more with --delta_scale delayed", file=sys.stderr)  # fmt: skip
     return 1
 
 

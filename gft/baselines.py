@@ -15,8 +15,9 @@ class FloatLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, gain: float, squared_relu: bool, bits: int | None, seed: int, index: int
-    ):
+        self, in_features: int, out_features: int, gain: float, squared_relu: bool, bits: int | None, seed: int,
+        index: int,
+    ):  # fmt: skip
         super().__init__()
         start = initial_weight((out_features, in_features), 8, 0.33, seed, index).float()
         self.weight = nn.Parameter(start / start.std() / in_features**0.5)

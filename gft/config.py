@@ -35,27 +35,30 @@ class Config:
     A changed copy is `validate(dataclasses.replace(cfg, bits=4))`. The name is a label: it takes no part in comparison.
     """
 
-    data: str = key("tinyshakespeare", "data", "tinyshakespeare, stdlib, or the path of a UTF-8 text file; imagenette or mnist")
+    data: str = key("tinyshakespeare", "data",
+                    "tinyshakespeare, stdlib, or the path of a UTF-8 text file; imagenette or mnist")
     data_dir: str = key("", "data", "folder to look in first for the data; empty: the usual places", free=True)
     tokenizer: str = key("char", "data", "how text becomes tokens", choices=("char", "bpe", "gpt2"), needs=WITH_TEXT)
     vocab_size: int = key(512, "data", "tokens to learn, the 256 bytes included", low=257, high=65536,
                           needs="tokenizer=bpe")
     eval_on: str = key("val", "data", "val: train on the first 90%, evaluate on the last 10%; tune: train on the "
-                       "first 81%, evaluate on the next 9%, never touch the last 10%; of images, val is the official split "
-                       "and tune a tenth of the training images", choices=("val", "tune"))
+                       "first 81%, evaluate on the next 9%, never touch the last 10%; of images, val is the official "
+                       "split and tune a tenth of the training images", choices=("val", "tune"))
     image_side: int = key(64, "data", "images are brought to this many pixels a side (mnist has 28)", low=8, high=512,
                           needs="data=imagenette")
     flip: float = key(0.0, "data", "share of the training images that are mirrored", low=0, high=1, needs=WITH_IMAGES)
-    crop_min: float = key(1.0, "data", "training images are cropped to a share of their area between this and 1", above=0,
-                          high=1, needs=WITH_IMAGES)
+    crop_min: float = key(1.0, "data", "training images are cropped to a share of their area between this and 1",
+                          above=0, high=1, needs=WITH_IMAGES)
     mix: str = key("none", "data", "training images are mixed two by two", choices=("none", "mixup", "cutmix", "both"),
                    needs=WITH_IMAGES)
-    mix_alpha: float = key(1.0, "data", "Beta(this, this) gives the shares; less keeps one of the two images more whole",
+    mix_alpha: float = key(1.0, "data",
+                           "Beta(this, this) gives the shares; less keeps one of the two images more whole",
                            above=0, high=1, needs=f"{WITH_IMAGES} mix=mixup|cutmix|both")
 
     model: str = key("transformer", "model", "transformer, or (images) mlp: n_layer hidden layers of d_model",
                      choices=("transformer", "mlp"))
-    patch: int = key(8, "model", "side of a ViT's patches in pixels", low=1, high=128, needs=f"{WITH_IMAGES} model=transformer")
+    patch: int = key(8, "model", "side of a ViT's patches in pixels", low=1, high=128,
+                     needs=f"{WITH_IMAGES} model=transformer")
     n_layer: int = key(4, "model", "transformer blocks", low=1, high=1000)
     n_head: int = key(4, "model", "attention heads", low=1, high=1024, needs="model=transformer")
     # An MLP reduces over 4 d_model products of +-127: at most 133,144 of them are safe in int32.
@@ -66,13 +69,13 @@ class Config:
     act_range: float = key(6.0, "model", "activations are rounded to 255 levels in -A..A, A = this", above=0, high=1000,
                            needs="method=gft")
 
-    method: str = key("gft", "method", "integer flips, or a baseline on the same architecture: adamw, muon, sgd (momentum 0.9), "
-                      "signsgd, ste (latent weights, straight-through)",
+    method: str = key("gft", "method", "integer flips, or a baseline on the same architecture: adamw, muon, sgd "
+                      "(momentum 0.9), signsgd, ste (latent weights, straight-through)",
                       choices=("gft", "adamw", "muon", "sgd", "signsgd", "ste"))
     bits: int = key(6, "method", "bits of a weight; 2 is ternary, 1 is -1/+1", low=1, high=8, needs="method=gft|ste")
 
-    int_layers: str = key("all", "method", f"kinds of layer that are integer, the others being fp32 under AdamW: all, or some of "
-                          f"{', '.join(LAYER_KINDS)}, separated by commas", needs="method=gft")
+    int_layers: str = key("all", "method", "kinds of layer that are integer, the others being fp32 under AdamW: all, "
+                          f"or some of {', '.join(LAYER_KINDS)}, separated by commas", needs="method=gft")
 
     rule: str = key("spectral", "gft", "how votes become scores", choices=RULES, needs="method=gft")
     embedding_rule: str = key("balanced", "gft", "the same for the embedding", choices=RULES, needs="method=gft")
@@ -80,8 +83,8 @@ class Config:
                    needs="method=gft")
     k_end: float = key(0.0, "gft", "the same share at the end", low=0, high=1,
                        needs="method=gft k_schedule=linear|quadratic|cosine")
-    k_schedule: str = key("linear", "gft", "the way from k to k_end", choices=("linear", "quadratic", "cosine", "constant"),
-                          needs="method=gft")
+    k_schedule: str = key("linear", "gft", "the way from k to k_end",
+                          choices=("linear", "quadratic", "cosine", "constant"), needs="method=gft")
     k_warmup: int = key(0, "gft", "steps over which k rises from 0", low=0, high=10**9, needs="method=gft")
     step_size: int = key(1, "gft", "largest move of a weight in its units, falling to 1", low=1, high=127,
                          needs="method=gft")
@@ -99,26 +102,29 @@ class Config:
                             needs="method=gft flip_prob=score")
     delta: str = key("int8", "gft", "what of the error enters the votes: its int8 value or its sign",
                      choices=("int8", "sign"), needs="method=gft")
-    delta_bits: int = key(8, "gft", "bits of the error on its grid, in a byte however few", low=2, high=8, needs="method=gft")
+    delta_bits: int = key(8, "gft", "bits of the error on its grid, in a byte however few", low=2, high=8,
+                          needs="method=gft")
     delta_scale: str = key("step", "gft", "int8 scale of the error from this step, or (delayed) from earlier ones",
                            choices=("step", "delayed"), needs="method=gft")
 
-    flip_at: str = key("step", "gft", "weights flip at the step, or as soon as a layer's delta has passed (less memory)",
+    flip_at: str = key("step", "gft",
+                       "weights flip at the step, or as soon as a layer's delta has passed (less memory)",
                        choices=("step", "backward"), needs="method=gft")
 
     steps: int = key(1000, "training", "weight updates", low=1, high=10**9)
     batch_size: int = key(48, "training", "sequences a step, over all micro-batches", low=1, high=10**6)
     grad_accum: int = key(1, "training", "micro-batches a step, divides batch_size", low=1, high=10**6)
     lr: float = key(8e-3, "training", "learning rate of float weights", above=0, high=1000, needs=WITH_FLOATS)
-    muon_lr: float = key(1.6e-2, "training", "learning rate of Muon, which trains the matrices of the blocks; lr is AdamW's, "
-                         "for embedding and head", above=0, high=1000, needs="method=muon")
+    muon_lr: float = key(1.6e-2, "training", "learning rate of Muon, which trains the matrices of the blocks; lr is "
+                         "AdamW's, for embedding and head", above=0, high=1000, needs="method=muon")
     beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1, needs=WITH_FLOATS)
     weight_decay: float = key(0.0, "training", "weight decay of float weights", low=0, high=1000, needs=WITH_FLOATS)
     warmup: int = key(0, "training", "steps over which lr rises from 0", low=0, high=10**9, needs=WITH_FLOATS)
     lr_end: float = key(0.1, "training", "lr at the end, as a share of lr", low=0, high=1, needs=WITH_FLOATS)
     seed: int = key(1, "training", "the same seed, the same run", low=0, high=2**31 - 1)
 
-    precision: str = key("fp32", "running", "arithmetic of a baseline; with gft, what activations are kept in between layers",
+    precision: str = key("fp32", "running",
+                         "arithmetic of a baseline; with gft, what activations are kept in between layers",
                          choices=("fp32", "bf16"))
     backend: str = key("auto", "running", "what runs the integer kernels", choices=("auto", "torch", "triton"))
     device: str = key("auto", "running", "where it runs", choices=("auto", "cpu", "cuda"))
@@ -155,8 +161,8 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     """The checked Config that a command line asks for; argv without the program's name.
 
     Without a config the defaults are used and a line on stderr says so. --help and --print-config print to stdout and
-    raise SystemExit(0). With `notes`, keys given that have no effect are named on stderr. Raises UserError(code=2) naming every
-    problem found.
+    raise SystemExit(0). With `notes`, keys given that have no effect are named on stderr. Raises UserError(code=2)
+    naming every problem found.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(prog))
@@ -333,8 +339,8 @@ def _conflicts(c: Config) -> list[str]:
         found.append(f"k_warmup = {c.k_warmup}, steps = {c.steps}: the warm-up must fit into the run; lower k_warmup "
                      "or raise steps")
     if c.flip_at == "backward" and c.grad_accum > 1:
-        found.append(f"flip_at = backward, grad_accum = {c.grad_accum}: weights would move before the step's other micro-batches "
-                     "have voted; use flip_at = step or grad_accum = 1")
+        found.append(f"flip_at = backward, grad_accum = {c.grad_accum}: weights would move before the step's other "
+                     "micro-batches have voted; use flip_at = step or grad_accum = 1")
     if "spectral" in (c.rule, c.embedding_rule) and c.ortho_tile % 16:
         found.append(f"ortho_tile = {c.ortho_tile}: must be 0 (whole matrix) or a multiple of 16; use "
                      f"{c.ortho_tile // 16 * 16 + 16}")
@@ -350,10 +356,12 @@ def _image_conflicts(c: Config) -> list[str]:
         side = 28 if c.data == "mnist" else c.image_side
         if side % c.patch:
             fitting = [n for n in range(1, side + 1) if side % n == 0]
-            found.append(f"patch = {c.patch}: must divide the images' side, {side}; use patch = {listed(fitting, near=c.patch)}")
+            found.append(f"patch = {c.patch}: must divide the images' side, {side}; use patch = "
+                         f"{listed(fitting, near=c.patch)}")
         if c.d_model % (4 * c.n_head) and c.d_model % (2 * c.n_head) == 0:
-            found.append(f"d_model = {c.d_model}, n_head = {c.n_head}: the width of a head, {c.head_dim}, must be a multiple of 4 "
-                         f"(rotary positions turn pairs by row and by column); use d_model = {4 * c.n_head * (c.head_dim // 4 + 1)}")
+            found.append(f"d_model = {c.d_model}, n_head = {c.n_head}: the width of a head, {c.head_dim}, must be a "
+                         "multiple of 4 (rotary positions turn pairs by row and by column); use d_model = "
+                         f"{4 * c.n_head * (c.head_dim // 4 + 1)}")
     return found
 
 

@@ -28,7 +28,8 @@ def key(default: Any, group: str, help: str, **rules: Any) -> Any:
 
     choices       the texts allowed
     low, high     bounds that are themselves allowed; above, below: bounds that are not
-    needs         "key=value" or "key!=value", several separated by spaces, alternatives by "|": else the key has no effect
+    needs         "key=value" or "key!=value", several separated by spaces, alternatives by "|":
+                  else the key has no effect
     bare          the value meant by --key with nothing after it
     free          True: may differ between a checkpoint and its resumption, the final weights are the same
     """

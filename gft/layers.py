@@ -70,7 +70,9 @@ class IntLayer(nn.Module, ABC):
         weight = initial_weight(shape, bits, spread, seed, index)
         std = weight.to(torch.float64).std(correction=0).item()
         if std == 0:
-            raise ValueError(f"{type(self).__name__}: all {weight.numel()} initial weights are equal; raise init spread")
+            raise ValueError(
+                f"{type(self).__name__}: all {weight.numel()} initial weights are equal; raise init spread"
+            )
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         self.tap = torch.zeros(0, requires_grad=True)
@@ -231,7 +233,8 @@ class IntLinear(IntLayer):
         return votes(d, operand)
 
     def operands(self) -> tuple[Tensor, Tensor] | None:
-        """The int8 operands (D, X) of the only pass since the last step; None if its votes are formed or there were several."""
+        """The int8 operands (D, X) of the only pass since the last step; None if its votes are formed or there
+        were several."""
         return self.held[0][:2] if self.summed is None and len(self.held) == 1 else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -270,16 +273,17 @@ class IntEmbedding(IntLayer):
         if tokens.numel() == 0:
             raise ValueError(f"IntEmbedding: got an empty batch {tuple(tokens.shape)}; it needs at least one token")
         return _IntEmbeddingFunction.apply(
-            tokens, self.tap, self.weight, self.scale, (self.delta_kind, self.delta_scale, self.delta_levels, self.handle), self.dtype
-        )
+            tokens, self.tap, self.weight, self.scale,
+            (self.delta_kind, self.delta_scale, self.delta_levels, self.handle), self.dtype,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.width}, bits={self.bits}"
 
 
-# What a backward pass asks of its layer. A compiled graph reaches the layer through an opaque operator and the
-# layer's number; run eagerly, the layer is called directly. The operators change the layer behind the graph's back, so
-# their results are used (the words in D, what `hold` returns as the tap's gradient): that keeps them in the graph, in order.
+# What a backward pass asks of its layer. A compiled graph reaches the layer through an opaque operator and the layer's
+# number; run eagerly, the layer is called directly. The operators change the layer behind the graph's back, so their
+# results are used (the words in D, what `hold` returns as the tap's gradient): that keeps them in the graph, in order.
 
 
 @torch.library.custom_op("nanogft::delta_words", mutates_args=())
@@ -339,7 +343,8 @@ def _quantise(delta: Tensor, kind: str, scale: str, levels: int, handle: int) ->
 
 
 def _keep(d: Tensor, operand: Tensor, sigma: Tensor, after: Tensor, handle: int) -> Tensor:
-    """Give the operands of the votes to the layer, once `after` is there: a layer that learns at once changes its weight.
+    """Give the operands of the votes to the layer, once `after` is there:
+    a layer that learns at once changes its weight.
 
     Returns the gradient of the layer's tap.
     """

@@ -6,8 +6,8 @@
     sgd     torch.optim.SGD with momentum 0.9 on every weight
     signsgd every weight moves by lr against the sign of its gradient; no state
     ste     AdamW on latent weights that are rounded to `bits` bits in the forward pass: at two bits to -1, 0, +1 times
-            mean|w| as in BitNet b1.58, at one to -1, +1 times it, at more to a uniform grid up to max|w|; of weights only,
-            activations stay fp32
+            mean|w| as in BitNet b1.58, at one to -1, +1 times it, at more to a uniform grid up to max|w|; of weights
+            only, activations stay fp32
 
 The baselines' learning rate rises over `warmup` steps and falls linearly to lr_end * lr. Their weight decay is
 decoupled: AdamW's.
@@ -101,8 +101,9 @@ class GradientLearner:
 
     @torch.no_grad()
     def _before_sgd(self, lr: float) -> None:
-        """Decay the weights, and for signsgd leave the sign alone of their gradients: torch's SGD adds decay to them."""
-        for _, optimizer, p in self._parameters():
+        """Decay the weights, and for signsgd leave the sign alone of their gradients:
+        torch's SGD adds decay to them."""
+        for _, _, p in self._parameters():
             if self.cfg.weight_decay:
                 p.mul_(1 - lr * self.cfg.weight_decay)
             if self.cfg.method == "signsgd":

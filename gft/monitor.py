@@ -119,8 +119,9 @@ def warnings(losses: list[float], progress: float, chance: float, resident: list
         fall = min(losses[:-PLATEAU_EVALUATIONS]) - min(losses[-PLATEAU_EVALUATIONS:])
         if fall < PLATEAU_FALL * last:
             found["plateau"] = (
-                f"early plateau: the validation loss fell by {fall:.3f} in the last {PLATEAU_EVALUATIONS} evaluations with "
-                f"{1 - progress:.0%} of the run to go; try a smaller k (flips undo each other), a larger batch or --memory int8"
+                f"early plateau: the validation loss fell by {fall:.3f} in the last {PLATEAU_EVALUATIONS} evaluations "
+                f"with {1 - progress:.0%} of the run to go; try a smaller k (flips undo each other), a larger batch "
+                "or --memory int8"
             )
     if last > best + COLLAPSE_RISE or (progress >= 0.2 and last > 0.97 * chance):
         found["collapse"] = (

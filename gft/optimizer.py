@@ -54,14 +54,14 @@ class Group:
 class FlipOptimizer:
     """Moves the integer weights of `model` by their votes.
 
-    rule, ortho_tile, select_tile, flip_prob, flip_gamma: see kernels/scores.py and kernels/flip.py;
-    embedding_rule is the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule`
-    says ("linear", "quadratic", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight
-    units at the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta.
-    delta "sign" lets only the sign of delta vote; delta_bits below 8 gives delta fewer levels; delta_scale "delayed" scales delta by the largest maximum of the
-    last 16 steps, so that micro-batches add up to exactly the one big batch; its first step only measures.
-    flip_at "backward" lets every layer learn as soon as its delta has passed, so that no operands are held until the step:
-    the same weights for less memory. A layer used twice in a step is then refused.
+    rule, ortho_tile, select_tile, flip_prob, flip_gamma: see kernels/scores.py and kernels/flip.py; embedding_rule is
+    the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule` says ("linear",
+    "quadratic", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight units at
+    the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta. delta "sign"
+    lets only the sign of delta vote; delta_bits below 8 gives delta fewer levels; delta_scale "delayed" scales delta by
+    the largest maximum of the last 16 steps, so that micro-batches add up to exactly the one big batch; its first step
+    only measures. flip_at "backward" lets every layer learn as soon as its delta has passed, so that no operands are
+    held until the step: the same weights for less memory. A layer used twice in a step is then refused.
 
     Raises ValueError if the model has no integer layer or a setting is unknown.
     """
@@ -74,7 +74,8 @@ class FlipOptimizer:
         flip_at: str = "step", delta_bits: int = 8,
     ):  # fmt: skip
         known = {
-            "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES), "flip_prob": (flip_prob, ("one", "score")),
+            "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES),
+            "flip_prob": (flip_prob, ("one", "score")),
             "memory": (memory, ("none", "int8")), "delta": (delta, ("int8", "sign")),
             "delta_scale": (delta_scale, ("step", "delayed")), "k_schedule": (k_schedule, SCHEDULES),
             "flip_at": (flip_at, ("step", "backward")),
@@ -87,7 +88,8 @@ class FlipOptimizer:
             "steps": (steps, steps >= 1, "at least 1"), "k_warmup": (k_warmup, k_warmup >= 0, "at least 0"),
             "step_size": (step_size, step_size >= 1, "at least 1"), "beta": (beta, 0 <= beta < 1, "from 0 to below 1"),
             "select_tile": (select_tile, select_tile >= 0, "at least 0"),
-            "ortho_tile": (ortho_tile, ortho_tile >= 0, "at least 0"), "flip_gamma": (flip_gamma, flip_gamma > 0, "above 0"),
+            "ortho_tile": (ortho_tile, ortho_tile >= 0, "at least 0"),
+            "flip_gamma": (flip_gamma, flip_gamma > 0, "above 0"),
             "delta_bits": (delta_bits, 2 <= delta_bits <= 8, "from 2 to 8"),
         }  # fmt: skip
         for name, (value, right, rule_text) in ranges.items():
@@ -147,8 +149,9 @@ class FlipOptimizer:
         """The step of one layer, called in its backward pass."""
         if layer.index in self.learned:
             raise ValueError(
-                f"FlipOptimizer: integer layer {layer.index} had a second backward pass in one step, and flip_at = backward moved "
-                "its weights in the first; take flip_at = step for micro-batches and for layers used twice"
+                f"FlipOptimizer: integer layer {layer.index} had a second backward pass in one step, and flip_at = "
+                "backward moved its weights in the first; take flip_at = step for micro-batches and for layers used "
+                "twice"
             )
         self.learned.add(layer.index)
         self._learn(self.group_of[layer.index], [layer])

@@ -37,8 +37,8 @@ class Metrics:
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.path} cannot be written: {error.strerror}; checkpoints saved before are intact. Free space or make the "
-            "folder writable, then go on with --resume, or choose another --out_dir"
+            f"{self.path} cannot be written: {error.strerror}; checkpoints saved before are intact. Free space or make "
+            "the folder writable, then go on with --resume, or choose another --out_dir"
         )
 
 
@@ -78,8 +78,9 @@ class Progress:
             print(text, flush=True)
         if evaluated and self.monitor:
             m = self.monitor
-            self.line(f"    weights at the limit {m['at_limit']:.1%}, at zero {m['zeros']:.1%}; moves undone {m['undone']:.0%}; "
-                      f"delta saturated {m['saturation']:.2%}; dead rows {m['dead_rows']:.1%}")  # fmt: skip
+            self.line(f"    weights at the limit {m['at_limit']:.1%}, at zero {m['zeros']:.1%}; "
+                      f"moves undone {m['undone']:.0%}; delta saturated {m['saturation']:.2%}; "
+                      f"dead rows {m['dead_rows']:.1%}")  # fmt: skip
 
     def line(self, text: str) -> None:
         """Print a line of its own."""

@@ -33,13 +33,13 @@ class Rule:
 
 
 def learn(
-    rule: Rule, layers: list[IntLayer], votes: list[Tensor], first_tiles: list[int], index: int, k: float, step_size: int,
-    clock: Clock,
+    rule: Rule, layers: list[IntLayer], votes: list[Tensor], first_tiles: list[int], index: int, k: float,
+    step_size: int, clock: Clock,
 ) -> list[int]:  # fmt: skip
     """Score the votes (out, in) of layers of one width and flip their weights. Returns the flips of each layer.
 
-    A layer's random words begin at its tile of `first_tiles` in the streams of `index`, that of the group's first layer, so
-    they are the same whether the layers of a group learn together or one by one.
+    A layer's random words begin at its tile of `first_tiles` in the streams of `index`, that of the group's first
+    layer, so they are the same whether the layers of a group learn together or one by one.
     """
     scores = score(rule.name, votes, [layer.weight for layer in layers], rule.ortho_tile)
     if rule.select_tile:
@@ -50,8 +50,8 @@ def learn(
 
 
 def _flip(
-    rule: Rule, layers: list[IntLayer], scores: list[Tensor], first_tiles: list[int], index: int, k: float, step_size: int,
-    clock: Clock,
+    rule: Rule, layers: list[IntLayer], scores: list[Tensor], first_tiles: list[int], index: int, k: float,
+    step_size: int, clock: Clock,
 ) -> list[int]:  # fmt: skip
     side = rule.select_tile
     each = side * side or layers[0].weight.numel()
@@ -63,6 +63,6 @@ def _flip(
     if rule.flip_prob == "score":
         draws = torch.cat([clock.uniform(Stream.FLIP + 16 * index, n * each, first * each) for first, n in places])
     return flip(
-        [layer.weight for layer in layers], scores, top, bits=layers[0].bits, k=k, step_size=step_size, select_tile=side,
-        draws=draws, gamma=rule.flip_gamma,
+        [layer.weight for layer in layers], scores, top, bits=layers[0].bits, k=k, step_size=step_size,
+        select_tile=side, draws=draws, gamma=rule.flip_gamma,
     )  # fmt: skip

@@ -54,7 +54,9 @@ def choose(cfg: Config) -> Runtime:
 
 def _device(wanted: str) -> tuple[torch.device, str]:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch", code=2)
+        raise UserError(
+            "device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch", code=2
+        )
     if wanted != "auto":
         return torch.device(wanted), "as asked"
     if torch.cuda.is_available():
@@ -112,8 +114,9 @@ def keep_freed_memory() -> None:
 def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device) -> None:
     """Raises UserError if the run cannot fit into this machine's free memory, where the system says how much there is.
 
-    positions is the length of one example, in tokens or patches. A lower bound: weights with their optimizer state, and what a backward pass keeps of each token and layer. Systems
-    that promise more memory than they have kill a process without a word, so this is asked before.
+    positions is the length of one example, in tokens or patches. A lower bound: weights with their optimizer state, and
+    what a backward pass keeps of each token and layer. Systems that promise more memory than they have kill a process
+    without a word, so this is asked before.
     """
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
@@ -125,10 +128,12 @@ def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device
     weights = cfg.n_layer * (12 if cfg.model == "transformer" else 1) * cfg.d_model**2 + 2 * outputs * cfg.d_model
     per_weight = (1 if cfg.memory == "none" else 2) if cfg.method == "gft" else 16
     tokens = cfg.batch_size // cfg.grad_accum * positions
-    need = weights * per_weight + tokens * (cfg.n_layer * cfg.d_model * (40 if cfg.model == "transformer" else 4) + outputs * 8)
+    activations = cfg.n_layer * cfg.d_model * (40 if cfg.model == "transformer" else 4)
+    need = weights * per_weight + tokens * (activations + outputs * 8)
     if need > free:
-        raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; a "
-                        "smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 or more")  # fmt: skip
+        raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+                        "free; a smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 "
+                        "or more")  # fmt: skip
 
 
 def processor(device: torch.device) -> str:

@@ -3,10 +3,12 @@
     from kernels.backend import jit, on_triton, tl
 
     on_triton(tensor)        whether kernels on this tensor go to Triton
-    use("torch")             send everything to the references; "triton" demands Triton, "auto" takes it on a GPU that can
+    use("torch")             send everything to the references; "triton" demands Triton,
+                             "auto" takes it on a GPU that can
 
 Triton serves NVIDIA GPUs from compute capability 8.0 on. With TRITON_INTERPRET=1 in the environment when this is
-imported, kernels run in Triton's interpreter, on CPU tensors and slowly: for tests, and for reading a kernel in a debugger.
+imported, kernels run in Triton's interpreter, on CPU tensors and slowly: for tests, and for reading a kernel in a
+debugger.
 """
 
 import os
@@ -24,7 +26,7 @@ try:
     jit = triton.jit
 except ImportError:  # macOS, Windows: the references are all there is
 
-    class tl:  # noqa: N801 - stands for the module
+    class tl:  # stands for the module
         """What kernel signatures mention."""
 
         constexpr = None
@@ -74,7 +76,8 @@ def chosen() -> str:
 
 
 def on_triton(tensor: Tensor) -> bool:
-    """Whether kernels on `tensor` run in Triton: on a GPU unless "torch" was chosen, on a CPU only if interpreted and asked for."""
+    """Whether kernels on `tensor` run in Triton: on a GPU unless "torch" was chosen,
+    on a CPU only if interpreted and asked for."""
     if _problem or _choice == "torch":
         return False
     return tensor.is_cuda or (INTERPRETED and _choice == "triton")
@@ -92,8 +95,9 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable:
 class Shipped:
     """A configuration a kernel is launched in, for `kernels.check` to compile where there is no GPU.
 
-    signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions` are those
-    its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is shipped for.
+    signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions`
+    are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
+    shipped for.
     """
 
     name: str

@@ -2,15 +2,15 @@
 
     V = D^T X  ->  (memory)  ->  scores S  ->  top-k of legal moves in every tile  ->  W
 
-The reference is the composition of the kernels it fuses, so the fused path and the two-kernel path (votes, then
-`flip`) share one selection and agree exactly. Memory of a fused kernel: T*(in + out) + 2*out*in bytes, and twice
-out*in more with the vote memory; votes and scores need none. 2*T*in*out int8 operations, and for spectral 15 fp16 products
-of an ortho_tile: 30*ortho_tile*out*in.
+The reference is the composition of the kernels it fuses, so the fused path and the two-kernel path (votes, then `flip`)
+share one selection and agree exactly. Memory of a fused kernel: T*(in + out) + 2*out*in bytes, and twice out*in more
+with the vote memory; votes and scores need none. 2*T*in*out int8 operations, and for spectral 15 fp16 products of an
+ortho_tile: 30*ortho_tile*out*in.
 
-A program owns a block of whole tiles, sums its votes over all tokens in registers and lets `flip.learn_block` do the rest
-there. Both operands come with their tokens contiguous (`along_tokens`; the quantizers write them so), as int8 tensor
-cores want them. Blocks of several matrices, of different sizes and batches, go into one launch: a table on the device
-says where everything lies. `learn_step` chooses between this and the two-kernel path.
+A program owns a block of whole tiles, sums its votes over all tokens in registers and lets `flip.learn_block` do the
+rest there. Both operands come with their tokens contiguous (`along_tokens`; the quantizers write them so), as int8
+tensor cores want them. Blocks of several matrices, of different sizes and batches, go into one launch: a table on the
+device says where everything lies. `learn_step` chooses between this and the two-kernel path.
 """
 
 import itertools
@@ -39,7 +39,6 @@ from kernels.int8_matmul import MAX_REDUCTION
 from kernels.memory import MEMORY_TILE, remember_
 from kernels.philox import Stream, dither_words
 from kernels.scores import score
-from kernels.tiles import tile_grid
 
 
 def contribution_flip_torch(
@@ -81,12 +80,15 @@ def _contribution_flip_kernel(
         x_at += K
     if tokens % K > 0:
         rest = token < tokens % K
-        v = tl.dot(tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v, out_dtype=tl.int32)
+        v = tl.dot(
+            tl.load(d_at, mask=rest, other=0), tl.trans(tl.load(x_at, mask=rest, other=0)), v, out_dtype=tl.int32
+        )
     inside = (tl.arange(0, M)[:, None] < out - top) & (tl.arange(0, N)[None, :] < inner - left)
     v = tl.where(inside, v, 0)
     learn_block(
-        v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width, RULE, MEMORY, GIVEN, SELECT, MATRICES, FIELDS
-    )
+        v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
+        RULE, MEMORY, GIVEN, SELECT, MATRICES, FIELDS,
+    )  # fmt: skip
 
 
 FUSED_RULES = ("gain", "contribution", "spectral")
@@ -97,8 +99,8 @@ SMALLEST_SHARE = 0.5  # of the GPU's processors that the programs of the fused k
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that learns: int8 (out, in), the number of its layer (streams of the memory), its first tile in the random
-    words of its group, and (stored, scale) of `memory.remember_` if votes are remembered."""
+    """A weight that learns: int8 (out, in), the number of its layer (streams of the memory), its first tile in the
+    random words of its group, and (stored, scale) of `memory.remember_` if votes are remembered."""
 
     weight: Tensor
     index: int = 0
@@ -118,23 +120,29 @@ def why_not(select_tile: int, flip_prob: str = "one") -> str:
 def why_not_in_a_block(
     rule: str, ortho_tile: int, select_tile: int, memory: bool, capability: tuple[int, int] = (9, 0)
 ) -> str:  # fmt: skip
-    """Why scores cannot be formed in the kernel that selects, "" if they can: if not, they go through memory, as float32."""
+    """Why scores cannot be formed in the kernel that selects, "" if they can:
+    if not, they go through memory, as float32."""
     if rule not in FUSED_RULES:
         return f"rule is {rule}; it looks at whole matrices"
     side = max(select_tile, MEMORY_TILE if memory else 0)
     if rule == "spectral" and (ortho_tile not in ORTHO_TILES or ortho_tile < side):
         return f"ortho_tile is {ortho_tile}; a block of {', '.join(map(str, ORTHO_TILES))} must hold tiles of {side}"
     if rule == "spectral" and ortho_tile == 128 and capability[0] != 9:
-        return f"this GPU is sm_{capability[0]}{capability[1]}; only on sm_90 products of 128 x 128 fit into registers, 64 x 64 do on all"
+        return (
+            f"this GPU is sm_{capability[0]}{capability[1]}; only on sm_90 products of 128 x 128 fit into registers, "
+            "64 x 64 do on all"
+        )
     if rule == "spectral" and capability[0] > 9 and OLD_COMPILER:
         return f"triton {triton.__version__} cannot compile its products for sm_{capability[0]}{capability[1]}; 3.8 can"
     return ""
 
 
 def along_tokens(operand: Tensor) -> Tensor:
-    """The operand (T, n) with its columns contiguous on 16-byte boundaries: itself if they are, as the quantizers write them."""
+    """The operand (T, n) with its columns contiguous on 16-byte boundaries:
+    itself if they are, as the quantizers write them."""
     tokens, n = operand.shape
-    if operand.stride(0) == 1 and operand.stride(1) % 16 == 0 and operand.stride(1) >= tokens and operand.data_ptr() % 16 == 0:
+    contiguous = operand.stride(0) == 1 and operand.stride(1) >= tokens
+    if contiguous and operand.stride(1) % 16 == 0 and operand.data_ptr() % 16 == 0:
         return operand
     columns = torch.empty((n, -(-tokens // 16) * 16), dtype=torch.int8, device=operand.device)
     columns[:, :tokens] = operand.t()
@@ -158,8 +166,9 @@ def fused_launch(block: tuple[int, int]) -> tuple[int, int]:
 
 @torch.library.custom_op("nanogft::contribution_flip", mutates_args=("weights", "stored", "scales"))
 def _contribution_flip(
-    weights: list[Tensor], stored: list[Tensor], scales: list[Tensor], d: list[Tensor], x: list[Tensor], words: list[Tensor],
-    numbers: list[int], firsts: list[int], settings: list[int], rule: str, ortho_tile: int, select_tile: int, beta: float,
+    weights: list[Tensor], stored: list[Tensor], scales: list[Tensor], d: list[Tensor], x: list[Tensor],
+    words: list[Tensor], numbers: list[int], firsts: list[int], settings: list[int], rule: str, ortho_tile: int,
+    select_tile: int, beta: float,
 ) -> Tensor:  # fmt: skip
     left, right = [along_tokens(t) for t in d], [along_tokens(t) for t in x]
     operands = [
@@ -169,8 +178,8 @@ def _contribution_flip(
     warps, stages = fused_launch(block)
     constants = {"RULE": rule, "SELECT": select_tile, "K": FUSED_K}
     return launch(
-        _contribution_flip_kernel, constants, {"num_warps": warps, "num_stages": stages}, block, weights, stored, scales,
-        operands, words, numbers, firsts, tuple(settings), beta,
+        _contribution_flip_kernel, constants, {"num_warps": warps, "num_stages": stages}, block,
+        weights, stored, scales, operands, words, numbers, firsts, tuple(settings), beta,
     )  # fmt: skip
 
 
@@ -181,13 +190,17 @@ def _(weights, stored, scales, d, x, words, numbers, firsts, settings, rule, ort
 
 def _check(matrices: Sequence[Matrix], operands: Sequence[Tensor | tuple[Tensor, Tensor]], bits: int, k: float) -> None:
     if len(matrices) != len(operands) or not matrices:
-        raise ValueError(f"learn_step: got {len(matrices)} matrices and {len(operands)} votes; give one for each, at least one")
+        raise ValueError(
+            f"learn_step: got {len(matrices)} matrices and {len(operands)} votes; give one for each, at least one"
+        )
     if not 1 <= bits <= 8 or not 0 <= k <= 1:
         raise ValueError(f"learn_step: got bits {bits} and k {k}; bits go from 1 to 8, k from 0 to 1")
     for matrix, given in zip(matrices, operands, strict=True):
         shape = tuple(matrix.weight.shape)
         if matrix.weight.dtype != torch.int8 or len(shape) != 2 or 0 in shape:
-            raise ValueError(f"learn_step: got a weight {matrix.weight.dtype} {shape}; it must be int8 (out, in), not empty")
+            raise ValueError(
+                f"learn_step: got a weight {matrix.weight.dtype} {shape}; it must be int8 (out, in), not empty"
+            )
         if (matrix.memory is None) != (matrices[0].memory is None):
             raise ValueError("learn_step: some matrices have a memory and some have none; call it for each kind")
         if isinstance(given, Tensor):
@@ -199,14 +212,16 @@ def _check(matrices: Sequence[Matrix], operands: Sequence[Tensor | tuple[Tensor,
             raise ValueError(f"learn_step: got D of {d.dtype} and X of {x.dtype}; operands of votes must be int8")
         if d.dim() != 2 or x.dim() != 2 or len(d) != len(x) or (d.shape[1], x.shape[1]) != shape:
             raise ValueError(
-                f"learn_step: got D {tuple(d.shape)} and X {tuple(x.shape)}; a weight {shape} needs (T, out) and (T, in)"
+                f"learn_step: got D {tuple(d.shape)} and X {tuple(x.shape)}; "
+                f"a weight {shape} needs (T, out) and (T, in)"
             )
         if len(d) == 0:
             raise ValueError("learn_step: got an empty batch; votes need at least one token")
 
 
 def _fills(matrices: Sequence[Matrix], block: tuple[int, int]) -> bool:
-    """Whether the fused kernel has enough programs; if not, votes are summed in parts by more of them, then flipped."""
+    """Whether the fused kernel has enough programs; if not, votes are summed in parts by more of them,
+    then flipped."""
     device = matrices[0].weight.device
     if device.type != "cuda":
         return True
@@ -215,17 +230,18 @@ def _fills(matrices: Sequence[Matrix], block: tuple[int, int]) -> bool:
 
 
 def learn_step(
-    matrices: Sequence[Matrix], operands: Sequence[Tensor | tuple[Tensor, Tensor]], *, rule: str, bits: int, k: float,
-    step_size: int = 1, ortho_tile: int = 128, select_tile: int = 64, seed: int = 0, step: int = 0, index: int = 0,
-    beta: float = 0.9, words: tuple[Tensor, ...] = (), fused: bool | None = None,
+    matrices: Sequence[Matrix], operands: Sequence[Tensor | tuple[Tensor, Tensor]], *, rule: str, bits: int,
+    k: float, step_size: int = 1, ortho_tile: int = 128, select_tile: int = 64, seed: int = 0, step: int = 0,
+    index: int = 0, beta: float = 0.9, words: tuple[Tensor, ...] = (), fused: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """One step of a group of matrices that learn by one rule at one width, in as few launches as can be.
 
     operands are, for each matrix, the pair D int8 (T, out), X int8 (T, in), or votes int32 or int64 (out, in), or for
     ready scores float32 under rule "gain". index is that of the group's first layer, whose stream rounds m. Weights and
-    memories are changed in place. Random words are drawn in the kernels, or for a single matrix given: dither words of rows
-    and columns, top-k words. fused None decides by the number of tiles. Returns the flips of each matrix, int64 (matrices,) on the
-    device, without waiting for it. Raises ValueError on shapes or types that do not agree and for what `why_not` names.
+    memories are changed in place. Random words are drawn in the kernels, or for a single matrix given: dither words of
+    rows and columns, top-k words. fused None decides by the number of tiles. Returns the flips of each matrix, int64
+    (matrices,) on the device, without waiting for it. Raises ValueError on shapes or types that do not agree and for
+    what `why_not` names.
     """
     _check(matrices, operands, bits, k)
     if problem := why_not(select_tile):
@@ -248,8 +264,8 @@ def learn_step(
                 f"{MAX_REDUCTION} tokens and rules within a block; leave `fused` out"
             )
         flips = torch.ops.nanogft.contribution_flip(
-            weights, stored, scales, [d for d, _ in operands], [x for _, x in operands], given, numbers, firsts, settings, rule,
-            ortho_tile, select_tile, beta,
+            weights, stored, scales, [d for d, _ in operands], [x for _, x in operands], given, numbers, firsts,
+            settings, rule, ortho_tile, select_tile, beta,
         )  # fmt: skip
     else:
         formed = [o if isinstance(o, Tensor) else votes(*o) for o in operands]
@@ -258,8 +274,9 @@ def learn_step(
                 formed = [_remembered(m, v, seed, step, beta, given) for m, v in zip(matrices, formed, strict=True)]
             formed, rule, stored, scales = score(rule, formed, weights, ortho_tile), "gain", [], []
         flips = torch.ops.nanogft.flip(
-            weights, stored, scales, of_one_type(formed), given, numbers, firsts, settings, rule, ortho_tile, select_tile, beta
-        )
+            weights, stored, scales, of_one_type(formed), given, numbers, firsts,
+            settings, rule, ortho_tile, select_tile, beta,
+        )  # fmt: skip
     return flips
 
 
@@ -279,8 +296,8 @@ def contribution_flip(
     """Learn from one batch: d int8 (T, out), x int8 (T, in), weight int8 (out, in), changed in place.
 
     top_words (flip's words), draws, k, step_size, select_tile and gamma as in `flip.flip`; rule and ortho_tile as in
-    `scores.score`; memory is (stored, scale) of `memory.remember_`, changed in place, and words its dither words. Returns the
-    number of flips.
+    `scores.score`; memory is (stored, scale) of `memory.remember_`, changed in place, and words its dither words.
+    Returns the number of flips.
     """
     settings = {"rule": rule, "bits": bits, "k": k, "step_size": step_size, "ortho_tile": ortho_tile, "beta": beta}
     if on_triton(weight) and draws is None and not why_not(select_tile):
@@ -288,8 +305,9 @@ def contribution_flip(
         matrix = Matrix(weight, memory=memory)
         return int(learn_step([matrix], [(d, x)], select_tile=select_tile, words=given, **settings))
     return contribution_flip_torch(
-        d, x, weight, top_words, select_tile=select_tile, draws=draws, gamma=gamma, memory=memory, words=words, **settings
-    )
+        d, x, weight, top_words, select_tile=select_tile, draws=draws, gamma=gamma, memory=memory, words=words,
+        **settings,
+    )  # fmt: skip
 
 
 def shipped() -> list[Shipped]:
@@ -301,8 +319,8 @@ def shipped() -> list[Shipped]:
         M, N = fused_block(rule, ortho_tile, 64)
         warps, stages = fused_launch((M, N))
         constants = {
-            "RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "MATRICES": 16, "FIELDS": FIELDS, "M": M, "N": N,
-            "K": FUSED_K,
+            "RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "MATRICES": 16, "FIELDS": FIELDS,
+            "M": M, "N": N, "K": FUSED_K,
         }  # fmt: skip
         name = f"contribution_flip {rule} {M}x{N}{' memory' if memory else ''}"
         instructions = ("int8", "fp16") if rule == "spectral" else ("int8",)

@@ -8,8 +8,8 @@
 exact rules and the float ones. `flip_prob`: a selected weight moves with p = (|S| / largest |S| of its
 tile)^gamma, or always.
 
-The Triton kernel keeps a block of tiles in registers (`learn_block`, which the fused kernel of contribution_flip.py ends
-with too). Memory: 4 (votes) + 2 (weights) bytes for each weight, 2 more with the vote memory; about 30 passes over
+The Triton kernel keeps a block of tiles in registers (`learn_block`, which the fused kernel of contribution_flip.py
+ends with too). Memory: 4 (votes) + 2 (weights) bytes for each weight, 2 more with the vote memory; about 30 passes over
 registers find the threshold (`choose`). Random words are drawn in the kernel, or given.
 """
 
@@ -50,7 +50,8 @@ def fixed_point(k: float) -> int:
 
 
 def topk_count(k: float, sizes: Tensor, words: Tensor) -> Tensor:
-    """m = floor(k n + u), at most n: sizes int64 (tiles,), u = words / 2^32, words int64 (tiles,) below 2^32. int64 (tiles,)."""
+    """m = floor(k n + u), at most n: sizes int64 (tiles,), u = words / 2^32, words int64 (tiles,) below 2^32.
+    int64 (tiles,)."""
     return torch.minimum((fixed_point(k) * sizes + words) >> 32, sizes)
 
 
@@ -99,7 +100,8 @@ def _moved(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -
 
 def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
     """W - width * sign(S) clipped to [-Q, Q] where chosen: int8 (tiles, n). `width` is step size times unit."""
-    return _moved(weight, scores, chosen.view(torch.int8), q, width)  # a mask of bytes vectorises, one of bools does not
+    # A mask of bytes vectorises, one of bools does not.
+    return _moved(weight, scores, chosen.view(torch.int8), q, width)
 
 
 def flip_torch(
@@ -135,11 +137,12 @@ def flip_torch(
 
 @jit
 def choose(keys, m, SIDE: tl.constexpr):
-    """`select` for tiles in registers: the m (tiles,) largest of keys (tiles, SIDE * SIDE), uint32 or int64. Returns bool.
+    """`select` for tiles in registers: the m (tiles,) largest of keys (tiles, SIDE * SIDE), uint32 or int64.
+    Returns bool.
 
-    A key is twice the rank, plus a bit that does not count; 0 is never chosen. The m-th largest rank is found by halving the
-    range of values it can have, all tiles at once, counting keys on the way. Where more keys have it than there are places
-    left, the row and then the column of the last to get one are found by counting those of each row.
+    A key is twice the rank, plus a bit that does not count; 0 is never chosen. The m-th largest rank is found by
+    halving the range of values it can have, all tiles at once, counting keys on the way. Where more keys have it than
+    there are places left, the row and then the column of the last to get one are found by counting those of each row.
     """
     reach = tl.sum((keys > 0).to(tl.int32), 1)  # ranks >= low: at least m
     above = tl.zeros_like(reach)  # ranks >= high: fewer than m
@@ -157,7 +160,7 @@ def choose(keys, m, SIDE: tl.constexpr):
 
     low, high = low << 1, high << 1
     places = m - above
-    row, column = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    row = tl.arange(0, SIDE)
     last_row, last_column = tl.full(m.shape, SIDE, tl.int32), tl.zeros_like(m)
     if tl.max((reach > m).to(tl.int32), 0) > 0:
         square = tl.reshape(keys, (keys.shape[0], SIDE, SIDE))
@@ -176,9 +179,11 @@ def choose(keys, m, SIDE: tl.constexpr):
 
 @jit
 def find_matrix(
-    table, matrices, MATRICES: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False
+    table, matrices, MATRICES: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):  # fmt: skip
-    """Which block is this program's: the number of its matrix, that one's row of the table, the block's first row and column.
+    """Which block is this program's: the number of its matrix, that one's row of the table,
+    the block's first row and column.
 
     Programs go down eight blocks before they go across one, so that those that run together share operands in L2. AGAIN
     has the compiler read it all anew instead of keeping it in registers until then.
@@ -202,8 +207,9 @@ def place_block(
 ):
     """Pointers and mask of the block (M, N) at (top, left) of the matrix (out, inner) at an address.
 
-    The launcher sees to it (`on_boundaries`) that addresses are multiples of 16 bytes, strides of 16 elements, and that rows are
-    followed by zeros up to the next 16 columns. The mask lets those through, so that 16 weights are read at once.
+    The launcher sees to it (`on_boundaries`) that addresses are multiples of 16 bytes, strides of 16 elements, and that
+    rows are followed by zeros up to the next 16 columns. The mask lets those through, so that 16 weights are read at
+    once.
     """
     base = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + (top * stride + left), 16)
     stride = tl.multiple_of(stride.to(tl.int32), 16)
@@ -237,8 +243,12 @@ def learn_block(
         tile = tile_row * tl.cdiv(inner, SIDE) + tile_column
         element = tile[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
         if GIVEN:
-            row_words = tl.load(tl.load(row + 12).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0)
-            column_words = tl.load(tl.load(row + 13).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0)
+            row_words = tl.load(
+                tl.load(row + 12).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0
+            )
+            column_words = tl.load(
+                tl.load(row + 13).to(tl.pointer_type(tl.int32)) + element, mask=real[:, None], other=0
+            )
         else:
             index = tl.load(row + 4)
             row_words = dither_word(seed, step, 4 + 16 * index, element)
@@ -268,7 +278,8 @@ def learn_block(
         if v.dtype == tl.float32:
             size = tl.abs(v).to(tl.uint32, bitcast=True)
         else:
-            size = tl.minimum(tl.abs(v).to(tl.uint32), 0x7FFFFFFE)  # past what votes can be; twice it must fit 32 bits
+            # Past what votes can be; twice it must fit 32 bits.
+            size = tl.minimum(tl.abs(v).to(tl.uint32), 0x7FFFFFFE)
         keys = tl.where(legal & (size > 0), (size << 1) + (v > 0).to(tl.uint32), 0)
 
     PLACES: tl.constexpr = (M // SELECT) * (N // SELECT)
@@ -291,10 +302,11 @@ def learn_block(
     tl.store(weights, tl.minimum(tl.maximum(moved, -q), q).to(tl.int8), mask=inside)
 
 
-# Numbers that change from step to step; promises about them (":1" makes none) would compile the kernel again and again.
+# Numbers that change from step to step; promises about them (":1" makes none) would compile the kernel again
+# and again.
 NUMBERS = {
-    "matrices": "i32:1", "share": "i64:1", "seed": "i64:1", "step": "i32:1", "stream": "i32:1", "beta": "fp32", "q": "i32:1",
-    "unit": "i32:1", "width": "i32:1",
+    "matrices": "i32:1", "share": "i64:1", "seed": "i64:1", "step": "i32:1", "stream": "i32:1", "beta": "fp32",
+    "q": "i32:1", "unit": "i32:1", "width": "i32:1",
 }  # fmt: skip
 
 
@@ -315,15 +327,17 @@ def _flip_kernel(
     )
     v = tl.load(votes, mask=inside, other=0)
     learn_block(
-        v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width, RULE, MEMORY, GIVEN, SELECT, MATRICES, FIELDS
-    )
+        v, table, flips, matrices, share, seed, step, stream, beta, q, unit, width,
+        RULE, MEMORY, GIVEN, SELECT, MATRICES, FIELDS,
+    )  # fmt: skip
 
 
 SELECT_TILES = (32, 64, 128)
 MEMORY_SIDE = 64
-# What kernels read of each matrix, int64: the number of its first program, rows, columns, addresses of weight, layer index for
-# the streams of the memory, addresses of memory and its scales, its first select tile in the group's stream, address of votes or D,
-# its stride, address and stride of X, addresses of given words (rows, columns, top-k), tokens, strides of weight and memory.
+# What kernels read of each matrix, int64: the number of its first program, rows, columns, addresses of weight, layer
+# index for the streams of the memory, addresses of memory and its scales, its first select tile in the group's stream,
+# address of votes or D, its stride, address and stride of X, addresses of given words (rows, columns, top-k), tokens,
+# strides of weight and memory.
 FIELDS = 18
 _tables: dict[tuple, Tensor] = {}
 
@@ -347,7 +361,8 @@ def of_one_type(votes: Sequence[Tensor]) -> list[Tensor]:
 
 
 def on_boundaries(matrix: Tensor) -> Tensor:
-    """The matrix (out, in) itself if its rows begin and end on 16-byte boundaries, else a copy with zeros up to the next."""
+    """The matrix (out, in) itself if its rows begin and end on 16-byte boundaries,
+    else a copy with zeros up to the next."""
     rows, columns = matrix.shape
     contiguous = matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0
     if contiguous and columns % 16 == 0 and matrix.data_ptr() % 16 == 0:
@@ -367,14 +382,16 @@ def table_of(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
 
 
 def launch(
-    kernel: Any, constants: dict[str, Any], options: dict[str, int], block: tuple[int, int], weights: Sequence[Tensor],
-    stored: Sequence[Tensor], scales: Sequence[Tensor], operands: Sequence[tuple[int, ...]], words: Sequence[Tensor],
-    numbers: Sequence[int], firsts: Sequence[int], settings: tuple[int, ...], beta: float,
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], block: tuple[int, int],
+    weights: Sequence[Tensor], stored: Sequence[Tensor], scales: Sequence[Tensor],
+    operands: Sequence[tuple[int, ...]], words: Sequence[Tensor], numbers: Sequence[int], firsts: Sequence[int],
+    settings: tuple[int, ...], beta: float,
 ) -> Tensor:  # fmt: skip
     """Start a learning kernel on every block of every matrix. Returns the flips of each, int64 (matrices,).
 
-    operands are, for each matrix, (address of votes, stride) or (address of D, stride, address of X, stride, tokens); settings
-    are (share, seed, step, stream, bits, step size); words, if any, are dither words of rows and columns and top-k words.
+    operands are, for each matrix, (address of votes, stride) or (address of D, stride, address of X, stride, tokens);
+    settings are (share, seed, step, stream, bits, step size); words, if any, are dither words of rows and columns and
+    top-k words.
     """
     share, seed, step, stream, bits, step_size = settings
     own = [on_boundaries(w) for w in weights]
@@ -385,8 +402,8 @@ def launch(
         memory, scale, pitch = (kept[i].data_ptr(), scales[i].data_ptr(), kept[i].stride(0)) if kept else (0, 0, 0)
         left, d_stride, x, x_stride, tokens = (*operands[i], 0, 0, 0)[:5]
         rows.append(
-            (programs, *w.shape, w.data_ptr(), numbers[i], memory, scale, firsts[i], left, d_stride, x, x_stride, *given, tokens,
-             w.stride(0), pitch)
+            (programs, *w.shape, w.data_ptr(), numbers[i], memory, scale, firsts[i], left, d_stride, x, x_stride,
+             *given, tokens, w.stride(0), pitch)
         )  # fmt: skip
         programs += triton.cdiv(w.shape[0], block[0]) * triton.cdiv(w.shape[1], block[1])
     device = weights[0].device
@@ -411,7 +428,8 @@ def flip_block(rule: str, ortho_tile: int, select_tile: int, memory: bool) -> in
 @torch.library.custom_op("nanogft::flip", mutates_args=("weights", "stored", "scales"))
 def _flip(
     weights: list[Tensor], stored: list[Tensor], scales: list[Tensor], votes: list[Tensor], words: list[Tensor],
-    numbers: list[int], firsts: list[int], settings: list[int], rule: str, ortho_tile: int, select_tile: int, beta: float,
+    numbers: list[int], firsts: list[int], settings: list[int], rule: str, ortho_tile: int, select_tile: int,
+    beta: float,
 ) -> Tensor:  # fmt: skip
     kinds = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float32: tl.float32}
     side = flip_block(rule, ortho_tile, select_tile, bool(stored))
@@ -441,8 +459,9 @@ def flip(
     """
     if not on_triton(weights[0]) or draws is not None or select_tile not in SELECT_TILES:
         return flip_torch(
-            weights, scores, words, bits=bits, k=k, step_size=step_size, select_tile=select_tile, draws=draws, gamma=gamma
-        )
+            weights, scores, words, bits=bits, k=k, step_size=step_size, select_tile=select_tile, draws=draws,
+            gamma=gamma,
+        )  # fmt: skip
     scores, words = of_one_type(scores), words.to(weights[0].device)
     counts = [len(tile_sizes(tuple(w.shape), select_tile)) for w in weights]
     settings = [fixed_point(k), 0, 0, 0, bits, step_size]
@@ -456,17 +475,19 @@ def flip(
 
 
 def shipped() -> list[Shipped]:
-    """What `python -m kernels.check flip` compiles: integer and float scores, and the rules whose scores are formed here."""
+    """What `python -m kernels.check flip` compiles: integer and float scores,
+    and the rules whose scores are formed here."""
     found = []
     for rule, votes, ortho_tile, memory in [
-        ("gain", "int32", 0, False), ("gain", "float32", 0, False), ("gain", "int64", 0, False), ("gain", "int32", 0, True),
-        ("contribution", "int32", 0, False), ("contribution", "int32", 0, True), ("spectral", "int32", 64, False),
-        ("spectral", "int32", 64, True), ("spectral", "int32", 128, False), ("spectral", "int32", 128, True),
+        ("gain", "int32", 0, False), ("gain", "float32", 0, False), ("gain", "int64", 0, False),
+        ("gain", "int32", 0, True), ("contribution", "int32", 0, False), ("contribution", "int32", 0, True),
+        ("spectral", "int32", 64, False), ("spectral", "int32", 64, True), ("spectral", "int32", 128, False),
+        ("spectral", "int32", 128, True),
     ]:  # fmt: skip
         side = flip_block(rule, ortho_tile, 64, memory)
         kind = {"int32": tl.int32, "int64": tl.int64, "float32": tl.float32}[votes]
-        constants = {"RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "VOTES": kind, "MATRICES": 16, "FIELDS": FIELDS,
-                     "M": side, "N": side}  # fmt: skip
+        constants = {"RULE": rule, "MEMORY": memory, "GIVEN": False, "SELECT": 64, "VOTES": kind, "MATRICES": 16,
+                     "FIELDS": FIELDS, "M": side, "N": side}  # fmt: skip
         name = f"flip {rule} of {votes} {side}x{side}{' memory' if memory else ''}"
         instructions = ("fp16",) if rule == "spectral" else ()
         signature = {"table": "*i64", "flips": "*i64", **NUMBERS}

@@ -422,7 +422,8 @@ def int8_matmul(
 
 
 def shipped() -> list[Shipped]:
-    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes. By parts: kernels.contribution."""
+    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes.
+    By parts: kernels.contribution."""
     return [
         *_shipped("i32"), *_shipped("fp32"), *_shipped("bf16", residual=True), *_shipped("fp32", residual=True),
         *_shipped("bf16", ragged=True),

@@ -11,7 +11,7 @@ writes 4 + 1 bytes for each: for rules that look at whole matrices.
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, jit, on_triton, tl, triton
+from kernels.backend import Shipped, jit, on_triton, tl
 from kernels.fuse import fused
 from kernels.philox import dither, dither_at
 from kernels.tiles import block_from, blocks_of, from_tiles, to_tiles
@@ -54,8 +54,8 @@ def remember_torch_(stored: Tensor, scale: Tensor, votes: Tensor, beta: float, r
 def remember_tile(v, stored, inside, scales, real, row_words, column_words, beta, SIDE: tl.constexpr):
     """`remember` for a block of whole memory tiles in registers, in place. Returns V + beta M float32 (M, N).
 
-    v (M, N), zeros past the edge; stored and inside: pointers and mask of its memory (M, N); scales and real: those of the
-    scales (tiles,); dither words int32 (tiles, SIDE). Multiplications and additions must not be contracted.
+    v (M, N), zeros past the edge; stored and inside: pointers and mask of its memory (M, N); scales and real: those of
+    the scales (tiles,); dither words int32 (tiles, SIDE). Multiplications and additions must not be contracted.
     """
     M: tl.constexpr = v.shape[0]
     N: tl.constexpr = v.shape[1]
@@ -91,8 +91,8 @@ def _remember_kernel(
     element = tile * SIDE + tl.arange(0, SIDE)[None, :]
     v = tl.load(votes + row * down + column * across, mask=inside, other=0)
     v = remember_tile(
-        v, stored + flat, inside, scale + one, one >= 0, tl.load(row_words + element), tl.load(column_words + element), beta,
-        SIDE,
+        v, stored + flat, inside, scale + one, one >= 0, tl.load(row_words + element), tl.load(column_words + element),
+        beta, SIDE,
     )  # fmt: skip
     tl.store(evidence + flat, v, mask=inside)
 

@@ -31,7 +31,8 @@ def gain(votes: Tensor) -> Tensor:
 
 
 def contribution(votes: Tensor, weight: Tensor) -> Tensor:
-    """Votes of weights that work against the loss or are zero, ranked by |W V|: int64 (out, in), float32 of float votes.
+    """Votes of weights that work against the loss or are zero, ranked by |W V|: int64 (out, in),
+    float32 of float votes.
 
     |S| < 2^38 for votes of `MAX_REDUCTION` tokens, which is why it is never formed in int32.
     """
@@ -60,7 +61,8 @@ def dot_dtype(device: torch.device) -> torch.dtype:
 def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """Singular values of each matrix to about one: float32 (..., n, m) to float32, zeros to zeros.
 
-    Operands are `dtype`, sums inside a product fp32. The last step adds its two terms in fp32, so that scores seldom tie.
+    Operands are `dtype`, sums inside a product fp32. The last step adds its two terms in fp32,
+    so that scores seldom tie.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, dtype).mT

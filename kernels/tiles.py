@@ -57,7 +57,8 @@ def unstack_tiles(tiles: Tensor, shapes: list[tuple[int, int]], dtype: torch.dty
 
 @jit
 def blocks_of(x, SIDE: tl.constexpr):
-    """On a GPU: (M, N) to (blocks, SIDE * SIDE), numbered as above. M and N are multiples of SIDE; only names change places."""
+    """On a GPU: (M, N) to (blocks, SIDE * SIDE), numbered as above. M and N are multiples of SIDE;
+    only names change places."""
     down: tl.constexpr = x.shape[0] // SIDE
     across: tl.constexpr = x.shape[1] // SIDE
     x = tl.reshape(x, (down, SIDE, across, SIDE))

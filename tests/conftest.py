@@ -1,4 +1,5 @@
-"""Kernels are tested on the GPU if there is one, else in Triton's interpreter, which must be chosen before they are imported."""
+"""Kernels are tested on the GPU if there is one, else in Triton's interpreter,
+which must be chosen before they are imported."""
 
 import os
 

@@ -8,7 +8,19 @@ import torch
 
 from data import augment
 from data.augment import (
-    Augment, Batch, augmented, beta, crop, crop_boxes, flip, flips, mirrored, mix, mix_maps, normalise, partners
+    Augment,
+    Batch,
+    augmented,
+    beta,
+    crop,
+    crop_boxes,
+    flip,
+    flips,
+    mirrored,
+    mix,
+    mix_maps,
+    normalise,
+    partners,
 )
 from gft.errors import UserError
 from kernels.philox import Stream

@@ -12,8 +12,19 @@ from pathlib import Path
 import pytest
 
 from gft import config
-from gft.config import (FIELDS, IMAGES, Config, available, check_against_data, differences, from_dict, load, to_dict, to_toml,
-                        validate)
+from gft.config import (
+    FIELDS,
+    IMAGES,
+    Config,
+    available,
+    check_against_data,
+    differences,
+    from_dict,
+    load,
+    to_dict,
+    to_toml,
+    validate,
+)
 from gft.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,8 +302,8 @@ def test_dict_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences_are_those_that_change_the_weights() -> None:
     a = Config()
-    assert differences(a, dataclasses.replace(a, out_dir="x", resume="last", sample_tokens=0, save_every=7, eval_every=9,
-                                              monitor_every=3, data_dir="y", name="other")) == []
+    assert differences(a, dataclasses.replace(a, out_dir="x", resume="last", sample_tokens=0, save_every=7,
+                                              eval_every=9, monitor_every=3, data_dir="y", name="other")) == []
     b = dataclasses.replace(a, bits=4, steps=2000, method="ste")
     assert differences(a, b) == ['method = "gft" in the checkpoint, "ste" now', "bits = 6 in the checkpoint, 4 now",
                                  "steps = 1000 in the checkpoint, 2000 now"]

@@ -70,7 +70,8 @@ def test_with_memory_and_chance(shape):
 
 
 def test_layers_stack_as_they_learn_alone():
-    """Tiles of several layers in one batch: integers, so each layer learns as it would alone, also beside int64 votes."""
+    """Tiles of several layers in one batch: integers, so each layer learns as it would alone,
+    also beside int64 votes."""
     shapes = [(64, 65), (13, 7), (70, 130)]
     weights = [case(shape, 6)[2] for shape in shapes]
     scores = [votes(*case(shape, 6)[:2]) for shape in shapes]

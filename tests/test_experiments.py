@@ -24,11 +24,13 @@ def made_up(monkeypatch):
         ran.append(cell)
         value = cfg.k if cfg.method == "gft" else cfg.lr
         return {
-            "val_loss": value + 0.01 * cfg.seed, "eval_on": cfg.eval_on, "method": cfg.method, "bits": cfg.bits, "seed": cfg.seed,
+            "val_loss": value + 0.01 * cfg.seed, "eval_on": cfg.eval_on, "method": cfg.method, "bits": cfg.bits,
+            "seed": cfg.seed,
             "flips_per_weight_per_step": cfg.k / 2, "float_param_bytes": 0, "optimizer_state_bytes": 0,
             "step_seconds": 0.1 if cfg.compile == "true" else 0.2, "peak_memory_bytes": 2**20,
             "environment": {"compile": cfg.compile == "true", "torch": "t", "device": "cpu", "threads": 1,
-                            **({"processor": f"Processor {cfg.seed}"} if cfg.seed > 1 else {})}, "out_dir": "x",
+                            **({"processor": f"Processor {cfg.seed}"} if cfg.seed > 1 else {})},
+            "out_dir": "x",
         }  # fmt: skip
 
     monkeypatch.setattr(sweep, "run_cell", run)
@@ -50,8 +52,12 @@ def test_finished_cells_are_not_run_again(tmp_path, made_up):
 def test_a_key_is_every_setting_that_counts():
     keys = {CELL.key(), CELL.with_(k=0.4).key(), CELL.with_(seed=2).key(), CELL.with_(eval_on="tune").key()}
     assert len(keys) == 4
-    assert CELL.with_(sample_tokens=5).key() == CELL.key() == CELL.with_(k=0.5).key(), "a default said aloud is the same run"
-    assert CELL.with_(lr=0.5).key() == CELL.key() != CELL.with_(method="adamw").key(), "what has no effect does not count"
+    assert CELL.with_(sample_tokens=5).key() == CELL.key() == CELL.with_(k=0.5).key(), (
+        "a default said aloud is the same run"
+    )
+    assert CELL.with_(lr=0.5).key() == CELL.key() != CELL.with_(method="adamw").key(), (
+        "what has no effect does not count"
+    )
 
 
 def test_a_real_cell_and_one_that_fails(tmp_path, monkeypatch):

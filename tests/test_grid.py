@@ -110,7 +110,11 @@ def test_a_plot_that_cannot_be_written_is_an_error_that_names_it(ran, tmp_path, 
 
 def test_a_run_whose_loss_became_infinite_is_a_result(ran, monkeypatch, capsys):
     working = sweep.run_cell
-    monkeypatch.setattr(sweep, "run_cell", lambda c, worker: sweep.diverged(c.resolved()) if c.resolved().k == 0.2 else working(c))
+
+    def run(c, worker):
+        return sweep.diverged(c.resolved()) if c.resolved().k == 0.2 else working(c)
+
+    monkeypatch.setattr(sweep, "run_cell", run)
     assert program.main(["sweep", CONFIG, "--k", "0.1,0.2", "--seeds", "1,2"]) == 0
     text = capsys.readouterr().out
     assert "| 0.2 | inf | 2 |  |  |" in text and "**0.1615" in text

@@ -46,14 +46,14 @@ class FakeNvml:
     def _code(self, name: str) -> int:
         return self.code if self.fails == name else 0
 
-    def nvmlInit_v2(self) -> int:  # noqa: N802
+    def nvmlInit_v2(self) -> int:
         return self._code("init")
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
         self.index, handle._obj.value = index.value, 77
         return self._code("handle")
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, out) -> int:  # noqa: N802
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, out) -> int:
         assert handle.value == 77 and isinstance(out._obj, ctypes.c_ulonglong)
         out._obj.value = self.millijoules
         return self._code("energy")

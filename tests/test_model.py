@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gft.baselines import FloatEmbedding, FloatLinear, fake_quantize
 from gft.layers import IntEmbedding, IntLinear
 from gft.optimizer import FlipOptimizer
 from kernels import fuse
-from gft.baselines import FloatEmbedding, FloatLinear, fake_quantize
 from model import Block, ModelConfig, Transformer, rope_table, window_mask
 
 VOCAB = 13
@@ -220,8 +220,10 @@ def three_steps(delta_scale: str, precision: str, backend: str | None):
     return votes, int_weights(net)
 
 
-COMPILED = [pytest.param("inductor", "delayed", precision, marks=pytest.mark.skipif(
-    fuse.compiler() is None, reason="inductor needs a C++ compiler on a CPU")) for precision in ("fp32", "bf16")]  # fmt: skip
+COMPILED = [
+    pytest.param("inductor", "delayed", precision, marks=pytest.mark.skipif(
+        fuse.compiler() is None, reason="inductor needs a C++ compiler on a CPU")) for precision in ("fp32", "bf16")
+]  # fmt: skip
 TRACED = [("aot_eager", "step", "fp32"), ("aot_eager", "delayed", "fp32")]
 
 

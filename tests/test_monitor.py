@@ -52,8 +52,7 @@ def test_shares_are_those_of_the_weights():
 
 def test_undone_moves_are_counted():
     """By hand on every weight; the monitor follows a sample drawn with replacement, here of the whole layer's size."""
-    for step, report, history, layer in trained(8, 8):
-        pass
+    *_, (_, report, history, _) = trained(8, 8)
     moves = [(b.int() - a.int()).sign() for a, b in zip(history, history[1:])]
     last, undone, moved = torch.zeros_like(moves[0]), 0, 0
     for move in moves:

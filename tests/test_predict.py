@@ -1,6 +1,5 @@
 """predict.py: probabilities against those of the run that saved the net, files that cannot be used, wrong options."""
 
-import io
 import json
 import os
 import subprocess

@@ -14,7 +14,8 @@ from gft.learner import make_learner
 from model import MLP, ModelConfig, Transformer, image_rope_table, make_net, normalise_rotate
 from task import ImageTask
 
-VIT = "shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 --batch_size 12"
+VIT = ("shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 "
+       "--batch_size 12")  # fmt: skip
 CLASSES = tuple("abc")
 
 
@@ -30,7 +31,8 @@ def images(n: int, side: int = 16, channels: int = 3, seed: int = 0) -> tuple[np
 
 def data(n: int = 60, side: int = 16, channels: int = 3) -> ImageData:
     mean, std = (0.3,) * channels, (0.3,) * channels
-    return ImageData("made", *images(n, side, channels), *images(30, side, channels, 1), CLASSES, mean, std, {}, "0", "here")
+    training, held_out = images(n, side, channels), images(30, side, channels, 1)
+    return ImageData("made", *training, *held_out, CLASSES, mean, std, {}, "0", "here")
 
 
 def config(line: str):
@@ -115,12 +117,14 @@ def test_int_layers_are_the_kinds_asked_for(kinds):
             assert all(isinstance(layer, IntLayer) == (kind in wanted) for layer in layers), kind
 
 
-@pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3", "--model mlp --d_model 24", "--method adamw --lr 3e-3"],
+@pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3", "--model mlp --d_model 24",
+                                  "--method adamw --lr 3e-3"],
                          ids=["all integer", "hybrid", "mlp", "adamw"])  # fmt: skip
 def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypatch):
     """From a third right to nearly all, and half of the way in another process' place gives the same weights."""
     monkeypatch.setattr("task.load_images", lambda *_: data(240))
-    argv = f"{VIT} --ortho_tile 16 --select_tile 16 --k 0.4 --steps 60 --eval_every 30 --save_every 30 --compile false {line}".split()
+    argv = (f"{VIT} --ortho_tile 16 --select_tile 16 --k 0.4 --steps 60 --eval_every 30 --save_every 30 "
+            f"--compile false {line}").split()  # fmt: skip
     assert train.main([*argv, "--out_dir", str(tmp_path / "whole")]) == 0
     whole = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert whole["accuracy"] > 0.8 and (tmp_path / "whole" / "predictions.png").stat().st_size > 10_000

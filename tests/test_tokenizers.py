@@ -17,7 +17,8 @@ from gft.errors import UserError
 
 TEXT = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n"
-    "All:\nSpeak, speak, and we shall hear the farther further father.\n  12345 aaaa aaaaa été naïve 日本語 🙂\r\n\t!?..."
+    "All:\nSpeak, speak, and we shall hear the farther further father.\n"
+    "  12345 aaaa aaaaa été naïve 日本語 🙂\r\n\t!?..."
 ) * 3
 BPE = BpeTokenizer(train_bpe(TEXT, 330))
 CHAR = CharTokenizer.of_text(TEXT)
@@ -97,7 +98,12 @@ def test_char_ids_are_the_sorted_characters():
 
 @pytest.mark.parametrize(
     ("text", "shown", "position"),
-    [("Olé", "'é' (U+00E9)", 3), ("🙂", "'🙂' (U+1F642)", 1), ("l\x00", r"'\x00' (U+0000)", 2), ("\udc80", "U+DC80", 1)],
+    [
+        ("Olé", "'é' (U+00E9)", 3),
+        ("🙂", "'🙂' (U+1F642)", 1),
+        ("l\x00", r"'\x00' (U+0000)", 2),
+        ("\udc80", "U+DC80", 1),
+    ],
     ids=["accent", "emoji", "control", "surrogate"],
 )
 def test_char_names_the_unknown_character(text, shown, position):
@@ -116,7 +122,9 @@ def test_char_keeps_the_list_of_known_characters_short():
 
 
 @pytest.mark.parametrize(
-    "text", [TEXT, "aaaaaaaabaaa aaab " * 5, "ab" * 300, "the then them " * 9 + "a b c", "日本 日本語 本日 " * 4], ids=range(5)
+    "text",
+    [TEXT, "aaaaaaaabaaa aaab " * 5, "ab" * 300, "the then them " * 9 + "a b c", "日本 日本語 本日 " * 4],
+    ids=range(5),
 )
 @pytest.mark.parametrize("vocab_size", [257, 262, 300, 2000])
 def test_trainer_equals_the_plain_one(text, vocab_size):

@@ -62,8 +62,9 @@ def run(capsys, out: Path, **changes) -> tuple[int, dict, str]:
 def test_final_json_and_files(capsys, tmp_path):
     status, result, _ = run(capsys, tmp_path / "o")
     assert status == 0
-    keys = """config method bits steps tokens val_loss best_val_loss seconds tokens_per_second flips_per_weight_per_step accuracy
-              int_weight_bytes float_param_bytes optimizer_state_bytes scale_bytes peak_memory_bytes weights_sha256"""
+    keys = """config method bits steps tokens val_loss best_val_loss seconds tokens_per_second
+              flips_per_weight_per_step accuracy int_weight_bytes float_param_bytes optimizer_state_bytes scale_bytes
+              peak_memory_bytes weights_sha256"""
     assert not set(keys.split()) - set(result)
     assert result["float_param_bytes"] == 0 and result["optimizer_state_bytes"] == 0
     assert result["int_weight_bytes"] == result["weights"] > 12 * 32 * 32
@@ -305,7 +306,9 @@ def test_full_disk_keeps_earlier_checkpoints(capsys, tmp_path, monkeypatch):
 
 def test_out_of_memory_is_told_plainly(capsys, tmp_path, monkeypatch):
     def exhausted(*_):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ...")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
 
     monkeypatch.setattr(train, "take_step", exhausted)
     status, _, error = run(capsys, tmp_path / "o")

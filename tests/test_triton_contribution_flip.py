@@ -61,7 +61,8 @@ def memory_of(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize("memory", [False, True], ids=["no memory", "memory"])
 @pytest.mark.parametrize("rule, bits, ortho_tile, select_tile", [
-    ("gain", 1, 128, 64), ("gain", 8, 128, 32), ("contribution", 6, 128, 64), ("spectral", 6, 128, 64), ("spectral", 2, 64, 64),
+    ("gain", 1, 128, 64), ("gain", 8, 128, 32), ("contribution", 6, 128, 64),
+    ("spectral", 6, 128, 64), ("spectral", 2, 64, 64),
 ])  # fmt: skip
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_kernel_as_two(shape, rule, bits, ortho_tile, select_tile, memory, device):
@@ -72,8 +73,8 @@ def test_one_kernel_as_two(shape, rule, bits, ortho_tile, select_tile, memory, d
         w = some_weight(shape, bits, device)
         kept = memory_of(shape, device) if memory else None
         flips = learn_step(
-            [Matrix(w, 3, 5, kept)], [(d, x)], rule=rule, bits=bits, k=0.3, ortho_tile=ortho_tile, select_tile=select_tile, seed=1,
-            step=2, index=1, fused=fused, step_size=2 if bits == 8 else 1,
+            [Matrix(w, 3, 5, kept)], [(d, x)], rule=rule, bits=bits, k=0.3, ortho_tile=ortho_tile,
+            select_tile=select_tile, seed=1, step=2, index=1, fused=fused, step_size=2 if bits == 8 else 1,
         )  # fmt: skip
         ends.append((w, flips, *(kept or ())))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
@@ -95,7 +96,8 @@ def test_public_function_against_torch(rule, device):
     backend.use("triton")
     mine, my_memory = some_weight(shape, 6, device), memory_of(shape, device)
     on_device = tuple(w.to(device) for w in words)
-    assert contribution_flip(d.to(device), x.to(device), mine, u, memory=my_memory, words=on_device, **settings) == flips > 0
+    d, x = d.to(device), x.to(device)
+    assert contribution_flip(d, x, mine, u, memory=my_memory, words=on_device, **settings) == flips > 0
     # balanced divides by norms, whose sums depend on the device
     assert (mine.cpu() != theirs).sum() <= (0.01 * flips if rule == "balanced" else 0)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(my_memory, their_memory, strict=True))
@@ -110,7 +112,8 @@ def test_any_strides(layout, device):
     band = torch.full((63, 80), 99, dtype=torch.int8, device=device)
     view = band[5:42, 7:70] if layout != "columns" else band[:, 7:44].t()
     view.copy_(some_weight(shape, 6, device))
-    found = learn_step([Matrix(view)], [(laid_out(d, layout), laid_out(x, layout))], rule="gain", bits=6, k=0.3, fused=True)
+    operands = [(laid_out(d, layout), laid_out(x, layout))]
+    found = learn_step([Matrix(view)], operands, rule="gain", bits=6, k=0.3, fused=True)
     assert torch.equal(view, expected) and torch.equal(found, flips)
     view.fill_(99)
     assert (band == 99).all()

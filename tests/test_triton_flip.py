@@ -95,7 +95,8 @@ def test_every_width(bits, device):
 
 def test_ties_go_to_the_lower_index(device):
     w = torch.zeros(64, 64, dtype=torch.int8, device=device)
-    flip([w], [torch.full((64, 64), -3, dtype=torch.int32, device=device)], torch.zeros(1, dtype=torch.int64), bits=6, k=0.3)
+    scores = torch.full((64, 64), -3, dtype=torch.int32, device=device)
+    flip([w], [scores], torch.zeros(1, dtype=torch.int64), bits=6, k=0.3)
     assert torch.equal(w.flatten().cpu(), (torch.arange(4096) < int(0.3 * 4096)).to(torch.int8))
 
 
@@ -164,12 +165,13 @@ def group(bits: int, memory: bool, select_tile: int, device: torch.device) -> li
 
 @pytest.mark.parametrize("memory", [False, True], ids=["no memory", "memory"])
 @pytest.mark.parametrize("rule, bits, ortho_tile, select_tile", [
-    ("gain", 6, 128, 64), ("gain", 1, 128, 32), ("contribution", 6, 128, 64), ("spectral", 6, 64, 64), ("spectral", 2, 128, 64),
+    ("gain", 6, 128, 64), ("gain", 1, 128, 32), ("contribution", 6, 128, 64),
+    ("spectral", 6, 64, 64), ("spectral", 2, 128, 64),
 ])  # fmt: skip
 def test_a_group_in_one_launch(rule, bits, ortho_tile, select_tile, memory, device):
     """Votes in, words drawn in the kernel: gain and contribution exactly as on the torch backend, spectral almost."""
-    settings = {"rule": rule, "bits": bits, "k": 0.3, "ortho_tile": ortho_tile, "select_tile": select_tile, "seed": 2**40 + 11,
-                "step": 3, "index": 2, "beta": 0.9}  # fmt: skip
+    settings = {"rule": rule, "bits": bits, "k": 0.3, "ortho_tile": ortho_tile, "select_tile": select_tile,
+                "seed": 2**40 + 11, "step": 3, "index": 2, "beta": 0.9}  # fmt: skip
     votes = [some_votes(shape, 3000) for shape in GROUP]
     theirs = group(bits, memory, select_tile, torch.device("cpu"))
     weights, kept = [m.weight for m in theirs], [m.memory for m in theirs if m.memory]
@@ -198,7 +200,8 @@ def test_scores_of_whole_matrices_go_through_memory(rule, ortho_tile, select_til
     evidence = []
     for m, v in zip(theirs, votes, strict=True):
         n = m.memory[1].numel() * MEMORY_TILE
-        evidence.append(remember_(*m.memory, v, 0.9, *(dither_words(1, 2, s + 16 * m.index, n).to(device) for s in (4, 5))))
+        words = [dither_words(1, 2, stream + 16 * m.index, n).to(device) for stream in (4, 5)]
+        evidence.append(remember_(*m.memory, v, 0.9, *words))
     weights = [m.weight for m in theirs]
     words = integers(1, 2, Stream.TOPK + 32, sum(tiles(s, select_tile) for s in GROUP))
     assert flip(weights, score(rule, evidence, weights, ortho_tile), words, **settings) == found.tolist()
@@ -208,7 +211,8 @@ def test_scores_of_whole_matrices_go_through_memory(rule, ortho_tile, select_til
 
 def test_what_the_kernels_leave_to_torch():
     assert why_not(64) == "" and "select_tile is 0" in why_not(0) and "flip_prob is score" in why_not(64, "score")
-    assert why_not_in_a_block("gain", 0, 64, True) == "" and "ortho_tile is 32" in why_not_in_a_block("spectral", 32, 64, False)
+    assert why_not_in_a_block("gain", 0, 64, True) == ""
+    assert "ortho_tile is 32" in why_not_in_a_block("spectral", 32, 64, False)
     assert "sm_80" in why_not_in_a_block("spectral", 128, 64, False, (8, 0))
     assert "sm_100" in why_not_in_a_block("spectral", 128, 64, False, (10, 0))
 

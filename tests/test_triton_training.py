@@ -18,14 +18,17 @@ TINY = "--n_layer 1 --n_head 2 --d_model 32 --context 8 --batch_size 4 --k 0.3"
 VOCAB = 19
 
 
-def trained(name: str, device: torch.device, steps: int, settings: str = "", compiled: bool = False, watch: bool = False):
+def trained(
+    name: str, device: torch.device, steps: int, settings: str = "", compiled: bool = False, watch: bool = False,
+):  # fmt: skip
     """Weights and flips after `steps` steps on random tokens, with the kernels of backend `name`."""
     backend.use(name)
     cfg = load(f"shakespeare_char_small {TINY} --steps {steps} {settings}".split(), notes=False)
     torch.manual_seed(1)  # only for the tokens
     net = Transformer(ModelConfig.from_config(cfg, VOCAB), seed=3).to(device)
     learner, flips = FlipLearner(net, cfg), []
-    monitor = Monitor(learner.optimizer, {la.index: str(la.index) for la in learner.optimizer.layers}, 1, 1) if watch else None
+    layers = learner.optimizer.layers
+    monitor = Monitor(learner.optimizer, {la.index: str(la.index) for la in layers}, 1, 1) if watch else None
     forward = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
     for step in range(steps):
         tokens = torch.randint(VOCAB, (cfg.batch_size, cfg.context + 1)).to(device)
@@ -52,14 +55,16 @@ def test_backends_train_to_the_same_weights(rule, device):
 
 
 def test_backends_begin_alike_under_the_float_rules(device, monkeypatch):
-    """One step of spectral and balanced, products of fp16 on both: one flip in a hundred may differ by a score's last bits."""
+    """One step of spectral and balanced, products of fp16 on both:
+    one flip in a hundred may differ by a score's last bits."""
     monkeypatch.setattr(scores, "dot_dtype", lambda device: torch.float16)
     a, b = (trained(name, device, 1, "--ortho_tile 32 --select_tile 32") for name in ("torch", "triton"))
     differing = sum(int((a[0][name] != b[0][name]).sum()) for name in a[0])
     assert abs(a[1][0] - b[1][0]) <= 2 and differing <= 0.01 * 2 * a[1][0]
 
 
-@pytest.mark.parametrize("settings", ["", "--memory int8 --delta_scale delayed", "--flip_at backward"], ids=["plain", "memory", "backward"])
+@pytest.mark.parametrize("settings", ["", "--memory int8 --delta_scale delayed", "--flip_at backward"],
+                         ids=["plain", "memory", "backward"])  # fmt: skip
 def test_the_compiled_net_flips_as_the_plain_one(settings, device):
     settings += " --ortho_tile 64"
     plain = trained("triton", device, 3, settings)
@@ -76,7 +81,8 @@ def test_flips_in_the_backward_pass_are_those_of_the_step(device):
 
 
 def test_micro_batches_add_up(device):
-    """Contract 5 on the kernels, memory included: votes summed over micro-batches, then flipped, equal the one batch's."""
+    """Contract 5 on the kernels, memory included:
+    votes summed over micro-batches, then flipped, equal the one batch's."""
     settings = "--delta_scale delayed --memory int8"
     assert same(trained("triton", device, 4, settings + " --grad_accum 2"), trained("triton", device, 4, settings))
 
