@@ -47,14 +47,19 @@ class ModelConfig:
     image: tuple[int, int, int] | None = None  # height, width and channels; None for text
     patch: int = 8
 
+    @property
+    def activations(self) -> torch.dtype:
+        """What goes from layer to layer; autocast decides for a baseline."""
+        return torch.bfloat16 if self.method == "gft" and self.precision == "bf16" else torch.float32
+
     @classmethod
     def from_config(cls, config: Config, vocab_size: int, image: tuple[int, int, int] | None = None) -> "ModelConfig":
         """Pick the model's keys out of a gft.config.Config; vocab_size is the number of outputs,
         classes with images."""
         keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range",
                 "precision", "model", "patch")  # fmt: skip
-        kinds = tuple(config.int_layers.split(",")) if config.int_layers != "all" else LAYER_KINDS
-        return cls(vocab_size, **{key: getattr(config, key) for key in keys}, int_layers=kinds, image=image)
+        own = {key: getattr(config, key) for key in keys}
+        return cls(vocab_size, **own, int_layers=config.integer_kinds, image=image)
 
 
 class LayerFactory:
@@ -90,8 +95,7 @@ class LayerFactory:
         """A table of unit-variance rows, of the kind the method asks for."""
         c = self.config
         if self._integer("embedding"):
-            dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
-            return IntEmbedding(rows, width, c.bits, 1.0, c.init_spread, self.seed, self._next(), dtype)
+            return IntEmbedding(rows, width, c.bits, 1.0, c.init_spread, self.seed, self._next(), c.activations)
         return FloatEmbedding(rows, width, self._latent_bits, self.seed, self._next())
 
 
@@ -203,7 +207,7 @@ class Transformer(nn.Module):
             return self._classify(x)
         first = cache.seen if cache else 0
         table = rope_table(first, x.shape[1], self.config.d_model // self.config.n_head, x.device)
-        h = self.embedding(x)
+        h = self.embedding(x).to(self.config.activations)
         for layer, block in enumerate(self.blocks):
             h = block(h, table, cache, layer)
         if cache:
@@ -214,7 +218,7 @@ class Transformer(nn.Module):
         side = self.config.patch
         patches = rearrange(images, "b z (r p) (c q) -> b (r c) (p q z)", p=side, q=side)
         # The norm in front of the layer takes away a patch's contrast; a constant beside the pixels keeps it readable.
-        h = self.embedding(F.pad(patches, (0, 1), value=1.0))
+        h = self.embedding(F.pad(patches, (0, 1), value=1.0).to(self.config.activations))
         rows, columns = (n // side for n in images.shape[2:])
         table = image_rope_table(rows, columns, self.config.d_model // self.config.n_head, images.device)
         for block in self.blocks:
@@ -240,7 +244,7 @@ class MLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W)."""
-        h = images.flatten(1)
+        h = images.flatten(1).to(self.config.activations)
         for layer in self.blocks:
             h = layer(h)
         return self.head(h)

@@ -180,7 +180,8 @@ class ImageTask:
     @torch.no_grad()
     def outputs_of(self, net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
         """Logits (N, classes) of images (N, H, W, C) uint8."""
-        parts = np.array_split(images, max(1, math.ceil(len(images) / self.cfg.batch_size)))
+        at_once = self.cfg.batch_size // self.cfg.grad_accum
+        parts = np.array_split(images, max(1, math.ceil(len(images) / at_once)))
         rows = (torch.from_numpy(part.copy()).to(device) for part in parts)
         return torch.cat([net(normalise(part, self.data.mean, self.data.std)).float() for part in rows])
 

@@ -88,6 +88,11 @@ class Run:
         if meta["data"]["sha256"] != self.task.sha256:
             raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
                             f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
+        read = json.loads(json.dumps(self.task.saved()))
+        if other := [name for name in read if meta[name] != read[name]]:
+            raise UserError(f"{where} was trained on the same file, but what is read from it has changed ("
+                            f"{', '.join(other)}), as other versions of a decoder can bring about; go on where it was "
+                            "begun, or start anew in another --out_dir")  # fmt: skip
         now = self.run.environment()
         changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
         if changed:
@@ -171,6 +176,7 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         took = time.perf_counter() - begun
         run.seconds += took
         step_seconds.append(took)
+        meter.poll()
         record = {
             "step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4),
         }  # fmt: skip
@@ -179,7 +185,6 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
             found = run.task.evaluate(run.net, run.run.device)
-            meter.poll()
             record |= {name: round(value, 5) for name, value in found.items()}
             run.losses.append(found["val_loss"])
         metrics.write(record)

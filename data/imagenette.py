@@ -62,7 +62,7 @@ def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
     name = ""
     try:
         with (
-            gzip.GzipFile(fileobj=io.BytesIO(found.content)) as unpacked,
+            io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(found.content)), 1 << 16) as unpacked,
             tarfile.open(fileobj=unpacked, mode="r:") as archive,
         ):
             for member in archive:
@@ -84,9 +84,12 @@ def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
                     yield Sample(split, label, decode(content, side, channels=3))
                 except BrokenImage as error:
                     yield Broken(split, repr(name), str(error))
+            unpacked.seek(archive.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
+            if unpacked.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("the header of the next one cannot be read")
             while unpacked.read(1 << 20):  # to the end, where gzip compares its checksum
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         place = f"after its member {name!r}" if name else "at its start"
         raise UserError(
             f"{found.where} is damaged {place} ({error or type(error).__name__}): {len(found.content):,} bytes, sha256 "
@@ -104,6 +107,8 @@ def _refusal(member: tarfile.TarInfo) -> str:
         return f"lies outside the archive's folder {FOLDER}"
     if not (member.isfile() or member.isdir()):
         return "is a link or a device, not a file"
+    if member.size < 0:  # tarfile would go back by so much, for ever
+        return f"claims to have {member.size} bytes"
     if len(path.parts) == 4 and path.parts[1] in SPLITS and path.parts[2] not in CLASSES:
         return f"is in a folder that is none of the classes {', '.join(CLASSES)}"
     return ""

@@ -3,7 +3,7 @@
 Three files in the cache: `prepared/<name>-train.npy`, `<name>-val.npy` and `<name>.json` (labels, per-channel mean and
 spread, what was left out, hashes). <name> is the start of the source's sha256, the data set, the side and the format.
 As with texts, the same name means the same bytes, and the json goes last: processes that prepare at the same time
-replace each other's files by equal ones. The arrays are written image by image, so a large side needs no more memory.
+replace each other's files by equal ones. The arrays are written image by image: only those held out are in memory.
 
 Every tenth training image of each class, counted in the source's order, comes last in train.npy: the images that are
 held out for tuning and those that are left are both slices of one mapped file. Mean and spread are those of the images
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
 from data.notice import notice
 from gft.errors import UserError
 
-FORMAT = 1  # goes up when the same source and side give other files
+FORMAT = 2  # goes up when the same source and side give other files
 HELD_OUT = 10  # one training image in so many is held out for tuning
 FILE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 DECODER_ERRORS = (
@@ -92,6 +92,7 @@ def decode(content: bytes, side: int, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=FILE_FORMATS) as image:
             if image.width * image.height > LARGEST_PIXELS:
                 raise BrokenImage(f"{image.width} x {image.height} pixels are more than {LARGEST_PIXELS:,}")
+            image = ImageOps.exif_transpose(image)  # upright, as a camera was held
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
                 image = image.point(lambda value: value / 256)
             return to_square(image.convert("RGB" if channels == 3 else "L"), side)
@@ -116,6 +117,7 @@ def load_prepared(source: ImageSource, side: int) -> PreparedImages | None:
     stem = _stem(source, side)
     try:
         record = read_record(_json(stem))
+        _remove_leftovers(stem)
         return _prepared(record, _map(_array(stem, "train"), record), _map(_array(stem, "val"), record))
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -261,6 +263,6 @@ def _json(stem: Path) -> Path:
 def _remove_leftovers(stem: Path) -> None:
     """Deletes the temporary files of these images that a killed process left; they can be a gigabyte."""
     for path in stem.parent.glob(f".{stem.name}-*.tmp"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()

@@ -1,73 +1,91 @@
 """Against the alternatives: AdamW, SGD with momentum, signSGD, Muon, quantization-aware training (STE) and GFT.
 
-The same nets and the same tokens (images) for all. What has a learning rate is tuned on the held-out part, one seed;
-GFT, and on the text AdamW and Muon, have the settings that won in the tables above. Three seeds, judged at the last step.
-STE rounds the weights of every product, at 2 bits in the manner of BitNet b1.58 (mean|w|), at 4 and 8 bits to a uniform
-grid in the manner of DoReFa, and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the
-weight itself as it is kept while training and what the optimizer keeps. The time is of runs side by side, one thread each,
-other work included; energy is modelled (45 nm, docs/energy.md).
+The same nets and the same tokens (images) for all. On the text AdamW, Muon and GFT have the settings that won in the
+tables above; all else is tuned here, on the held-out part, one seed and runs of two fifths of the steps. Three seeds,
+judged at the last step. STE rounds the weights of every product, at 2 bits by mean|w| as BitNet b1.58 does, at 4 and 8
+bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer rounded too), and keeps latent fp32
+weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training and what
+the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's process; energy is modelled (45 nm, docs/energy.md).
+
+Rows named "as few as reach AdamW" train on fewer tokens: of five lengths and batches each, the one of least energy that is as
+good as fp32 AdamW on the held-out part, before it is judged on the other. AdamW itself has no such row: its own last loss
+needs its own steps.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from experiments.rows import QUICK, SEEDS, Row, finished, make_row, settings, shortened, tune_and_train, tuning_table
-from experiments.sweep import Store, show_quality
+from experiments.sweep import Store, quality, show_quality
 
 __all__ = ["tuning_table"]  # for the report
 
 FLOAT = {"warmup": 50, "lr_end": 0.0}
 DECAY = FLOAT | {"weight_decay": 0.1}
+MUON = {"method": "muon", "lr_end": 0.0, "lr": 8e-3}
 MEMORY = {"method": "gft", "memory": "int8"}
 NO_MEMORY = {"method": "gft", "memory": "none"}
-ADAMW = "AdamW"
+ADAMW, ADAMW_BF16 = "AdamW", "AdamW, bf16"
+HALF = {"precision": "bf16"}
 
 
-def rates(common: dict, key: str, *values: float) -> tuple[dict, ...]:
-    """A grid of learning rates."""
+def over(common: dict, key: str, *values: float) -> tuple[dict, ...]:
+    """A grid: `common` with each of `values`."""
     return tuple(common | {key: value} for value in values)
 
 
-def rows_of(config: str, common: dict, gft: Mapping[str, dict], sgd: Sequence[float], sign: Sequence[float],
-            adam: Sequence[float], ste: Sequence[float], muon: Sequence[float]) -> tuple[Row, ...]:  # fmt: skip
-    """The rivals with these learning rates to choose from, and the rows of GFT."""
-    rivals = {
-        ADAMW: rates(DECAY | {"method": "adamw"}, "lr", *adam),
-        "AdamW, bf16": rates(DECAY | {"method": "adamw", "precision": "bf16"}, "lr", adam[-1]),
-        "SGD, momentum 0.9": rates(FLOAT | {"method": "sgd"}, "lr", *sgd),
-        "signSGD": rates(FLOAT | {"method": "signsgd"}, "lr", *sign),
-        "Muon": rates({"method": "muon", "lr_end": 0.0, "lr": 8e-3}, "muon_lr", *muon) if muon else (),
-    } | {f"STE, {bits} bits" if bits > 1 else "STE, 1 bit": rates(DECAY | {"method": "ste", "bits": bits}, "lr", *ste)
+def rivals(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float], ste: Sequence[float],
+           muon: Sequence[float]) -> dict[str, tuple[dict, ...]]:  # fmt: skip
+    """The rivals with these learning rates to choose from."""
+    return {
+        ADAMW: over(DECAY | {"method": "adamw"}, "lr", *adam),
+        ADAMW_BF16: over(DECAY | HALF | {"method": "adamw"}, "lr", *adam),
+        "SGD, momentum 0.9": over(FLOAT | {"method": "sgd"}, "lr", *sgd),
+        "signSGD": over(FLOAT | {"method": "signsgd"}, "lr", *sign),
+        "Muon": over(MUON, "muon_lr", *muon),
+    } | {f"STE, {bits} bits" if bits > 1 else "STE, 1 bit": over(DECAY | {"method": "ste", "bits": bits}, "lr", *ste)
          for bits in (8, 4, 2, 1)}  # fmt: skip
-    choices = rivals | {name: (chosen,) for name, chosen in gft.items()}
-    return tuple(make_row(name, "", config, common, *grid) for name, grid in choices.items() if grid)
 
 
-# Runs that have less time: flips anneal to nothing by the last step, so that a run cut short is worth little.
-SHORT = MEMORY | {"bits": 6, "k": 0.3, "steps": 300}
-LM_GFT = {
-    "GFT, 6 bits": NO_MEMORY | {"bits": 6, "k": 0.5},
-    "GFT, 6 bits, int8 memory": MEMORY | {"bits": 6, "k": 0.3},
-    "GFT, 4 bits, int8 memory": MEMORY | {"bits": 4, "k": 0.06, "init_spread": 0.5},
-    "GFT, ternary, int8 memory": MEMORY | {"bits": 2, "beta": 0.95, "k": 0.01, "init_spread": 0.6},
-    "GFT, 6 bits, int8 memory, 300 steps": SHORT,
-    "GFT, 6 bits, int8 memory, bf16, 300 steps": SHORT | {"precision": "bf16"},
+# k falls to 0 by the last step, so a run that is cut short is worth little: fewer tokens are runs of their own.
+LENGTHS = tuple({"batch_size": b, "steps": n} for b, n in ((24, 350), (24, 450), (24, 550), (48, 250), (48, 300)))
+LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3), adam=(24e-3,), ste=(4e-3, 8e-3, 16e-3, 32e-3),
+                  muon=(48e-3,)) | {
+    "GFT, 6 bits": (NO_MEMORY | {"bits": 6, "k": 0.5},),
+    "GFT, 6 bits, bf16": (NO_MEMORY | HALF | {"bits": 6, "k": 0.5},),
+    "GFT, 6 bits, int8 memory": (MEMORY | {"bits": 6, "k": 0.3},),
+    "GFT, 4 bits, int8 memory": (MEMORY | {"bits": 4, "k": 0.06, "init_spread": 0.5},),
+    "GFT, ternary, int8 memory": (MEMORY | {"bits": 2, "beta": 0.95, "k": 0.01, "init_spread": 0.6},),
 }  # fmt: skip
-MNIST_GFT = {
-    "GFT, 6 bits": NO_MEMORY | {"bits": 6, "k": 0.3},
-    "GFT, 4 bits": NO_MEMORY | {"bits": 4, "k": 0.05, "init_spread": 0.5},
-    "GFT, 6 bits, int8 memory": MEMORY | {"bits": 6, "k": 0.1},
-    "GFT, 4 bits, int8 memory": MEMORY | {"bits": 4, "beta": 0.95, "k": 0.03, "init_spread": 0.5},
-    "GFT, ternary, int8 memory": MEMORY | {"bits": 2, "k": 0.005, "init_spread": 0.6},
-    "GFT, binary, int8 memory": MEMORY | {"bits": 1, "beta": 0.98, "k": 0.002},
-}
+LM_FEWER = {
+    "Muon, bf16, as few as reach AdamW": tuple(MUON | HALF | {"muon_lr": 48e-3} | length for length in LENGTHS),
+    "GFT, 6 bits, int8 memory, bf16, as few as reach AdamW": tuple(
+        MEMORY | HALF | {"bits": 6, "k": 0.3} | length for length in LENGTHS),
+}  # fmt: skip
+MNIST_GRIDS = rivals(sgd=(0.01, 0.03, 0.1, 0.3), sign=(3e-4, 1e-3, 3e-3), adam=(2e-3, 4e-3), ste=(1e-3, 2e-3, 4e-3, 8e-3),
+                     muon=(4e-3, 12e-3, 36e-3)) | {
+    "GFT, 6 bits": over(NO_MEMORY | {"bits": 6}, "k", 0.2, 0.3),
+    "GFT, 4 bits": over(NO_MEMORY | {"bits": 4, "init_spread": 0.5}, "k", 0.03, 0.06),
+    "GFT, 6 bits, int8 memory": over(MEMORY | {"bits": 6}, "k", 0.05, 0.1),
+    "GFT, 4 bits, int8 memory": over(MEMORY | {"bits": 4, "beta": 0.95, "init_spread": 0.5}, "k", 0.015, 0.03),
+    "GFT, ternary, int8 memory": over(MEMORY | {"bits": 2, "init_spread": 0.6}, "k", 0.0025, 0.005),
+    "GFT, binary, int8 memory": over(MEMORY | {"bits": 1, "beta": 0.98}, "k", 0.001, 0.002),
+}  # fmt: skip
+
+
+def rows_of(config: str, common: dict, grids: Mapping[str, tuple[dict, ...]], fewer: Mapping[str, tuple[dict, ...]],
+            tuned_with: dict) -> tuple[Row, ...]:  # fmt: skip
+    """A row for each grid, tuned on shorter runs, and for each of `fewer`, which need no more than be AdamW's equal."""
+    rows = [make_row(name, "", config, common, *grid, tuned_with=tuple(tuned_with.items())) for name, grid in grids.items()]
+    rows += [make_row(name, "", config, common, *grid, enough=rows[0].cells[0]) for name, grid in fewer.items()]
+    return tuple(rows)
+
+
 GROUPS = {
     "Tiny Shakespeare, 0.8 M weights, 500 steps": rows_of(
-        "shakespeare_char_small", {"steps": 500, "eval_every": 50}, LM_GFT,
-        sgd=(0.1, 0.3, 1.0), sign=(2e-3, 4e-3, 8e-3), adam=(24e-3,), ste=(8e-3, 24e-3), muon=(48e-3,)),
+        "shakespeare_char_small", {"steps": 500, "eval_every": 50}, LM_GRIDS, LM_FEWER, {"steps": 200}),
     "MNIST, MLP 784-256-10, 10 epochs": rows_of(
-        "mnist", {"steps": 2350, "batch_size": 256, "eval_every": 235}, MNIST_GFT,
-        sgd=(0.01, 0.03, 0.1), sign=(3e-4, 1e-3, 2e-3), adam=(2e-3, 4e-3), ste=(2e-3, 4e-3), muon=()),
+        "mnist", {"steps": 2350, "batch_size": 256, "eval_every": 235}, MNIST_GRIDS, {}, {"steps": 940}),
 }  # fmt: skip
 
 
@@ -80,27 +98,24 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
             tune_and_train(rows, store, jobs, SEEDS, apart=True, **common)
 
 
-def joules_to(record: dict, target: float) -> float | None:
-    """Modelled joules of training until an evaluation reaches `target` (loss, of images accuracy); None if none does."""
-    images = record.get("accuracy") is not None
-    for step, value in record.get("curve", ()):
-        if value >= target if images else value <= target:
-            return record["energy_model_joules"] * step / record["steps"]
+def joules_to(runs: Sequence[dict], target: float) -> float | None:
+    """Modelled joules of training until the mean of `runs` reaches `target` (loss, of images accuracy) at an evaluation;
+    None if it does not, or a run diverged."""
+    images = runs[0].get("accuracy") is not None
+    # The curve is rounded; its last value is known in full. A run that diverged has none.
+    curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r["curve"] else [] for r in runs]
+    for points in zip(*curves, strict=False):
+        reached = mean(value for _, value in points)
+        if reached >= target if images else reached <= target:
+            return runs[0]["energy_model_joules"] * points[0][0] / runs[0]["steps"]
     return None
-
-
-def mean_joules_to(runs: Sequence[dict], target: float) -> float | None:
-    """The mean over runs that all reach `target`, None if one does not."""
-    each = [joules_to(r, target) for r in runs]
-    return None if None in each else mean(each)
 
 
 def table(store: Store, threads: int = 1) -> str:
     """Both tables of each net as markdown, of the rows that are in the store."""
     lines = []
     for title, rows in GROUPS.items():
-        found = [(row, runs) for row, runs in finished(rows, store, threads=threads) if not any(r.get("diverged") for r in runs)]
-        if found:
+        if found := list(finished(rows, store, threads=threads)):
             lines += ["", f"### {title}", "", *_methods(found), *_energy(found)]
     return "\n".join(lines).strip() or "Nothing is finished yet."
 
@@ -113,10 +128,11 @@ def _methods(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     for row, runs in found:
         first = runs[0]
         state = first["int_weight_bytes"] + first["float_param_bytes"] + first["optimizer_state_bytes"]
-        rate = [part for part in settings(first).split(", ") if part.split(" ")[0] in ("lr", "muon_lr", "k", "beta")]
+        chosen = ("lr", "muon_lr", "k", "beta", *(("steps", "batch_size") if row.enough else ()))
+        rate = [part for part in settings(first).split(", ") if part.split(" ")[0] in chosen]
         lines.append(
             f"| {row.name} | {show_quality(runs)} | {len(runs)} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
-            f"{state / first['weights']:.2f} | {mean(r['peak_memory_bytes'] for r in runs) / 2**20:.0f} | "
+            f"{state / first['weights']:.2f} | {first['peak_memory_bytes'] / 2**20:.0f} | "
             f"{1000 * mean(r['step_seconds'] for r in runs):.1f} | {', '.join(rate)} |"
         )
     return lines
@@ -124,29 +140,36 @@ def _methods(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
 
 def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     """Modelled energy for a million tokens, and until what AdamW had at its end is reached."""
-    base = dict((row.name, runs) for row, runs in found).get(ADAMW)
-    if base is None:
+    named = {row.name: runs for row, runs in found}
+    base, half = named.get(ADAMW), named.get(ADAMW_BF16)
+    if base is None or any(r.get("diverged") for r in base):
         return []
     images = base[0].get("accuracy") is not None
     target = mean(r["accuracy" if images else "val_loss"] for r in base)
-    whole = mean(r["energy_model_joules"] for r in base)
+    whole, whole_half = (mean(r["energy_model_joules"] for r in runs) if runs else None for runs in (base, half))
     unit = "images" if images else "tokens"
     goal = f"{100 * target:.2f} %" if images else f"{target:.4f}"
 
     def per_million(runs: Sequence[dict]) -> float:
         return mean(1e6 * r["energy_model_joules"] / r["tokens"] for r in runs)
 
+    def times(joules: float | None, needed: float | None) -> str:
+        return "" if joules is None or needed is None else f"{joules / needed:.2f}x"
+
     lines = ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {goal}, for {whole:.2f} J; a method has "
-             "reached it at the first evaluation of every seed that is as good.", "",
-             f"| method | joules per million {unit} | AdamW's, times less | joules to the goal | AdamW's, times less | measured |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+             "reached it at the first evaluation at which the mean of its seeds is as good.", "",
+             f"| method | joules per million {unit} | fp32 AdamW's, times less | joules to the goal | fp32 AdamW's, times less | "
+             "bf16 AdamW's for all its steps, times less | measured |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row, runs in found:
-        needed = whole if runs is base else mean_joules_to(runs, target)
-        goal_text = ("not reached", "") if needed is None else (f"{needed:.2f}", f"{whole / needed:.2f}x")
-        measured = [j for r in runs if (j := r.get("energy_measured_joules")) is not None]
+        needed = joules_to(runs, target)
+        measured = [j for r in runs if r.get("jobs") == 1 and (j := r.get("energy_measured_joules")) is not None]
         lines.append(
-            f"| {row.name} | {per_million(runs):.2f} | {per_million(base) / per_million(runs):.2f}x | {goal_text[0]} | "
-            f"{goal_text[1]} | {f'{mean(measured):.1f} J' if measured else 'n/a'} |"
+            f"| {row.name} | {per_million(runs):.2f} | {times(per_million(base), per_million(runs))} | "
+            f"{'not reached' if needed is None else f'{needed:.2f}'} | {times(whole, needed)} | {times(whole_half, needed)} | "
+            f"{f'{mean(measured):.1f} J' if measured else 'n/a'} |"
         )
     reasons = {r.get("energy_note", "").partition("measured: ")[2] for _, runs in found for r in runs} - {""}
+    beside = "of runs side by side a counter gives the sum (--jobs 1 takes them one by one)"
+    if any(r.get("energy_measured_joules") is not None and r.get("jobs") != 1 for _, runs in found for r in runs):
+        reasons = {f"n/a: {beside}"}
     return [*lines, "", f"Measured: {'; '.join(sorted(reasons))}."] if reasons else lines

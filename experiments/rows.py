@@ -1,12 +1,14 @@
 """Rows of a table: each is tuned on a held-out part of the training data, and its winner trained once for each seed.
 
-A row that has one cell needs no tuning: what it says is known from another table.
+A row that has one cell needs no tuning: what it says is known from another table. A row that asks for no more than what
+another one reaches (`enough`) takes, of its cells that are as good on the held-out part, the one of least energy.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from experiments.sweep import Cell, Store, best_of, run_cells, show_quality
+from experiments.sweep import Cell, Store, badness, best_of, run_cells, show_quality
 
 SEEDS = (1, 2, 3)
 # What the tables show elsewhere, or what says nothing about the result.
@@ -25,11 +27,12 @@ class Row:
     target: str  # must and aim
     cells: tuple[Cell, ...]
     tuned_with: tuple[tuple[str, object], ...] = ()  # overrides while tuning: long runs are tuned on shorter ones
+    enough: Cell | None = None  # whose loss (of images accuracy) on the held-out part is enough
 
 
-def make_row(name: str, target: str, config: str, common: dict, *choices: dict) -> Row:
+def make_row(name: str, target: str, config: str, common: dict, *choices: dict, **more: Any) -> Row:
     """A row of `config` with `common` settings and one of `choices` each."""
-    return Row(name, target, tuple(Cell(name, config).with_(**common | choice) for choice in choices))
+    return Row(name, target, tuple(Cell(name, config).with_(**common | choice) for choice in choices), **more)
 
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
@@ -39,29 +42,47 @@ def shortened(rows: Sequence[Row]) -> list[Row]:
 
 def tuning_cells(row: Row, **short) -> list[Cell]:
     """The row's grid on the held-out part of the training data."""
-    return [cell.with_(eval_on="tune", seed=1, **dict(row.tuned_with) | short) for cell in row.cells]
+    return [_held_out(cell, **dict(row.tuned_with) | short) for cell in row.cells]
+
+
+def _held_out(cell: Cell, **short) -> Cell:
+    return cell.with_(eval_on="tune", seed=1, **short)
 
 
 def to_tune(row: Row, **short) -> list[Cell]:
     """The cells that have to be run before the row's winner is known."""
-    return tuning_cells(row, **short) if len(row.cells) > 1 else []
+    if len(row.cells) == 1:
+        return []
+    return tuning_cells(row, **short) + ([_held_out(row.enough, **short)] if row.enough else [])
+
+
+def winner(row: Row, store: Store, **short) -> Cell:
+    """The best cell of the row's grid, or of those that are good enough the one of least energy."""
+    if len(row.cells) == 1:
+        return row.cells[0]
+    tried = tuning_cells(row, **short)
+    if row.enough:
+        goal = badness(store.get(_held_out(row.enough, **short)))
+        if good := [cell for cell in tried if badness(store.get(cell)) <= goal]:
+            return row.cells[tried.index(min(good, key=lambda cell: store.get(cell)["energy_model_joules"]))]
+    return row.cells[tried.index(best_of(tried, store))]
 
 
 def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
     """The winner of the row's grid on the part that is reported, once for each seed."""
-    tried = tuning_cells(row, **short)
-    winner = row.cells[tried.index(best_of(tried, store)) if len(tried) > 1 else 0]
-    return [winner.with_(eval_on="val", seed=seed, **short) for seed in seeds]
+    return [winner(row, store, **short).with_(eval_on="val", seed=seed, **short) for seed in seeds]
 
 
 def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short) -> None:
     """Tune every row, then train its winner with each seed; all rows with one seed, then with the next.
 
-    `apart`: each run that is reported in a process of its own (see run_cells).
+    `apart`: each run of the first seed in a process of its own (see run_cells).
     """
     run_cells([cell for row in rows for cell in to_tune(row, **short)], store, jobs)
     last = [finals(row, store, seeds, **short) for row in rows]
-    run_cells([cell for seed in zip(*last, strict=True) for cell in seed], store, jobs, apart)
+    first, *others = zip(*last, strict=True)
+    run_cells(first, store, jobs, apart)
+    run_cells([cell for seed in others for cell in seed], store, jobs)
 
 
 def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool, common: dict) -> None:

@@ -85,13 +85,14 @@ def table(store: Store, threads: int = 1) -> str:
         "flips per weight and step | float weights, bytes | optimizer state, bytes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    base = None
-    for row, runs in finished(ROWS, store, threads=threads):
+    found = list(finished(ROWS, store, threads=threads))
+    base = mean(r["val_loss"] for r in found[0][1]) if found and found[0][0] is ROWS[0] else None  # AdamW
+    for row, runs in found:
         losses = [r["val_loss"] for r in runs]
-        base = mean(losses) if base is None else base  # AdamW is the first row
+        against = "" if base is None else f"{mean(losses) - base:+.4f}"
         lines.append(
             f"| {row.name} | {runs[0]['bits']} | {settings(runs[0])} | {show_quality(runs)} ({len(losses)} seeds) | "
-            f"{mean(losses) - base:+.4f} | {row.target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
+            f"{against} | {row.target} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
             f"{runs[0]['float_param_bytes']:,} | {runs[0]['optimizer_state_bytes']:,} |"
         )
     return "\n".join(lines)

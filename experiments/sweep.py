@@ -1,8 +1,8 @@
 """Run many cells, each a training run, two or more side by side; a finished cell is never run again.
 
 A cell is a config with overrides and a seed. Its result, the final JSON of `train.py`, is one line of
-`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result. A line belongs to
-what its arguments mean now: who changes a config or a default removes the lines made with the old one.
+`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result. The settings are in
+the line: a config that is edited makes new cells. Who changes a default or what a key means removes the lines made before.
 """
 
 import hashlib
@@ -25,6 +25,11 @@ from experiments.worker import ROOT, Worker
 from gft.config import FIELDS, IMAGES, Config, load, unmet
 from gft.curve import read_metrics
 from gft.errors import UserError
+
+
+# What tables show of a run besides its quality.
+SHOWN = ("tokens", "seconds", "step_seconds", "flips_per_weight_per_step", "weights", "int_weight_bytes",
+         "packed_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "peak_memory_bytes", "energy_model_joules")
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,28 @@ class Cell:
         """The checked config. Raises UserError."""
         return load(self.arguments(), notes=False)
 
-    def key(self) -> str:
-        """Hash of every setting that can change the result and is not at its default: new keys leave old results found."""
+    @cache
+    def settings(self) -> dict[str, Any]:
+        """Every setting that can change the result and is not at its default: new keys leave old results found."""
         cfg = self.resolved()
         counts = [k for k, f in FIELDS.items() if not f.metadata.get("free") and not unmet(cfg, f)]
-        settings = {k: value for k in counts if (value := getattr(cfg, k)) != FIELDS[k].default}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        found = {k: value for k in counts if (value := getattr(cfg, k)) != FIELDS[k].default}
+        if cfg.integer_kinds == cfg.layer_kinds:
+            found.pop("int_layers", None)
+        elif "int_layers" in found:
+            found["int_layers"] = ",".join(cfg.integer_kinds)
+        if Path(cfg.data).is_file():
+            found["data_sha256"] = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
+        return found
+
+    def key(self) -> str:
+        """Hash of the settings."""
+        return key_of(self.settings())
+
+
+def key_of(settings: dict[str, Any]) -> str:
+    """Hash of a cell's settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:
@@ -74,9 +95,10 @@ class Store:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # torn by a kill
                     continue
-                self.done[Cell.of(record["label"], record["arguments"]).key()] = record
+                self.done[key_of(record["settings"])] = record
             if text and not text.endswith("\n"):
-                path.write_text(text + "\n", encoding="utf-8")
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("\n")
 
     def get(self, cell: Cell) -> dict | None:
         """The cell's result, or None if it has not been run."""
@@ -84,7 +106,8 @@ class Store:
 
     def add(self, cell: Cell, result: dict) -> None:
         """Keep a result, at once and on disk."""
-        record = {"label": cell.label, "arguments": cell.arguments(), "commit": commit(), **result}
+        record = {"label": cell.label, "arguments": cell.arguments(), "settings": cell.settings(), "commit": commit(),
+                  **result}  # fmt: skip
         record.pop("out_dir", None)
         with self.lock:
             self.done[cell.key()] = record
@@ -133,10 +156,11 @@ def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
 
 
 def diverged(cfg: Config) -> dict:
-    """The result of a run whose loss became infinite."""
+    """The result of a run whose loss became infinite: the worst quality, and NaN for whatever a table shows besides."""
     same = {key: getattr(cfg, key) for key in ("method", "bits", "seed", "eval_on", "steps")}
     accuracy = 0.0 if cfg.data in IMAGES else None
-    return {**same, "diverged": True, "val_loss": math.inf, "accuracy": accuracy, "curve": []}
+    return {**dict.fromkeys(SHOWN, math.nan), **same, "diverged": True, "val_loss": math.inf, "accuracy": accuracy,
+            "curve": []}  # fmt: skip
 
 
 def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = False) -> list[dict]:
@@ -153,7 +177,7 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
         number, cell = numbered
         place = threading.get_ident(), cell.resolved().threads
         worker = None if apart else workers.setdefault(place, Worker(cell.resolved().threads))
-        store.add(cell, run_cell(cell, worker))
+        store.add(cell, run_cell(cell, worker) | {"jobs": jobs})
         print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  {cell.label}: "
               f"{' '.join(cell.arguments())}", flush=True)  # fmt: skip
 

@@ -67,6 +67,7 @@ def main() -> int:
     import train
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not on, uncompiled, to other last digits
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop
     for line in sys.stdin:
         out, err = io.StringIO(), io.StringIO()

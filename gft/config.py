@@ -9,6 +9,7 @@ needs torch or touches a file other than the config, so mistakes are reported at
 """
 
 import dataclasses
+import math
 import sys
 import textwrap
 import tomllib
@@ -26,6 +27,7 @@ WITH_FLOATS = "method|int_layers!=gft|all"  # a baseline, or some layers left in
 IMAGES = ("imagenette", "mnist")
 WITH_IMAGES, WITH_TEXT = f"data={'|'.join(IMAGES)}", f"data!={'|'.join(IMAGES)}"
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
+SAFE_PRODUCTS = 133_144  # of +-127 that an int32 can sum
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Config:
                      needs=f"{WITH_IMAGES} model=transformer")
     n_layer: int = key(4, "model", "transformer blocks", low=1, high=1000)
     n_head: int = key(4, "model", "attention heads", low=1, high=1024, needs="model=transformer")
-    # An MLP reduces over 4 d_model products of +-127: at most 133,144 of them are safe in int32.
+    # A block's MLP reduces over 4 d_model products: at most SAFE_PRODUCTS.
     d_model: int = key(128, "model", "width, a multiple of 2 n_head", low=2, high=32768)
     context: int = key(64, "model", "tokens seen at once", low=1, high=1 << 20, needs=WITH_TEXT)
     init_spread: float = key(0.33, "model", "standard deviation of the first weights, as a share of the limit",
@@ -117,7 +119,8 @@ class Config:
     lr: float = key(8e-3, "training", "learning rate of float weights", above=0, high=1000, needs=WITH_FLOATS)
     muon_lr: float = key(1.6e-2, "training", "learning rate of Muon, which trains the matrices of the blocks; lr is "
                          "AdamW's, for embedding and head", above=0, high=1000, needs="method=muon")
-    beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1, needs=WITH_FLOATS)
+    beta2: float = key(0.99, "training", "decay of AdamW's second moment", above=0, below=1,
+                       needs=f"{WITH_FLOATS} method!=sgd|signsgd")
     weight_decay: float = key(0.0, "training", "weight decay of float weights", low=0, high=1000, needs=WITH_FLOATS)
     warmup: int = key(0, "training", "steps over which lr rises from 0", low=0, high=10**9, needs=WITH_FLOATS)
     lr_end: float = key(0.1, "training", "lr at the end, as a share of lr", low=0, high=1, needs=WITH_FLOATS)
@@ -152,6 +155,21 @@ class Config:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_head
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kinds of layer this net has, in the order of LAYER_KINDS."""
+        if self.model == "mlp":
+            return ("mlp", "head")
+        return tuple(kind for kind in LAYER_KINDS if kind != ("embedding" if self.data in IMAGES else "patch"))
+
+    @property
+    def integer_kinds(self) -> tuple[str, ...]:
+        """Those that are integer, in the same order."""
+        if self.method != "gft":
+            return ()
+        asked = self.int_layers.split(",")
+        return tuple(kind for kind in self.layer_kinds if self.int_layers == "all" or kind in asked)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "name"}
@@ -319,6 +337,9 @@ def _conflicts(c: Config) -> list[str]:
     if c.int_layers != "all" and unknown:
         found.append(f"int_layers = {c.int_layers}: there is no {unknown[0] or 'empty'!r} layer; write all, or some of "
                      f"{', '.join(LAYER_KINDS)}, separated by commas")
+    elif c.method == "gft" and not c.integer_kinds:
+        found.append(f"int_layers = {c.int_layers}: this net has no such layer, so nothing would be integer; write all, "
+                     f"or some of {', '.join(c.layer_kinds)}, separated by commas")
     if c.batch_size % c.grad_accum:
         parts = [n for n in range(1, min(c.batch_size, 1024) + 1) if c.batch_size % n == 0]
         found.append(f"batch_size = {c.batch_size}, grad_accum = {c.grad_accum}: grad_accum must divide batch_size; "
@@ -352,8 +373,11 @@ def _conflicts(c: Config) -> list[str]:
 def _image_conflicts(c: Config) -> list[str]:
     """What cannot work with images."""
     found = []
+    side, channels = (28, 1) if c.data == "mnist" else (c.image_side, 3)
+    if c.model == "mlp" and "mlp" in c.integer_kinds and channels * side**2 > SAFE_PRODUCTS:
+        found.append(f"image_side = {side}: an integer layer over {channels * side**2:,} pixels can overflow int32, which "
+                     f"holds {SAFE_PRODUCTS:,} products; use image_side = {math.isqrt(SAFE_PRODUCTS // channels)} or less")
     if c.model == "transformer":
-        side = 28 if c.data == "mnist" else c.image_side
         if side % c.patch:
             fitting = [n for n in range(1, side + 1) if side % n == 0]
             found.append(f"patch = {c.patch}: must divide the images' side, {side}; use patch = "

@@ -8,8 +8,8 @@
 The model, the same for all methods (docs/energy.md gives the formulas and their reasons):
 
 operations   The algorithm is priced on a machine that has a unit for each type; what a backend without int8 units does
-             instead is not. A product is one multiply and one add; int8 products are summed in int32, 16-bit ones in
-             fp32. Comparing is adding; sign, absolute value, bit moves and conversions are free. exp, log, division
+             instead is not. A product is one multiply and one add, with a weight of one or two bits the add alone;
+             int8 products are summed in int32, 16-bit ones in fp32. Comparing is adding; sign, absolute value, bit moves and conversions are free. exp, log, division
              and square root are one `special` each. Padding of tiles is computed, masked attention is not.
 memory       Each kernel reads each operand once from DRAM and writes each result once. One kernel is a matrix product,
              with what is done to single elements of its operands or results; or all that is done to one block of data
@@ -69,9 +69,10 @@ class Counts:
                 raise ValueError(f"Counts: got {part!r}, {operation!r}; known parts and operations are {known}")
             self.numbers[part, operation] += n
 
-    def products(self, part: str, kind: str, n: float) -> None:
-        """Count n multiply-adds of operands of `kind` ("int8", "fp16", "bf16", "fp32")."""
-        self.add(part, **{f"{kind}_mul": n, "int32_add" if kind == "int8" else "fp32_add": n})
+    def products(self, part: str, kind: str, n: float, signs: bool = False) -> None:
+        """Count n multiply-adds of operands of `kind` ("int8", "fp16", "bf16", "fp32"); of adds alone if one of the two
+        has no values but -1, 0 and 1 (`signs`)."""
+        self.add(part, **{f"{kind}_mul": 0 if signs else n, "int32_add" if kind == "int8" else "fp32_add": n})
 
     def of(self, operation: str, part: str | None = None) -> float:
         """How often `operation` happens, in one part or in all."""
@@ -126,14 +127,14 @@ def _linear(c: Counts, la: Layer, r: Recipe) -> None:
     """The norm, the product with W and the product with its transpose."""
     read, written, n = la.rows * la.inputs, la.rows * la.outputs, la.rows * la.inputs * la.outputs
     kind, operand, value = _formats(la, r)
-    weights = operand * la.size * r.grad_accum
+    weights, signs = operand * la.size * r.grad_accum, r.bits <= 2 and (la.integer or r.method == "ste")
 
     # x * x, its sum, x / rms; the mean, a root and a reciprocal for each row.
     c.add("norms", fp32_mul=2 * read + la.rows, fp32_add=read, special=2 * la.rows,
           bytes=(value + operand) * read + 4 * la.rows)  # fmt: skip
     if la.integer:
         c.add("rounding", fp32_mul=read, fp32_add=3 * read)  # to the grid, round, clip on both sides
-    c.products("forward", kind, n)
+    c.products("forward", kind, n, signs)
     c.add("forward", fp32_mul=written, bytes=operand * read + weights + value * written)
     if la.residual:
         c.add("norms", fp32_add=2 * written, bytes=2 * value * written)  # forwards, and delta where the branch began
@@ -143,7 +144,7 @@ def _linear(c: Counts, la: Layer, r: Recipe) -> None:
     else:
         c.add("delta", fp32_mul=written)  # by the gain
     if la.hands_on:
-        c.products("delta", kind, n)
+        c.products("delta", kind, n, signs)
         c.add("delta", fp32_mul=read if la.integer else 0, bytes=operand * written + weights + value * read)
         # x^, x^ * delta, its sum, the mean times x^, the difference, / rms.
         c.add("norms", fp32_mul=4 * read + la.rows, fp32_add=2 * read,
@@ -157,7 +158,7 @@ def _formats(la: Layer, r: Recipe) -> tuple[str, int, int]:
     """Type of a layer's products, bytes of their operands, bytes of other activations and deltas."""
     if la.integer:
         return "int8", 1, 2 if r.half else 4
-    return ("bf16", 2, 2) if r.half_weights else ("fp32", 4, 4)
+    return ("bf16", 2, 2) if r.half_weights else ("fp32", 4, 2 if r.half else 4)
 
 
 def _round_delta(c: Counts, la: Layer, r: Recipe) -> None:
@@ -171,7 +172,7 @@ def _round_delta(c: Counts, la: Layer, r: Recipe) -> None:
 def _embedding(c: Counts, la: Layer, r: Recipe) -> None:
     """Rows are gathered; a token is 8 bytes."""
     n = la.rows * la.outputs
-    stored, written = (1, 2 if r.half else 4) if la.integer else (4, 4)
+    stored, written = 1 if la.integer else 4, 2 if r.half and not r.half_weights else 4
     c.add("embedding", fp32_mul=n if la.integer else 0, bytes=(stored + written) * n + 8 * la.rows)
     if la.integer:
         _round_delta(c, la, r)

@@ -2,7 +2,7 @@
 
     meter = Meter.on(device.type)
     meter.start()       measures idle power for `idle_seconds`, then begins
-    meter.poll()        at least every few minutes: RAPL's counters are short and wrap around
+    meter.poll()        after every step: RAPL's counters are short and wrap around, and are read once in POLL_SECONDS
     meter.stop()        a Reading: joules above idle, or None and the reason
 
 What is measured is the whole device, whoever uses it, without the rest of the machine: idle power is subtracted, other
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+POLL_SECONDS = 30  # the shortest counters, of 65 kJ, wrap around in minutes
 RAPL_FOLDER = Path("/sys/class/powercap")
 NVML_ERRORS = {1: "not initialised", 2: "invalid argument", 3: "not supported by this GPU", 4: "no permission",
                6: "no such GPU", 9: "no driver", 15: "the GPU is lost", 999: "unknown error"}  # fmt: skip
@@ -137,6 +138,7 @@ class Meter:
     ):  # fmt: skip
         self.source, self.why, self.idle_seconds, self.clock, self.sleep = source, why, idle_seconds, clock, sleep
         self.idle_watts: float | None = None
+        self.polled = 0.0
 
     @classmethod
     def on(cls, device_type: str, index: int | None = 0, idle_seconds: float = 2.0) -> "Meter":
@@ -154,15 +156,17 @@ class Meter:
             before, begun = self.source.joules(), self.clock()
             self.sleep(self.idle_seconds)
             self.first, self.begun = self.source.joules(), self.clock()
+            self.polled = self.begun
             self.idle_watts = (self.first - before) / (self.begun - begun)
         except Unavailable as error:
             self._fail(error)
 
     def poll(self) -> None:
-        """Read the counter, so that none wraps around unseen."""
+        """Read the counter if it is time to, so that none wraps around unseen."""
         try:
-            if self.source is not None:
+            if self.source is not None and self.clock() - self.polled >= POLL_SECONDS:
                 self.source.joules()
+                self.polled = self.clock()
         except Unavailable as error:
             self._fail(error)
 

@@ -23,6 +23,7 @@ class Recipe:
     """What of a Config changes the work of a step, by its names. Float layers beside integer ones learn by AdamW."""
 
     method: str = "gft"
+    bits: int = 6
     rule: str = "spectral"
     embedding_rule: str = "balanced"
     ortho_tile: int = 128
@@ -149,8 +150,7 @@ def mlp(widths: Sequence[int], samples: int, int_layers: Sequence[str] = LAYER_K
 
 def net_of(config: Config, outputs: int, image: tuple[int, int, int] | None = None) -> Net:
     """The net of a Config; outputs: the size of the vocabulary, or classes of images (height, width, channels)."""
-    ints = LAYER_KINDS if config.int_layers == "all" else tuple(config.int_layers.split(","))
-    ints = ints if config.method == "gft" else ()
+    ints = config.integer_kinds
     if config.model == "mlp":
         return mlp([math.prod(image), *[config.d_model] * config.n_layer, outputs], config.batch_size, ints)
     shape = {"sequences": config.batch_size, "d_model": config.d_model, "n_layer": config.n_layer,

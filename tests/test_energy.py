@@ -51,6 +51,17 @@ def test_integer_matrix_products():
     assert only(FLOAT, precision="bf16").of("fp32_add", "votes") == 30
 
 
+def test_a_product_with_a_weight_of_one_or_two_bits_is_an_add():
+    for few in (only(LINEAR, bits=2), only(LINEAR, bits=1)):
+        assert ops(few, "forward") == {"int32_add": 30, "fp32_mul": 10, "bytes": 15 + 6 + 40}
+        assert ops(few, "delta") == {"int32_add": 30, "fp32_mul": 15, "bytes": 10 + 6 + 60}
+        assert ops(few, "votes") == ops(only(LINEAR), "votes")
+    assert ops(only(FLOAT, method="ste", bits=2), "forward") == {"fp32_mul": 10, "fp32_add": 30, "bytes": 4 * 31}
+    assert ops(only(FLOAT, method="ste", bits=3), "forward")["fp32_mul"] == 40
+    assert ops(only(FLOAT, method="adamw", bits=2), "forward")["fp32_mul"] == 40
+    assert ops(only(FLOAT, bits=2), "forward")["fp32_mul"] == 40, "a float layer beside integer ones"
+
+
 def test_float_matrix_products():
     c = only(FLOAT, method="adamw")
     # 30 products and 10 multiplications by the gain each way; all of 4 bytes: 15 + 6 + 10 numbers in each product.
@@ -383,6 +394,13 @@ def test_summary_is_the_steps_times_the_model():
 
 
 def test_every_operation_has_a_price_at_every_node():
+    names = ("int8_add", "int8_mul", "int32_add", "int32_mul", "bf16_add", "bf16_mul", "fp16_add", "fp16_mul",
+             "fp32_add", "fp32_mul")  # fmt: skip
+    published = {
+        "45nm": (0.03, 0.2, 0.1, 3.1, 0.4, 1.1, 0.4, 1.1, 0.9, 3.7, 640 / 4),
+        "7nm": (0.007, 0.07, 0.03, 1.48, 0.11, 0.21, 0.16, 0.34, 0.38, 1.31, (350 + 480) / 2 / 8),
+    }
+    assert energy.TABLES == {node: dict(zip((*names, "bytes"), row, strict=True)) for node, row in published.items()}
     old, new = energy.TABLES["45nm"], energy.TABLES["7nm"]
     # A newer process is cheaper in all, by the published 2.1 (int32 multiply) to 4.3 times (int8 add), 5.3 for bf16.
     assert set(old) == set(new) and all(2 < old[o] / new[o] < 5.3 for o in old)

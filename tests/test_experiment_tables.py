@@ -3,9 +3,9 @@
 import pytest
 
 from experiments import __main__ as program
-from experiments import ablations, alternatives, hybrid, images, sweep
-from experiments.rows import finals, make_row, shortened, to_tune
-from experiments.sweep import Store
+from experiments import ablations, alternatives, hybrid, images, small, sweep
+from experiments.rows import finals, make_row, shortened, to_tune, winner
+from experiments.sweep import Cell, Store
 
 TUNED = (images, alternatives)
 
@@ -25,8 +25,9 @@ def result(cell) -> dict:
         "packed_weight_bytes": 750 * whole, "float_param_bytes": 4000 * (not whole),
         "optimizer_state_bytes": 1000 * int(state),
         "step_seconds": 0.1, "seconds": 10.0, "peak_memory_bytes": 2**20,
-        "energy_model_joules": (1.0 if whole else 3.0) * cfg.steps, "energy_measured_joules": None,
-        "curve": [[cfg.steps // 2, value if not pictures else 1 - value], [cfg.steps, value]],
+        "energy_model_joules": (1.0 if whole else 2.0 if cfg.precision == "bf16" else 3.0) * cfg.steps,
+        "energy_measured_joules": None,
+        "curve": [[cfg.steps // 2, 0.0 if pictures else 9.0], [cfg.steps, 1 - value if pictures else value]],
         "environment": {"compile": False, "torch": "t", "device": "cpu", "threads": 1}, "out_dir": "x",
     }  # fmt: skip
 
@@ -60,14 +61,14 @@ def test_rows_are_tuned_on_the_held_out_part_and_judged_on_the_other(module, ran
     text = run_quietly(module, store)
     rows = [row for group in module.GROUPS.values() for row in group]
     tuned = [c for c in ran if c.resolved().eval_on == "tune"]
-    assert len({c.key() for c in tuned}) == len(tuned) == sum(len(to_tune(row)) for row in rows)
+    assert len({c.key() for c in tuned}) == len(tuned) == len({c.key() for row in rows for c in to_tune(row)})
     assert all(c.resolved().seed == 1 for c in tuned)
     assert len(ran) - len(tuned) == 3 * len(rows)
-    for row in rows:
-        winner = min(row.cells, key=lambda c: result(c)["val_loss"]).resolved()
+    for row in (row for row in rows if row.enough is None):
+        best = min(row.cells, key=lambda c: result(c)["val_loss"]).resolved()
         mine = [c.resolved() for c in ran if c.label == row.name and c.config == row.cells[0].config]
         last = {(c.k, c.lr, c.batch_size, c.steps) for c in mine if c.eval_on == "val"}
-        assert last == {(winner.k, winner.lr, winner.batch_size, winner.steps)}
+        assert last == {(best.k, best.lr, best.batch_size, best.steps)}
     for title, group in module.GROUPS.items():
         assert f"### {title}" in text and all(f"| {row.name} |" in text for row in group)
     before = len(ran)
@@ -116,19 +117,27 @@ def test_alternatives_count_state_energy_and_the_way_to_adamws_loss(ran, run_qui
     )
     names = ("AdamW", "SGD, momentum 0.9", "signSGD", "GFT, 6 bits", "GFT, 6 bits, int8 memory")
     assert [methods[name][5].strip() for name in names] == ["12.00", "8.00", "4.00", "1.00", "2.00"]
-    assert [part.strip() for part in energy["AdamW"][2:6]] == ["30000.00", "1.00x", "1500.00", "1.00x"]
-    assert energy["GFT, 6 bits"][3].strip() == "3.00x" and energy["GFT, 6 bits"][4].strip() == "not reached"
+    cells = {name: [part.strip() for part in row[2:7]] for name, row in energy.items()}
+    assert cells["AdamW"] == ["30000.00", "1.00x", "1500.00", "1.00x", "0.67x"]
+    assert cells["AdamW, bf16"] == ["20000.00", "1.50x", "1000.00", "1.50x", "1.00x"]
+    assert cells["GFT, 6 bits"] == ["10000.00", "3.00x", "not reached", "", ""]
+    assert cells["GFT, ternary, int8 memory"] == ["10000.00", "3.00x", "500.00", "3.00x", "2.00x"]
+    assert cells["Muon, bf16, as few as reach AdamW"] == ["20000.00", "1.50x", "500.00", "3.00x", "2.00x"]
+    assert "muon_lr 0.048, steps 250" in methods["Muon, bf16, as few as reach AdamW"][8]
     assert "joules per million images" in mnist
     methods_run = {(c.resolved().method, c.resolved().bits) for c in ran}
     assert {("ste", 1), ("ste", 2), ("ste", 4), ("ste", 8), ("sgd", 6), ("signsgd", 6), ("muon", 6)} <= methods_run
 
 
 def test_joules_to_a_loss():
-    run = {"accuracy": None, "steps": 10, "energy_model_joules": 50.0, "curve": [[2, 3.0], [6, 2.0], [10, 1.0]]}
-    assert alternatives.joules_to(run, 2.5) == 30.0 and alternatives.joules_to(run, 0.5) is None
-    assert alternatives.joules_to(run | {"accuracy": 0.9}, 2.5) == 10.0
-    assert alternatives.mean_joules_to([run, run | {"curve": [[10, 2.0]]}], 2.0) == 40.0
-    assert alternatives.mean_joules_to([run, run | {"curve": []}], 2.0) is None
+    run = {"accuracy": None, "val_loss": 1.0, "steps": 10, "energy_model_joules": 50.0,
+           "curve": [[2, 3.0], [6, 2.0], [10, 1.0]]}  # fmt: skip
+    assert alternatives.joules_to([run], 2.5) == 30.0 and alternatives.joules_to([run], 0.5) is None
+    assert alternatives.joules_to([run | {"accuracy": 0.9}], 2.5) == 10.0
+    other = run | {"curve": [[2, 3.0], [6, 2.8], [10, 2.0]], "val_loss": 2.0}
+    assert alternatives.joules_to([run, other], 2.4) == 30.0 and alternatives.joules_to([run, other], 2.3) == 50.0
+    assert alternatives.joules_to([run | {"val_loss": 1.004}], 1.003) is None, "the curve is rounded, the end is not"
+    assert alternatives.joules_to([run, run | {"curve": []}], 2.5) is None
 
 
 def test_ablations_are_run_drawn_and_tabled(ran, run_quietly, tmp_path):
@@ -177,6 +186,29 @@ def test_only_what_has_results_is_in_the_report(ran, tmp_path, monkeypatch, caps
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## Ablations" in text and (tmp_path / "docs" / "figures" / "depth.png").exists()
     assert "python -m experiments ablations" in capsys.readouterr().out + text
+
+
+def test_enough_is_the_least_energy_that_is_as_good(ran, tmp_path):
+    store, goal = Store(tmp_path / "r.jsonl"), Cell("goal", "mnist").with_(steps=400)
+    row = make_row("r", "", "mnist", {}, {"steps": 100}, {"steps": 300}, {"steps": 200}, enough=goal)
+    assert [c.resolved().steps for c in to_tune(row)] == [100, 300, 200, 400]
+    for cell, accuracy in zip(to_tune(row), (0.90, 0.95, 0.94, 0.93), strict=True):
+        store.add(cell, result(cell) | {"accuracy": accuracy})
+    assert winner(row, store).resolved().steps == 200
+    for cell in to_tune(row)[:3]:
+        store.add(cell, result(cell) | {"accuracy": cell.resolved().steps / 1000})
+    assert winner(row, store).resolved().steps == 300, "none is as good: the best"
+
+
+@pytest.mark.parametrize("module", [small, images, hybrid, alternatives], ids=lambda m: m.__name__)
+def test_a_run_that_diverged_is_shown(module, ran, run_quietly, tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    run_quietly(module, store)
+    last = [c for c in ran if c.resolved().eval_on == "val" and c.resolved().seed == 3][1]
+    store.add(last, sweep.diverged(last.resolved()))
+    assert "nan" not in module.table(Store(tmp_path / "none.jsonl"))
+    line = next(line for line in module.table(store).splitlines() if "| nan |" in line)
+    assert line.startswith(f"| {last.label.replace(',', ', ') if module is hybrid else last.label} |")
 
 
 def test_a_quick_run_keeps_something_to_tune():

@@ -60,6 +60,30 @@ def test_a_key_is_every_setting_that_counts():
     )
 
 
+def test_kinds_of_layers_are_a_set_in_a_key():
+    def keys(*kinds):
+        return {CELL.with_(int_layers=k).key() for k in kinds}
+
+    assert len(keys("attention,mlp", "mlp,attention", "mlp,attention,patch")) == 1
+    assert keys("all", "embedding,attention,mlp,head") == {CELL.key()} and len(keys("all", "mlp")) == 2
+
+
+def test_what_was_run_before_a_config_or_a_text_was_edited_is_not_taken_for_the_new_one(tmp_path, made_up):
+    config, text, store = tmp_path / "mine.toml", tmp_path / "text.txt", tmp_path / "r.jsonl"
+    config.write_text("k = 0.3"), text.write_text("one text")
+    run_cells([Cell("row", str(config)).with_(data=text)], Store(store), 1)
+    run_cells([Cell("row", str(config)).with_(data=text)], Store(store), 1)
+    assert len(made_up) == 1
+    # What a cell means is asked for once in a process, so the edited files are other cells' here.
+    config.write_text("k = 0.2")
+    run_cells([Cell("edited", str(config)).with_(data=text)], Store(store), 1)
+    text.write_text("another text")
+    run_cells([Cell("edited again", str(config)).with_(data=text)], Store(store), 1)
+    assert len(made_up) == 3 and len(Store(store).done) == 3
+    config.unlink()
+    assert len(Store(store).done) == 3, "results outlive their config"
+
+
 def test_a_real_cell_and_one_that_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path))
     result = run_cell(CELL)

@@ -77,9 +77,16 @@ def test_images_are_judged_by_accuracy_and_one_point_is_a_table_too(ran, capsys)
 def test_values_with_commas_stand_between_semicolons(ran):
     found, _ = grid.parse([CONFIG, "--int_layers", "all;attention,mlp;mlp"])
     assert [cells[0].resolved().int_layers for _, cells in found.points()] == ["all", "attention,mlp", "mlp"]
-    plot = grid.panel(grid.Sweep(CONFIG, {"k": ("0.1", "0.2"), "bits": ("4", "6"), "rule": ("gain", "spectral")}),
-                      sweep.Store(grid.RESULTS / "none.jsonl"))  # fmt: skip
-    assert plot.x == "k" and plot.lines == {}
+
+
+def test_a_plot_has_a_line_for_each_combination_of_the_other_keys(ran, tmp_path, capsys):
+    wanted = grid.Sweep(CONFIG, {"k": ("0.1", "0.2"), "bits": ("4", "6"), "rule": ("gain", "spectral")})
+    store = sweep.Store(tmp_path / "r.jsonl")
+    sweep.run_cells([cells[0] for _, cells in wanted.points()], store, 1)
+    plot = grid.panel(wanted, store)
+    assert plot.x == "k" and list(plot.lines) == [
+        "bits 4, rule gain", "bits 4, rule spectral", "bits 6, rule gain", "bits 6, rule spectral"]  # fmt: skip
+    assert plot.lines["bits 6, rule gain"] == [("0.1", [pytest.approx(0.161)]), ("0.2", [pytest.approx(0.261)])]
 
 
 WRONG = {

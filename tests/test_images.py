@@ -1,5 +1,6 @@
 """Imagenette: archives that are odd, damaged or hostile; prepared once; the split; how a picture is cut."""
 
+import gzip
 import io
 import os
 import struct
@@ -225,6 +226,30 @@ def test_damaged_archive_is_named(tmp_path, damage):
     assert all_files(cache_root()) == []
 
 
+@pytest.mark.parametrize("damage", ["a bit", "cut between members", "cut inside a header"])
+def test_a_damaged_header_in_a_whole_gzip_is_not_the_end(tmp_path, damage):
+    path = pack(tmp_path / "imagenette2-160.tgz", usual_members())
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[15].offset
+    if damage == "a bit":
+        content[header + 150] ^= 1
+    path.write_bytes(gzip.compress(content[: {"a bit": None, "cut between members": header}.get(damage, header + 99)]))
+    message = error_of(1, load, tmp_path)
+    assert f"{path} is damaged after its member" in message and "header of the next one" in message
+    assert all_files(cache_root()) == []
+
+
+@pytest.mark.parametrize("headers", [{"size": "-1536"}, {"size": "-1024"}, {"GNU.sparse.map": "a,b"},
+                                     {"GNU.sparse.size": "x"}], ids=str)  # fmt: skip
+def test_a_member_of_impossible_size_condemns_the_archive(tmp_path, headers):
+    info = tarfile.TarInfo()
+    info.pax_headers = headers
+    message = error_of(1, load_archive, tmp_path / "mine", usual_members() | {f"{INSIDE}/bad.JPEG": info})
+    assert "claims to have -" in message or "is damaged after its member" in message
+    assert all_files(cache_root()) == []
+
+
 def test_archive_with_nothing_to_evaluate_on_is_refused(tmp_path):
     members = {name: content for name, content in usual_members().items() if "/train/" in name}
     assert "no image to evaluate on (14 for training" in error_of(1, load_archive, tmp_path, members)
@@ -292,6 +317,20 @@ def test_leftover_of_a_killed_process_is_deleted_and_a_live_one_is_not(tmp_path)
     old.touch(), new.touch(), os.utime(old, (0, 0)), path.unlink()
     load(tmp_path)
     assert new.exists() and not old.exists()
+    old.touch(), os.utime(old, (0, 0))
+    load(tmp_path)
+    assert not old.exists(), "also where nothing had to be prepared"
+
+
+def test_a_picture_taken_sideways_is_upright(tmp_path):
+    left_green = Image.new("RGB", (40, 40), (255, 0, 0))
+    left_green.paste((0, 255, 0), (0, 0, 20, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was turned, the top is on the left
+    buffer = io.BytesIO()
+    left_green.save(buffer, "PNG", exif=exif)
+    pixels = decode(buffer.getvalue(), 8, channels=3)
+    assert pixels[-1, 0].tolist() != pixels[0, 0].tolist() == pixels[0, -1].tolist() == [0, 255, 0]
 
 
 def test_two_processes_preparing_at_once(tmp_path):

@@ -102,6 +102,32 @@ def test_idle_power_is_subtracted():
     assert watched(50, 40)[0].stop().joules == 0
 
 
+def test_polling_after_every_step_reads_the_counter_now_and_then():
+    """A counter of 100 J that wraps once a minute at 2 W loses nothing in five minutes, and is not read 300 times."""
+    now, reads = [0.0], []
+
+    class Short:
+        name = "short"
+
+        def __init__(self):
+            self.last, self.total = 0.0, 0.0
+
+        def joules(self):
+            reads.append(now[0])
+            shown = 2 * now[0] % 100
+            self.total += (shown - self.last) % 100
+            self.last = shown
+            return self.total
+
+    meter = Meter(Short(), "", 0.5, lambda: now[0], lambda seconds: now.__setitem__(0, now[0] + seconds))
+    meter.start()
+    for _ in range(300):
+        now[0] += 1
+        meter.poll()
+    meter.idle_watts = 0.0
+    assert meter.stop().joules == pytest.approx(600) and len(reads) < 15
+
+
 def test_a_meter_that_fails_says_why_and_gives_nothing():
     meter, library = watched(50, 80)
     library.fails, library.code = "energy", 15

@@ -1,5 +1,6 @@
 """Texts and images as tasks, the ViT and the MLP, and nets of which only some layers are integer."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 
 import train
 from data.images import ImageData
+from gft.baselines import FloatLinear
 from gft.config import LAYER_KINDS, load
 from gft.layers import IntLayer
 from gft.learner import make_learner
-from model import MLP, ModelConfig, Transformer, image_rope_table, make_net, normalise_rotate
+from model import MLP, ModelConfig, Transformer, image_rope_table, make_net, normalise_rotate, rope_table
 from task import ImageTask
 
 VIT = ("shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 "
@@ -77,6 +79,19 @@ def test_accuracy_is_the_share_of_right_answers():
     assert found["val_loss"] == pytest.approx(0.8 * (log_sum - 4) + 0.2 * log_sum, abs=1e-5)
 
 
+def test_top_five_are_the_five_largest(monkeypatch):
+    task = ImageTask(config(VIT), data(4))
+    task.outputs = 10
+    ranks = torch.tensor([1, 3, 5, 6])  # of the right class
+    logits = torch.arange(10.0).flip(0).repeat(4, 1)
+    for row, rank in zip(logits, ranks.tolist(), strict=True):
+        row[0] = 9.5 - rank
+    monkeypatch.setattr(task, "outputs_of", lambda *_: logits)
+    task.data = dataclasses.replace(task.data, val_labels=np.zeros(4, np.int64))
+    found = task.evaluate(None, torch.device("cpu"))
+    assert (found["accuracy"], found["top5"]) == (0.25, 0.75)
+
+
 def test_positions_of_patches_are_relative_in_rows_and_columns():
     """q . k depends on how far apart two patches lie, by row and by column, and on nothing else."""
     table = image_rope_table(4, 5, 8, torch.device("cpu"))
@@ -88,7 +103,38 @@ def test_positions_of_patches_are_relative_in_rows_and_columns():
     assert not torch.allclose(scores[0, 1, 1, 3], scores[0, 1, 2, 2], atol=1e-3)
 
 
-def test_a_vit_looks_everywhere_and_a_text_only_back():
+@pytest.mark.parametrize(("line", "image"), [(VIT, (16, 16, 3)), ("shakespeare_char_small --n_layer 1", None)],
+                         ids=["vit", "text"])  # fmt: skip
+def test_a_vit_looks_everywhere_and_a_text_only_back(line, image):
+    net = make_net(ModelConfig.from_config(config(line), 3, image))
+    head_dim = net.config.d_model // net.config.n_head
+    places = rope_table(0, 16, head_dim, torch.device("cpu")) if image is None else image_rope_table(
+        4, 4, head_dim, torch.device("cpu"))  # fmt: skip
+    h = torch.randn(2, 16, net.config.d_model, generator=torch.Generator().manual_seed(0))
+    changed = h.clone()
+    changed[:, -1] += 3
+    first, after = (net.blocks[0](stream, places)[:, 0] for stream in (h, changed))
+    assert torch.equal(first, after) == (image is None), "the first patch sees the last one, the first token does not"
+
+
+@pytest.mark.parametrize("line", [VIT, f"{VIT} --int_layers attention,mlp", "mnist",
+                                  "shakespeare_char_small --n_layer 1 --int_layers attention,mlp,head"])  # fmt: skip
+def test_sixteen_bits_go_from_layer_to_layer(line):
+    """As gft/energy.py counts them: whatever the first layer is given, integer or not."""
+    cfg = config(f"{line} --precision bf16")
+    image = None if cfg.data == "tinyshakespeare" else (28, 28, 1) if cfg.data == "mnist" else (16, 16, 3)
+    net = make_net(ModelConfig.from_config(cfg, 3, image))
+    found = []
+    for module in net.modules():
+        if isinstance(module, (IntLayer, FloatLinear)):
+            module.register_forward_hook(lambda _, given, out: found.append((given[0].dtype, out.dtype)))
+    outputs = net(torch.zeros(2, 4, dtype=torch.long) if image is None else torch.randn(2, *image[::-1]))
+    outputs.float().sum().backward()
+    layers = found if image is not None else [pair for pair in found if pair[0] != torch.long]
+    assert len(layers) >= 2 and set(layers) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_a_vit_is_made_of_patches():
     vit = make_net(ModelConfig.from_config(config(VIT), 3, (16, 16, 3)))
     x = torch.randn(2, 3, 16, 16)
     changed = x.clone()
@@ -105,7 +151,7 @@ def test_the_mlp_is_the_papers():
     assert [tuple(la.weight.shape) for la in mlp.modules() if isinstance(la, IntLayer)] == [(256, 784), (10, 256)]
 
 
-@pytest.mark.parametrize("kinds", ["all", "attention,mlp", "patch", "embedding,head", "mlp"])
+@pytest.mark.parametrize("kinds", ["all", "attention,mlp", "patch,embedding", "embedding,head", "mlp"])
 def test_int_layers_are_the_kinds_asked_for(kinds):
     wanted = LAYER_KINDS if kinds == "all" else kinds.split(",")
     for line, image in ((VIT, (16, 16, 3)), ("shakespeare_char_small --n_layer 1", None)):
@@ -142,6 +188,16 @@ def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypat
     assert train.main([*argv, "--out_dir", str(tmp_path / "half"), "--resume"]) == 0
     half = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert half["weights_sha256"] == whole["weights_sha256"] and half["energy_note"].endswith("took the run up")
+
+
+def test_images_that_are_read_otherwise_are_not_gone_on_with(tmp_path, capsys, monkeypatch):
+    """The same file through another version of a decoder: other pixels, another mean."""
+    argv = [*VIT.split(), "--steps", "2", "--compile", "false", "--out_dir", str(tmp_path / "o")]
+    monkeypatch.setattr("task.load_images", lambda *_: data())
+    assert train.main(argv) == 0 and train.main([*argv, "--resume"]) == 0
+    monkeypatch.setattr("task.load_images", lambda *_: dataclasses.replace(data(), mean=(0.3, 0.3, 0.31)))
+    assert train.main([*argv, "--resume"]) == 1
+    assert "what is read from it has changed (mean)" in capsys.readouterr().err
 
 
 def test_a_hybrid_net_counts_its_floats():
