@@ -132,7 +132,7 @@ ABLATIONS = (
         LM: batches(24, 200, (6, 12, 24, 48), TWO[0] | {"ternary, no memory": {"bits": 2, "k": 0.015}}),
         MNIST: batches(256, 940, (64, 256, 1024, 4096), TWO[1] | {"ternary, no memory": {"bits": 2, "k": 0.01}})}, (1,)),
     Ablation("init_spread", "Spread of the first weights, of the limit", "init_spread", both(
-        values("init_spread", 0.1, 0.2, 0.33, 0.5, 0.8),
+        values("init_spread", 0.2, 0.33, 0.5, 0.8, 1.2),
         {line: NONE_LM | own for line, own in FEWER.items()}, {line: NONE_MNIST | own for line, own in FEWER.items()}), (1,)),
     Ablation("delta", "The error: its bits, its scale", "delta", both(
         {f"{bits} bits": {"delta_bits": bits} for bits in (8, 6, 4, 3, 2)}

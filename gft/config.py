@@ -28,6 +28,7 @@ IMAGES = ("imagenette", "mnist")
 WITH_IMAGES, WITH_TEXT = f"data={'|'.join(IMAGES)}", f"data!={'|'.join(IMAGES)}"
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 SAFE_PRODUCTS = 133_144  # of +-127 that an int32 can sum
+SMALLEST_SPREAD = 0.2  # of the first weights, in units: one in eighty is then not 0
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,10 @@ def _conflicts(c: Config) -> list[str]:
     if c.step_size > largest:
         found.append(f"step_size = {c.step_size}, bits = {c.bits}: a weight of {c.bits} bits has room for moves of at "
                      f"most {largest}; lower step_size or raise bits")
+    limit = 2 ** (c.bits - 1) - 1
+    if c.bits > 1 and c.init_spread * limit < SMALLEST_SPREAD:
+        found.append(f"init_spread = {c.init_spread}, bits = {c.bits}: all first weights would round to 0; use "
+                     f"init_spread = {SMALLEST_SPREAD / limit:.2g} or more")
     if c.k_schedule != "constant" and c.k_end > c.k:
         found.append(f"k_end = {c.k_end}, k = {c.k}: k falls to k_end, which must not be larger; lower k_end, or keep "
                      'k with k_schedule = "constant"')

@@ -44,6 +44,7 @@ BAD_COMMAND_LINES = [
     ("--batch-sise 4", ["--batch-sise", "did you mean --batch_size?"]),
     ("--learning_rate=1", ["unknown key --learning_rate", "did you mean --lr?"]),
     ("--int_layers mlp,attn", ["there is no 'attn' layer", "attention"]),
+    ("--bits 2 --init_spread 0.1", ["init_spread = 0.1, bits = 2", "round to 0", "init_spread = 0.2 or more"]),
     ("--int_layers patch", ["this net has no such layer", "embedding, attention, mlp, head"]),
     ("--data mnist --model mlp --int_layers attention", ["this net has no such layer", "some of mlp, head"]),
     ("--data imagenette --model mlp --image_side 256", ["196,608 pixels", "133,144", "image_side = 210 or less"]),
