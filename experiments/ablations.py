@@ -92,6 +92,7 @@ GAMMA = {"certain": {}} | {f"p ~ s^{g}": {"flip_prob": "score", "flip_gamma": g}
 FEWER = {"6 bits": {}, "4 bits": {"bits": 4, "k": 0.1}, "ternary": {"bits": 2, "k": 0.015}}
 ADAMW = {"method": "adamw", "lr_end": 0.0, "warmup": 50}
 DEEP = {"d_model": 64}
+MLP_DEPTHS = (1, 2, 4, 8, 16, 24)
 
 
 def schedules(k: float) -> Lines:
@@ -121,11 +122,13 @@ ABLATIONS = (
         {"k 0.3": MEMORY_LM, "k 0.1": MEMORY_LM | {"k": 0.1}}, {"k 0.1": MEMORY_MNIST, "k 0.03": MEMORY_MNIST | {"k": 0.03}})),
     Ablation("tiles", "Tiles of the orthogonalisation and of the selection", "side of the tiles orthogonalised", {
         LM: cross(ORTHO, {line: NONE_LM | own for line, own in SELECT.items()}),
-        MNIST: cross(ORTHO, {line: NONE_MNIST | own for line, own in SELECT.items()})}),
+        MNIST: cross(ORTHO, {line: NONE_MNIST | own | {"rule": "spectral"} for line, own in SELECT.items()})}),
     Ablation("depth", "Depth: blocks of width 64, hidden layers of width 256 (no residual path)", "layers", {
         LM: cross(values("n_layer", 2, 6, 12, 24), {line: DEEP | own for line, own in (
             TWO[0] | {"AdamW": ADAMW | {"lr": 8e-3}}).items()}),
-        MNIST: cross(values("n_layer", 1, 2, 4, 8, 16, 24), TWO[1] | {"AdamW": ADAMW | {"lr": 1e-3}})}),
+        MNIST: cross(values("n_layer", *MLP_DEPTHS), TWO[1] | {"AdamW": ADAMW | {"lr": 1e-3}})
+        | {f"{line}, k / layers": {str(n): own | {"n_layer": n, "k": own["k"] / n} for n in MLP_DEPTHS}
+           for line, own in TWO[1].items()}}),
     Ablation("flip_prob", "Flips with a probability", "probability of a selected weight, s its score", both(
         GAMMA, {"k 0.5": NONE_LM, "k 0.9": {"k": 0.9}}, {"k 0.3": NONE_MNIST, "k 0.6": {"k": 0.6}}), (1,)),
     Ablation("batch", "Batch size, at the same number of examples", "batch size", {

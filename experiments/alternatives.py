@@ -7,9 +7,9 @@ bits to a uniform grid as DoReFa does (without its tanh, and with first and last
 weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training and what
 the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's process; energy is modelled (45 nm, docs/energy.md).
 
-Rows named "as few as reach AdamW" train on fewer tokens: of five lengths and batches each, the one of least energy that is as
-good as fp32 AdamW on the held-out part, before it is judged on the other. AdamW itself has no such row: its own last loss
-needs its own steps.
+Rows named "as few as it takes" may train on fewer tokens: of six lengths and batches each, the one of least energy that
+on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning rates go
+with the root of the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,8 @@ MEMORY = {"method": "gft", "memory": "int8"}
 NO_MEMORY = {"method": "gft", "memory": "none"}
 ADAMW, ADAMW_BF16 = "AdamW", "AdamW, bf16"
 HALF = {"precision": "bf16"}
+# Batch and steps. k falls to 0 by the last step, so a run cut short is worth little: fewer tokens are runs of their own.
+LENGTHS = ((12, 800), (12, 1000), (24, 400), (24, 500), (48, 250), (48, 300))
 
 
 def over(common: dict, key: str, *values: float) -> tuple[dict, ...]:
@@ -47,8 +49,14 @@ def rivals(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float]
          for bits in (8, 4, 2, 1)}  # fmt: skip
 
 
-# k falls to 0 by the last step, so a run that is cut short is worth little: fewer tokens are runs of their own.
-LENGTHS = tuple({"batch_size": b, "steps": n} for b, n in ((24, 350), (24, 450), (24, 550), (48, 250), (48, 300)))
+def shorter(common: dict, **rates: float) -> tuple[dict, ...]:
+    """A grid of LENGTHS; `rates` are those of batches of 48."""
+    return tuple(
+        common | {"batch_size": batch, "steps": steps} | {k: round(lr * (batch / 48) ** 0.5, 5) for k, lr in rates.items()}
+        for batch, steps in LENGTHS
+    )
+
+
 LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3), adam=(24e-3,), ste=(4e-3, 8e-3, 16e-3, 32e-3),
                   muon=(48e-3,)) | {
     "GFT, 6 bits": (NO_MEMORY | {"bits": 6, "k": 0.5},),
@@ -58,9 +66,11 @@ LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3), adam=
     "GFT, ternary, int8 memory": (MEMORY | {"bits": 2, "beta": 0.95, "k": 0.01, "init_spread": 0.6},),
 }  # fmt: skip
 LM_FEWER = {
-    "Muon, bf16, as few as reach AdamW": tuple(MUON | HALF | {"muon_lr": 48e-3} | length for length in LENGTHS),
-    "GFT, 6 bits, int8 memory, bf16, as few as reach AdamW": tuple(
-        MEMORY | HALF | {"bits": 6, "k": 0.3} | length for length in LENGTHS),
+    f"{name}, bf16, as few as it takes": shorter(common | HALF, **rates) for name, common, rates in (
+        (ADAMW, DECAY | {"method": "adamw"}, {"lr": 24e-3}),
+        ("Muon", MUON, {"muon_lr": 48e-3, "lr": 8e-3}),
+        ("GFT, 6 bits, int8 memory", MEMORY | {"bits": 6, "k": 0.3}, {}),
+    )
 }  # fmt: skip
 MNIST_GRIDS = rivals(sgd=(0.01, 0.03, 0.1, 0.3), sign=(3e-4, 1e-3, 3e-3), adam=(2e-3, 4e-3), ste=(1e-3, 2e-3, 4e-3, 8e-3),
                      muon=(4e-3, 12e-3, 36e-3)) | {
