@@ -73,8 +73,8 @@ def _quick(name: str, jobs: int) -> int:
 
 def report() -> None:
     """Write RESULTS.md from results/: each section with the command that made it."""
-    text = ["# Results", "", "Every table below is redrawn by `python -m experiments report` from the lines in results/, and "
-            "remade by the command under its heading. None of them was edited by hand.", ""]  # fmt: skip
+    text = ["# Results", "", "Every table below is redrawn by `python -m experiments report` from the lines in "
+            "results/, and remade by the command under its heading. None of them was edited by hand.", ""]  # fmt: skip
     for name, module in EXPERIMENTS.items():
         store = Store(RESULTS / f"{name}.jsonl")
         if store.done:
@@ -92,10 +92,10 @@ def section(name: str, module, store: Store) -> list[str]:
     environments = [record["environment"] for record in store.done.values() if not record.get("diverged")]
     commits = ", ".join(sorted({record["commit"] for record in store.done.values()}))
     first, processors = environments[0], sorted({e["processor"] for e in environments if "processor" in e})
-    where = (f"torch {first['torch']}, {' and '.join(processors) or first['device']}, {first['threads']} thread(s) a run; "
-             f"code of commit {commits}")  # fmt: skip
-    lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "", *"\n\n".join(paragraphs).splitlines(), "",
-             module.table(store), ""]  # fmt: skip
+    where = (f"torch {first['torch']}, {' and '.join(processors) or first['device']}, {first['threads']} thread(s) "
+             f"a run; code of commit {commits}")  # fmt: skip
+    lines = [f"## {title}", "", f"`python -m experiments {name}` ({where})", "",
+             *"\n\n".join(paragraphs).splitlines(), "", module.table(store), ""]  # fmt: skip
     tuned = module.tuning_table(store) if hasattr(module, "tuning_table") else ""
     if tuned.count("\n") > 1:
         lines += ["<details><summary>All that was tried while tuning</summary>", "", tuned, "", "</details>", ""]

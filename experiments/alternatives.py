@@ -3,13 +3,14 @@
 The same nets and the same tokens (images) for all. On the text AdamW, Muon and GFT have the settings that won in the
 tables above; all else is tuned here, on the held-out part, one seed and runs of two fifths of the steps. Three seeds,
 judged at the last step. STE rounds the weights of every product, at 2 bits by mean|w| as BitNet b1.58 does, at 4 and 8
-bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer rounded too), and keeps latent fp32
-weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training and what
-the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's process; energy is modelled (45 nm, docs/energy.md).
+bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer rounded too), and keeps latent
+fp32 weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training
+and what the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's
+process; energy is modelled (45 nm, docs/energy.md).
 
-Rows named "as few as it takes" may train on fewer tokens: of six lengths and batches each, the one of least energy that
-on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning rates go
-with the root of the batch.
+Rows named "as few as it takes" may train on fewer tokens: of six lengths and batches each, the one of least energy
+that on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning
+rates go with the root of the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ MEMORY = {"method": "gft", "memory": "int8"}
 NO_MEMORY = {"method": "gft", "memory": "none"}
 ADAMW, ADAMW_BF16 = "AdamW", "AdamW, bf16"
 HALF = {"precision": "bf16"}
-# Batch and steps. k falls to 0 by the last step, so a run cut short is worth little: fewer tokens are runs of their own.
+# Batch and steps. k falls to 0 by the last step, so a run cut short is worth little: fewer tokens are other runs.
 LENGTHS = ((12, 800), (12, 1000), (24, 400), (24, 500), (48, 250), (48, 300))
 
 
@@ -52,13 +53,14 @@ def rivals(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float]
 def shorter(common: dict, **rates: float) -> tuple[dict, ...]:
     """A grid of LENGTHS; `rates` are those of batches of 48."""
     return tuple(
-        common | {"batch_size": batch, "steps": steps} | {k: round(lr * (batch / 48) ** 0.5, 5) for k, lr in rates.items()}
+        common | {"batch_size": batch, "steps": steps}
+        | {key: round(rate * (batch / 48) ** 0.5, 5) for key, rate in rates.items()}
         for batch, steps in LENGTHS
     )
 
 
-LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3), adam=(24e-3,), ste=(4e-3, 8e-3, 16e-3, 32e-3),
-                  muon=(48e-3,)) | {
+LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3), adam=(24e-3,),
+                  ste=(4e-3, 8e-3, 16e-3, 32e-3), muon=(48e-3,)) | {
     "GFT, 6 bits": (NO_MEMORY | {"bits": 6, "k": 0.5},),
     "GFT, 6 bits, bf16": (NO_MEMORY | HALF | {"bits": 6, "k": 0.5},),
     "GFT, 6 bits, int8 memory": (MEMORY | {"bits": 6, "k": 0.3},),
@@ -72,8 +74,8 @@ LM_FEWER = {
         ("GFT, 6 bits, int8 memory", MEMORY | {"bits": 6, "k": 0.3}, {}),
     )
 }  # fmt: skip
-MNIST_GRIDS = rivals(sgd=(0.01, 0.03, 0.1, 0.3), sign=(3e-4, 1e-3, 3e-3), adam=(2e-3, 4e-3), ste=(1e-3, 2e-3, 4e-3, 8e-3),
-                     muon=(4e-3, 12e-3, 36e-3)) | {
+MNIST_GRIDS = rivals(sgd=(0.01, 0.03, 0.1, 0.3), sign=(3e-4, 1e-3, 3e-3), adam=(2e-3, 4e-3),
+                     ste=(1e-3, 2e-3, 4e-3, 8e-3), muon=(4e-3, 12e-3, 36e-3)) | {
     "GFT, 6 bits": over(NO_MEMORY | {"bits": 6}, "k", 0.2, 0.3),
     "GFT, 4 bits": over(NO_MEMORY | {"bits": 4, "init_spread": 0.5}, "k", 0.03, 0.06),
     "GFT, 6 bits, int8 memory": over(MEMORY | {"bits": 6}, "k", 0.05, 0.1),
@@ -86,7 +88,8 @@ MNIST_GRIDS = rivals(sgd=(0.01, 0.03, 0.1, 0.3), sign=(3e-4, 1e-3, 3e-3), adam=(
 def rows_of(config: str, common: dict, grids: Mapping[str, tuple[dict, ...]], fewer: Mapping[str, tuple[dict, ...]],
             tuned_with: dict) -> tuple[Row, ...]:  # fmt: skip
     """A row for each grid, tuned on shorter runs, and for each of `fewer`, which need no more than be AdamW's equal."""
-    rows = [make_row(name, "", config, common, *grid, tuned_with=tuple(tuned_with.items())) for name, grid in grids.items()]
+    shorter_runs = tuple(tuned_with.items())
+    rows = [make_row(name, "", config, common, *grid, tuned_with=shorter_runs) for name, grid in grids.items()]
     rows += [make_row(name, "", config, common, *grid, enough=rows[0].cells[0]) for name, grid in fewer.items()]
     return tuple(rows)
 
@@ -103,14 +106,15 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Tune and train the character model's rows, then the MLP's."""
     for n, rows in enumerate(GROUPS.values()):
         if quick:
-            tune_and_train(shortened(rows)[::4] if n else shortened(rows)[:10], store, jobs, SEEDS[:1], **QUICK, **common)
+            some = shortened(rows)[::4] if n else shortened(rows)[:10]
+            tune_and_train(some, store, jobs, SEEDS[:1], **QUICK, **common)
         else:
             tune_and_train(rows, store, jobs, SEEDS, apart=True, **common)
 
 
 def joules_to(runs: Sequence[dict], target: float) -> float | None:
-    """Modelled joules of training until the mean of `runs` reaches `target` (loss, of images accuracy) at an evaluation;
-    None if it does not, or a run diverged."""
+    """Modelled joules of training until the mean of `runs` reaches `target` (loss, of images accuracy) at an
+    evaluation; None if it does not, or a run diverged."""
     images = runs[0].get("accuracy") is not None
     # The curve is rounded; its last value is known in full. A run that diverged has none.
     curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r["curve"] else [] for r in runs]
@@ -141,9 +145,9 @@ def _methods(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
         chosen = ("lr", "muon_lr", "k", "beta", *(("steps", "batch_size") if row.enough else ()))
         rate = [part for part in settings(first).split(", ") if part.split(" ")[0] in chosen]
         lines.append(
-            f"| {row.name} | {show_quality(runs)} | {len(runs)} | {mean(r['flips_per_weight_per_step'] for r in runs):.3f} | "
-            f"{state / first['weights']:.2f} | {first['peak_memory_bytes'] / 2**20:.0f} | "
-            f"{1000 * mean(r['step_seconds'] for r in runs):.1f} | {', '.join(rate)} |"
+            f"| {row.name} | {show_quality(runs)} | {len(runs)} | "
+            f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f} | {state / first['weights']:.2f} | "
+            f"{first['peak_memory_bytes'] / 2**20:.0f} | {1000 * mean(r['step_seconds'] for r in runs):.1f} | {', '.join(rate)} |"
         )
     return lines
 
@@ -166,17 +170,18 @@ def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     def times(joules: float | None, needed: float | None) -> str:
         return "" if joules is None or needed is None else f"{joules / needed:.2f}x"
 
-    lines = ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {goal}, for {whole:.2f} J; a method has "
-             "reached it at the first evaluation at which the mean of its seeds is as good.", "",
-             f"| method | joules per million {unit} | fp32 AdamW's, times less | joules to the goal | fp32 AdamW's, times less | "
-             "bf16 AdamW's for all its steps, times less | measured |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {goal}, for {whole:.2f} J; a "
+             "method has reached it at the first evaluation at which the mean of its seeds is as good.", "",
+             f"| method | joules per million {unit} | fp32 AdamW's, times less | joules to the goal | "
+             "fp32 AdamW's, times less | bf16 AdamW's for all its steps, times less | measured |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row, runs in found:
         needed = joules_to(runs, target)
         measured = [j for r in runs if r.get("jobs") == 1 and (j := r.get("energy_measured_joules")) is not None]
         lines.append(
             f"| {row.name} | {per_million(runs):.2f} | {times(per_million(base), per_million(runs))} | "
-            f"{'not reached' if needed is None else f'{needed:.2f}'} | {times(whole, needed)} | {times(whole_half, needed)} | "
-            f"{f'{mean(measured):.1f} J' if measured else 'n/a'} |"
+            f"{'not reached' if needed is None else f'{needed:.2f}'} | {times(whole, needed)} | "
+            f"{times(whole_half, needed)} | {f'{mean(measured):.1f} J' if measured else 'n/a'} |"
         )
     reasons = {r.get("energy_note", "").partition("measured: ")[2] for _, runs in found for r in runs} - {""}
     beside = "of runs side by side a counter gives the sum (--jobs 1 takes them one by one)"

@@ -29,7 +29,8 @@ from gft.errors import UserError
 from gft.keys import convert, key, number, read_argv, refuse
 
 RESULTS = ROOT / "results" / "sweeps"
-TAKEN = {"seed": "--seeds 1,2,3", "resume": "the same command again goes on", "out_dir": "runs are not kept, --out is the plot"}
+TAKEN = {"seed": "--seeds 1,2,3", "resume": "the same command again goes on",
+         "out_dir": "runs are not kept, --out is the plot"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         draw(png, [panel(sweep, store)])
     except (OSError, ValueError) as error:
-        raise UserError(f"the plot {png} cannot be written: {error}; name another file, ending in .png, with --out") from None
+        problem = f"the plot {png} cannot be written: {error}; name another file, ending in .png, with --out"
+        raise UserError(problem) from None
     print(f"plot: {png}\nruns: {store.path}", file=sys.stderr)
     return 0

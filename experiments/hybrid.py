@@ -1,9 +1,9 @@
 """Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
 
 Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
-(Imagenette, 64 x 64 pixels, three epochs) by its accuracy too, three seeds each: short runs, to compare choices. Nothing is
-tuned here: k is that of the config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps
-for its layers.
+(Imagenette, 64 x 64 pixels, three epochs) by its accuracy too, three seeds each: short runs, to compare choices.
+Nothing is tuned here: k is that of the config, the learning rate AdamW's own on that net, for every choice. State is
+what AdamW keeps for its layers.
 """
 
 from statistics import mean
@@ -13,6 +13,7 @@ from experiments.sweep import Store, show_quality, spread
 
 LM = {"steps": 300, "batch_size": 24, "lr": 0.016, "lr_end": 0.0, "warmup": 30, "weight_decay": 0.1}
 VIT = {"steps": 444, "lr": 4e-3, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1, "eval_every": 444}
+BYTES = ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes")
 CHOICES = ("all", "{first},attention,mlp", "attention,mlp,head", "attention,mlp", "mlp", "attention", "{first}", "head")
 
 
@@ -47,6 +48,6 @@ def table(store: Store, threads: int = 1) -> str:
             cells = [row.name.replace(",", ", "), spread([r["val_loss"] for r in runs]),
                      *([show_quality(runs)] if images else []), str(len(runs)),
                      f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f}",
-                     *(f"{runs[0][key]:,}" for key in ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes"))]
+                     *(f"{runs[0][key]:,}" for key in BYTES)]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() or "Nothing is finished yet."

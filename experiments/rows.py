@@ -73,7 +73,9 @@ def finals(row: Row, store: Store, seeds: Sequence[int], **short) -> list[Cell]:
     return [winner(row, store, **short).with_(eval_on="val", seed=seed, **short) for seed in seeds]
 
 
-def tune_and_train(rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short) -> None:
+def tune_and_train(
+    rows: Sequence[Row], store: Store, jobs: int, seeds: Sequence[int], apart: bool = False, **short
+) -> None:
     """Tune every row, then train its winner with each seed; all rows with one seed, then with the next.
 
     `apart`: each run of the first seed in a process of its own (see run_cells).
@@ -94,7 +96,9 @@ def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick
             tune_and_train(rows, store, jobs, SEEDS, **common)
 
 
-def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short) -> Iterator[tuple[Row, list[dict]]]:
+def finished(
+    rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short
+) -> Iterator[tuple[Row, list[dict]]]:
     """The rows that are tuned, with the results of their winner; rows without any are left out."""
     for row in rows:
         if any(store.get(cell) is None for cell in to_tune(row, **short)):

@@ -21,7 +21,8 @@ def grid(name: str, common: dict, *choices: dict) -> tuple[Cell, ...]:
 
 
 MEMORY = {"method": "gft", "memory": "int8"}
-PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contribution", "select_tile": 0, "flip_prob": "score"}
+PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contribution", "select_tile": 0,
+         "flip_prob": "score"}  # fmt: skip
 
 ROWS = (
     Row("AdamW, fp32", "", grid(

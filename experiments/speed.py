@@ -53,7 +53,8 @@ def table(store: Store) -> str:
     ]
     for label, seconds in fastest.items():
         written, compiled = times.get((label, False)), times.get((label, True))
-        lines.append(f"| {label} | {_ms(compiled)} | {_ms(written)} | {seconds / base:.2f}x | {memory[label] / 2**20:.0f} |")
+        lines.append(f"| {label} | {_ms(compiled)} | {_ms(written)} | {seconds / base:.2f}x | "
+                     f"{memory[label] / 2**20:.0f} |")  # fmt: skip
     return "\n".join(lines)
 
 

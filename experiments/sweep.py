@@ -1,8 +1,9 @@
 """Run many cells, each a training run, two or more side by side; a finished cell is never run again.
 
 A cell is a config with overrides and a seed. Its result, the final JSON of `train.py`, is one line of
-`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result. The settings are in
-the line: a config that is edited makes new cells. Who changes a default or what a key means removes the lines made before.
+`results/<set>/<experiment>.jsonl`, found again by a hash of every setting that can change the result. The settings are
+in the line: a config that is edited makes new cells. Who changes a default or what a key means removes the lines made
+before.
 """
 
 import hashlib
@@ -26,10 +27,10 @@ from gft.config import FIELDS, IMAGES, Config, load, unmet
 from gft.curve import read_metrics
 from gft.errors import UserError
 
-
 # What tables show of a run besides its quality.
 SHOWN = ("tokens", "seconds", "step_seconds", "flips_per_weight_per_step", "weights", "int_weight_bytes",
-         "packed_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "peak_memory_bytes", "energy_model_joules")
+         "packed_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "peak_memory_bytes",
+         "energy_model_joules")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
         # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
         config, *overrides = cell.arguments()
         try:
-            code, out, err = own.run([config, "--eval_every", "100", *overrides, "--out_dir", folder, "--sample_tokens", "0",
-                                      "--save_every", "1000000"])  # fmt: skip
+            code, out, err = own.run([config, "--eval_every", "100", *overrides, "--out_dir", folder,
+                                      "--sample_tokens", "0", "--save_every", "1000000"])  # fmt: skip
         finally:
             if worker is None:
                 own.close()
@@ -178,8 +179,8 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
         place = threading.get_ident(), cell.resolved().threads
         worker = None if apart else workers.setdefault(place, Worker(cell.resolved().threads))
         store.add(cell, run_cell(cell, worker) | {"jobs": jobs})
-        print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  {cell.label}: "
-              f"{' '.join(cell.arguments())}", flush=True)  # fmt: skip
+        print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  "
+              f"{cell.label}: {' '.join(cell.arguments())}", flush=True)  # fmt: skip
 
     try:
         with ThreadPoolExecutor(jobs) as pool:

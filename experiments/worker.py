@@ -31,7 +31,8 @@ class Worker:
         self.process: subprocess.Popen | None = None
 
     def run(self, arguments: Sequence[str]) -> tuple[int, str, str]:
-        """Exit status, output and error output of `train.py ARGUMENTS`. A process that died is replaced at the next run."""
+        """Exit status, output and error output of `train.py ARGUMENTS`. A process that died is replaced at the next
+        run."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "experiments.worker"], cwd=ROOT, env=self.environment, text=True,
@@ -68,7 +69,8 @@ def main() -> int:
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not on, uncompiled, to other last digits
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop
+    # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -339,8 +339,8 @@ def _conflicts(c: Config) -> list[str]:
         found.append(f"int_layers = {c.int_layers}: there is no {unknown[0] or 'empty'!r} layer; write all, or some of "
                      f"{', '.join(LAYER_KINDS)}, separated by commas")
     elif c.method == "gft" and not c.integer_kinds:
-        found.append(f"int_layers = {c.int_layers}: this net has no such layer, so nothing would be integer; write all, "
-                     f"or some of {', '.join(c.layer_kinds)}, separated by commas")
+        found.append(f"int_layers = {c.int_layers}: this net has no such layer, so nothing would be integer; write "
+                     f"all, or some of {', '.join(c.layer_kinds)}, separated by commas")
     if c.batch_size % c.grad_accum:
         parts = [n for n in range(1, min(c.batch_size, 1024) + 1) if c.batch_size % n == 0]
         found.append(f"batch_size = {c.batch_size}, grad_accum = {c.grad_accum}: grad_accum must divide batch_size; "
@@ -380,8 +380,9 @@ def _image_conflicts(c: Config) -> list[str]:
     found = []
     side, channels = (28, 1) if c.data == "mnist" else (c.image_side, 3)
     if c.model == "mlp" and "mlp" in c.integer_kinds and channels * side**2 > SAFE_PRODUCTS:
-        found.append(f"image_side = {side}: an integer layer over {channels * side**2:,} pixels can overflow int32, which "
-                     f"holds {SAFE_PRODUCTS:,} products; use image_side = {math.isqrt(SAFE_PRODUCTS // channels)} or less")
+        found.append(f"image_side = {side}: an integer layer over {channels * side**2:,} pixels can overflow int32, "
+                     f"which holds {SAFE_PRODUCTS:,} products; use image_side = "
+                     f"{math.isqrt(SAFE_PRODUCTS // channels)} or less")
     if c.model == "transformer":
         if side % c.patch:
             fitting = [n for n in range(1, side + 1) if side % n == 0]

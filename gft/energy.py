@@ -9,8 +9,9 @@ The model, the same for all methods (docs/energy.md gives the formulas and their
 
 operations   The algorithm is priced on a machine that has a unit for each type; what a backend without int8 units does
              instead is not. A product is one multiply and one add, with a weight of one or two bits the add alone;
-             int8 products are summed in int32, 16-bit ones in fp32. Comparing is adding; sign, absolute value, bit moves and conversions are free. exp, log, division
-             and square root are one `special` each. Padding of tiles is computed, masked attention is not.
+             int8 products are summed in int32, 16-bit ones in fp32. Comparing is adding; sign, absolute value, bit
+             moves and conversions are free. exp, log, division and square root are one `special` each. Padding of
+             tiles is computed, masked attention is not.
 memory       Each kernel reads each operand once from DRAM and writes each result once. One kernel is a matrix product,
              with what is done to single elements of its operands or results; or all that is done to one block of data
              (a row, a tile, a matrix) of at most ON_CHIP_BYTES; or attention, never forming its matrix. A maximum over

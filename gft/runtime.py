@@ -137,7 +137,7 @@ def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device
 
 
 def processor(device: torch.device) -> str:
-    """What the GPU or CPU calls itself. Products of 16 bits, and so a run's last digits, differ between kinds of CPU."""
+    """What the GPU or CPU calls itself. Products of 16 bits, and so a run's last digits, differ between CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
