@@ -1,7 +1,7 @@
 """Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
 
 Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
-(Imagenette, 64 x 64 pixels, three epochs) by its accuracy too, three seeds each: short runs, to compare choices.
+(Imagenette, 64 x 64 pixels, two epochs) by its accuracy too, three seeds each: short runs, to compare choices.
 Nothing is tuned here: k is that of the config, the learning rate AdamW's own on that net, for every choice. State is
 what AdamW keeps for its layers.
 """
@@ -12,7 +12,7 @@ from experiments.rows import Row, finished_groups, make_row, train_groups
 from experiments.sweep import Store, show_quality, spread
 
 LM = {"steps": 300, "batch_size": 24, "lr": 0.016, "lr_end": 0.0, "warmup": 30, "weight_decay": 0.1}
-VIT = {"steps": 444, "lr": 4e-3, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1, "eval_every": 444}
+VIT = {"steps": 296, "lr": 4e-3, "lr_end": 0.0, "warmup": 50, "weight_decay": 0.1, "eval_every": 296}
 BYTES = ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes")
 CHOICES = ("all", "{first},attention,mlp", "attention,mlp,head", "attention,mlp", "mlp", "attention", "{first}", "head")
 
