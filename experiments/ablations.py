@@ -14,7 +14,7 @@ from experiments.plots import Panel
 from experiments.plots import draw as draw_panels
 from experiments.rows import QUICK, SEEDS
 from experiments.small import PAPER
-from experiments.sweep import Cell, Store, quality, run_cells, show_quality
+from experiments.sweep import Cell, Store, drawn, run_cells, show_quality
 
 COMMON = {"eval_on": "tune", "eval_every": 1000, "compile": "true"}
 NETS = {
@@ -22,7 +22,7 @@ NETS = {
     "MNIST": ("mnist", COMMON | {"steps": 940, "batch_size": 256}),
 }
 LM, MNIST = NETS
-MEASURES = {LM: "held-out loss, nats", MNIST: "held-out accuracy"}
+MEASURES = {LM: "held-out loss, nats", MNIST: "held-out accuracy, %"}
 
 Lines = Mapping[str, Mapping[str, dict]]  # line -> point -> settings
 
@@ -198,7 +198,7 @@ def panels(ablation: Ablation, store: Store, **short) -> list[Panel]:
     for net in ablation.nets:
         lines: dict[str, list] = {}
         for (where, line, point), runs in results(ablation, store, **short).items():
-            if where == net and (whole := [quality(r) for r in runs if not r.get("diverged")]):
+            if where == net and (whole := [drawn(r) for r in runs if not r.get("diverged")]):
                 lines.setdefault(line, []).append((point, whole))
         if lines:
             found.append(Panel(net, ablation.x, MEASURES[net], lines))

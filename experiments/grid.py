@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 
 from experiments.plots import Panel, draw
-from experiments.sweep import ROOT, Cell, Store, badness, quality, run_cells, show_quality
+from experiments.sweep import ROOT, Cell, Store, badness, drawn, run_cells, show_quality
 from gft.config import FIELDS, IMAGES
 from gft.errors import UserError
 from gft.keys import convert, key, number, read_argv, refuse
@@ -121,9 +121,9 @@ def panel(sweep: Sweep, store: Store) -> Panel:
         runs = [r for cell in cells if (r := store.get(cell)) and not r.get("diverged")]
         if runs:
             label = ", ".join(f"{k} {shown[k]}" for k in others)
-            lines.setdefault(label, []).append((shown.get(first, sweep.config), [quality(r) for r in runs]))
+            lines.setdefault(label, []).append((shown.get(first, sweep.config), [drawn(r) for r in runs]))
     images = sweep.points()[0][1][0].resolved().data in IMAGES
-    return Panel(Path(sweep.config).stem, first, "accuracy" if images else "validation loss, nats per token", lines)
+    return Panel(Path(sweep.config).stem, first, "accuracy, %" if images else "validation loss, nats per token", lines)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,11 +1,12 @@
 """Figures of sweeps: lines with error bars over the values of one setting, several panels side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
-LOG_FROM = 20  # values that span this factor are spaced by their logarithm
 PANEL_INCHES = (4.6, 3.6)
 
 Point = tuple[str, Sequence[float]]  # a value of the setting, and what each seed reached there
@@ -33,6 +34,15 @@ def draw(png: Path, panels: Sequence[Panel]) -> None:
     figure.savefig(png, dpi=110)
 
 
+def spaced_by_logarithm(values: Sequence[float]) -> bool:
+    """Whether ascending values lie more evenly by their logarithms than as they are."""
+    def unevenness(of: Sequence[float]) -> float:
+        gaps = [b - a for a, b in pairwise(of)]
+        return max(gaps) / min(gaps)
+
+    return len(values) > 2 and values[0] > 0 and unevenness([math.log(v) for v in values]) < unevenness(values)
+
+
 def _draw_panel(axes, panel: Panel) -> None:
     names = list(dict.fromkeys(x for points in panel.lines.values() for x, _ in points))
     try:
@@ -50,7 +60,7 @@ def _draw_panel(axes, panel: Panel) -> None:
             marker="o", markersize=4, linewidth=1.3, linestyle=line, elinewidth=1, capsize=3, label=label,
         )  # fmt: skip
     spots = sorted(places.values())
-    if spots and spots[0] > 0 and spots[-1] / spots[0] >= LOG_FROM:
+    if spaced_by_logarithm(spots):
         axes.set_xscale("log")
         axes.minorticks_off()
     texts = [names[list(places.values()).index(spot)] for spot in spots]

@@ -202,6 +202,11 @@ def quality(record: dict) -> float:
     return record["val_loss"] if record.get("accuracy") is None else record["accuracy"]
 
 
+def drawn(record: dict) -> float:
+    """The same as figures have it: nats, of images percent."""
+    return record["val_loss"] if record.get("accuracy") is None else 100 * record["accuracy"]
+
+
 def badness(record: dict) -> float:
     """The same, less being better."""
     return record["val_loss"] if record.get("accuracy") is None else -record["accuracy"]

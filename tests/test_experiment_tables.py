@@ -4,6 +4,7 @@ import pytest
 
 from experiments import __main__ as program
 from experiments import ablations, alternatives, hybrid, images, small, sweep
+from experiments.plots import spaced_by_logarithm
 from experiments.rows import finals, make_row, shortened, to_tune, winner
 from experiments.sweep import Cell, Store
 
@@ -214,3 +215,10 @@ def test_a_run_that_diverged_is_shown(module, ran, run_quietly, tmp_path):
 def test_a_quick_run_keeps_something_to_tune():
     rows = [make_row(name, "", "mnist", {}, {"k": 0.1}, {"k": 0.2}, {"k": 0.3}) for name in "ab"]
     assert [len(row.cells) for row in shortened(rows)] == [2, 1] and not to_tune(shortened(rows)[1])
+
+
+def test_values_are_spaced_as_they_lie():
+    for even in ([1, 2, 3, 4, 5, 6, 7, 8], [0.8, 0.9, 0.95, 0.98], [0, 1, 10]):
+        assert not spaced_by_logarithm(even), even
+    for doubling in ([6, 12, 24, 48], [0.02, 0.1, 0.25, 0.5, 0.8], [1, 2, 4, 8, 16, 24]):
+        assert spaced_by_logarithm(doubling), doubling
