@@ -111,7 +111,7 @@ def test_a_training_that_fails_says_so(plan, monkeypatch):
 def test_the_report_invents_nothing(tmp_path):
     text = gpu.section(Plan(tmp_path))
     rows = [line for line in text if line.startswith("| ") and "must" not in line]
-    assert len(rows) == 15 and all(line.endswith("| not measured |") for line in rows)
+    assert len(rows) == 17 and all(line.endswith("| not measured |") for line in rows)
     assert "`make gpu` (Not measured yet)" in text
 
 
@@ -136,7 +136,23 @@ def test_the_report_compares_as_the_table_says(tmp_path):
     assert "| int8_matmul at 4096 x 4096 x 4096, against torch._int_mm | 0.85x its speed | 1.0x | 0.90x |" in text
     assert "| at most 2x its time | 1.2x | 1.50x |" in text and "| 2x its speed | 4x | 3.00x |" in text
     assert "| 1.3x | 2x | 1.50x |" in text and "| 0.5x | 0.25x | 0.25x |" in text
-    assert text.count("not measured |") == 10
+    assert text.count("not measured |") == 12
+
+
+def test_trainings_on_images_are_compared_by_accuracy(tmp_path):
+    plan = Plan(tmp_path)
+    store = plan.trainings()
+    for n, row in enumerate(gpu.rows_of(plan, "imagenette")):
+        result = {"val_loss": 1.0, "accuracy": 0.7 + 0.01 * n, "bits": 6, "tokens_per_second": 1.0, "seconds": 2.0}
+        for cell in gpu.tuning_cells(row):
+            assert cell.resolved().steps == 1480
+            store.add(cell, result | {"eval_on": "tune"})
+        for cell in gpu.finals(row, store, plan.seeds):
+            assert cell.resolved().steps == 5920
+            store.add(cell, result | {"eval_on": "val"})
+    text = "\n".join(gpu.section(plan))
+    assert ("ViT, GFT, int8 memory | 1 point less than AdamW, 70.00 ± 0.00 % (3 seeds) | 77.1 %, then 85 % | "
+            "72.00 ± 0.00 % (3 seeds) |") in text
 
 
 def test_without_a_gpu_it_points_to_the_rehearsal(monkeypatch, capsys):
