@@ -103,13 +103,12 @@ GROUPS = {
 
 
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
-    """Tune and train the character model's rows, then the MLP's."""
-    for n, rows in enumerate(GROUPS.values()):
-        if quick:
-            some = shortened(rows)[::4] if n else shortened(rows)[:10]
-            tune_and_train(some, store, jobs, SEEDS[:1], **QUICK, **common)
-        else:
-            tune_and_train(rows, store, jobs, SEEDS, apart=True, **common)
+    """Tune the rows of both nets, then train them with one seed after the other."""
+    if quick:
+        rows = [row for n, group in enumerate(GROUPS.values()) for row in shortened(group)[:: 4 if n else 2]]
+        tune_and_train(rows, store, jobs, SEEDS[:1], **QUICK, **common)
+    else:
+        tune_and_train([row for group in GROUPS.values() for row in group], store, jobs, SEEDS, apart=True, **common)
 
 
 def joules_to(runs: Sequence[dict], target: float) -> float | None:
