@@ -1,9 +1,13 @@
 """Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
 
 Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
-(Imagenette, 64 x 64 pixels, two epochs) by its accuracy too, three seeds each: short runs, to compare choices.
-Nothing is tuned here: k is that of the config, the learning rate AdamW's own on that net, for every choice. State is
-what AdamW keeps for its layers.
+(Imagenette, 64 x 64 pixels, two epochs) by its accuracy too: short runs, to compare choices. Nothing is tuned here: k
+is that of the config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps for its
+layers.
+
+On both nets the best mixture is an integer MLP with everything else under AdamW, ahead of the all-integer and of the
+all-fp32 net. First layer and head are a twentieth of the weights or less: on the text leaving the head to AdamW gains
+0.03 nats, leaving the embedding to it nothing.
 """
 
 from statistics import mean
