@@ -8,7 +8,7 @@ fp32 weights under AdamW; its activations stay fp32. State per weight is the wei
 and what the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's
 process; energy is modelled (45 nm, docs/energy.md).
 
-Rows named "as few as it takes" may train on fewer tokens: of six lengths and batches each, the one of least energy
+Rows named "as few as it takes" may train on fewer tokens: of eight lengths and batches each, the one of least energy
 that on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning
 rates go with the root of the batch.
 """
@@ -29,7 +29,7 @@ NO_MEMORY = {"method": "gft", "memory": "none"}
 ADAMW, ADAMW_BF16 = "AdamW", "AdamW, bf16"
 HALF = {"precision": "bf16"}
 # Batch and steps. k falls to 0 by the last step, so a run cut short is worth little: fewer tokens are other runs.
-LENGTHS = ((12, 800), (12, 1000), (24, 400), (24, 500), (48, 250), (48, 300))
+LENGTHS = ((12, 800), (12, 1000), (12, 1200), (24, 400), (24, 500), (24, 600), (48, 250), (48, 300))
 
 
 def over(common: dict, key: str, *values: float) -> tuple[dict, ...]:
