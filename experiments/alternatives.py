@@ -1,12 +1,12 @@
 """Against the alternatives: AdamW, SGD with momentum, signSGD, Muon, quantization-aware training (STE) and GFT.
 
 The same nets and the same tokens (images) for all. On the text AdamW, Muon and GFT have the settings that won in the
-tables above; all else is tuned here, on the held-out part, one seed and runs of two fifths of the steps. Three seeds,
-judged at the last step. STE rounds the weights of every product, at 2 bits by mean|w| as BitNet b1.58 does, at 4 and 8
-bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer rounded too), and keeps latent
-fp32 weights under AdamW; its activations stay fp32. State per weight is the weight itself as it is kept while training
-and what the optimizer keeps. The time is of runs side by side, one thread each, the memory that of the first seed's
-process; energy is modelled (45 nm, docs/energy.md).
+tables above; all else is tuned here, on the held-out part, one seed and runs of two fifths of the steps. Judged at the
+last step, with as many seeds as the table says. STE rounds the weights of every product, at 2 bits by mean|w| as
+BitNet b1.58 does, at 4 and 8 bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer
+rounded too), and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the weight
+itself as it is kept while training and what the optimizer keeps. The time is of runs side by side, one thread each,
+the memory that of the first seed's process; energy is modelled (45 nm, docs/energy.md).
 
 Rows named "as few as it takes" may train on fewer tokens: of eight lengths and batches each, the one of least energy
 that on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning

@@ -119,8 +119,8 @@ def finished_groups(
 def tuning_table(store: Store) -> str:
     """Every cell tried while tuning, with what it reached on the held-out part."""
     tuned = [r for r in store.done.values() if r["eval_on"] == "tune"]
-    images = any(r.get("accuracy") is not None for r in tuned)
-    lines = [f"| row | settings | {'accuracy' if images else 'loss'} on the held-out part |", "|---|---|---|"]
+    measures = dict.fromkeys("loss" if r.get("accuracy") is None else "accuracy" for r in tuned)
+    lines = [f"| row | settings | {' or '.join(measures)} on the held-out part |", "|---|---|---|"]
     for record in tuned:
         lines.append(f"| {record['label']} | {settings(record)} | {show_quality([record])} |")
     return "\n".join(lines)
