@@ -159,24 +159,29 @@ def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     if base is None or any(r.get("diverged") for r in base):
         return []
     images = base[0].get("accuracy") is not None
-    target = mean(r["accuracy" if images else "val_loss"] for r in base)
+    ends = {r["seed"]: quality(r) for r in base}
     whole, whole_half = (mean(r["energy_model_joules"] for r in runs) if runs else None for runs in (base, half))
     unit = "images" if images else "tokens"
-    goal = f"{100 * target:.2f} %" if images else f"{target:.4f}"
 
     def per_million(runs: Sequence[dict]) -> float:
         return mean(1e6 * r["energy_model_joules"] / r["tokens"] for r in runs)
 
+    def goal(runs: Sequence[dict]) -> float:
+        """What AdamW has at its end with the seeds of `runs`."""
+        return mean(ends[r["seed"]] for r in runs if r["seed"] in ends)
+
     def times(joules: float | None, needed: float | None) -> str:
         return "" if joules is None or needed is None else f"{joules / needed:.2f}x"
 
-    lines = ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {goal}, for {whole:.2f} J; a "
-             "method has reached it at the first evaluation at which the mean of its seeds is as good.", "",
+    reached = f"{100 * goal(base):.2f} %" if images else f"{goal(base):.4f}"
+    lines = ["", "Energy, modelled. The goal is what fp32 AdamW has at its last step with the same seeds, "
+             f"{reached} with {len(base)}, for {whole:.2f} J; a method has reached it at the first evaluation at which "
+             "the mean of its seeds is as good.", "",
              f"| method | joules per million {unit} | fp32 AdamW's, times less | joules to the goal | "
              "fp32 AdamW's, times less | bf16 AdamW's for all its steps, times less | measured |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row, runs in found:
-        needed = joules_to(runs, target)
+        needed = joules_to(runs, goal(runs))
         measured = [j for r in runs if r.get("jobs") == 1 and (j := r.get("energy_measured_joules")) is not None]
         lines.append(
             f"| {row.name} | {per_million(runs):.2f} | {times(per_million(base), per_million(runs))} | "
