@@ -8,10 +8,10 @@ usual last 10 % (eval_on = "val").
 from dataclasses import replace
 from statistics import mean
 
-from experiments.rows import SEEDS, Row, finals, finished, settings, tune_and_train, tuning_cells, tuning_table
+from experiments.rows import SEEDS, Row, finished, settings, tune_and_train, tuning_table
 from experiments.sweep import Cell, Store, show_quality
 
-__all__ = ["Row", "finals", "settings", "tuning_cells", "tuning_table"]  # for experiments.gpu too
+__all__ = ["tuning_table"]  # for the report
 CONFIG = "shakespeare_char_small"
 
 

@@ -41,11 +41,6 @@ class Cell:
     config: str
     overrides: tuple[tuple[str, Any], ...] = ()
 
-    @classmethod
-    def of(cls, label: str, arguments: Sequence[str]) -> "Cell":
-        """The inverse of `arguments`."""
-        return cls(label, arguments[0], tuple(zip((a[2:] for a in arguments[1::2]), arguments[2::2], strict=True)))
-
     def with_(self, **more: Any) -> "Cell":
         """The cell with further overrides."""
         return replace(self, overrides=tuple(sorted((dict(self.overrides) | more).items())))

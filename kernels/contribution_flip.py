@@ -9,8 +9,8 @@ ortho_tile: 30*ortho_tile*out*in.
 
 A program owns a block of whole tiles, sums its votes over all tokens in registers and lets `flip.learn_block` do the
 rest there. Both operands come with their tokens contiguous (`along_tokens`; the quantizers write them so), as int8
-tensor cores want them. Blocks of several matrices, of different sizes and batches, go into one launch: a table on the
-device says where everything lies. `learn_step` chooses between this and the two-kernel path.
+tensor cores want them. Blocks of several matrices, of different sizes and batches, go into one launch (groups.py).
+`learn_step` chooses between this and the two-kernel path.
 """
 
 import itertools
@@ -22,19 +22,8 @@ from torch import Tensor
 
 from kernels.backend import Shipped, on_triton, tl, triton
 from kernels.contribution import votes
-from kernels.flip import (
-    FIELDS,
-    NUMBERS,
-    SELECT_TILES,
-    find_matrix,
-    fixed_point,
-    flip,
-    launch,
-    learn_block,
-    learning_kernel,
-    of_one_type,
-    signed,
-)
+from kernels.flip import SELECT_TILES, fixed_point, flip, learn_block
+from kernels.groups import FIELDS, NUMBERS, find_matrix, launch, learning_kernel, of_one_type, signed
 from kernels.int8_matmul import MAX_REDUCTION
 from kernels.memory import MEMORY_TILE, remember_
 from kernels.philox import Stream, dither_words

@@ -15,6 +15,7 @@ from gft import config
 from gft.config import (
     FIELDS,
     IMAGES,
+    SAFE_PRODUCTS,
     Config,
     available,
     check_against_data,
@@ -26,6 +27,7 @@ from gft.config import (
     validate,
 )
 from gft.errors import UserError
+from kernels.int8_matmul import MAX_REDUCTION
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -346,3 +348,8 @@ def test_as_a_program(line: str, code: int, out: str, err: str) -> None:
     ran = subprocess.run([sys.executable, "-c", PROGRAM, *line.split()], cwd=ROOT, capture_output=True, text=True,
                          encoding="utf-8")
     assert (ran.returncode, ran.stdout, ran.stderr) == (code, out, err)
+
+
+def test_what_int32_can_sum_is_the_kernels_limit():
+    """Written twice, because config needs no torch."""
+    assert SAFE_PRODUCTS == MAX_REDUCTION

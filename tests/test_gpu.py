@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import bench
-from experiments import gpu, steps
-from experiments.gpu import Deadline, OutOfTime, Piece, Plan
+from experiments import gpu, gpu_plan, gpu_report, steps
+from experiments.gpu import Deadline, OutOfTime
+from experiments.gpu_plan import Done, Piece, Plan, grid
+from experiments.gpu_report import rows_of
+from experiments.rows import Row, finals, tuning_cells
 
 LIMITLESS = Deadline(0)
 
@@ -29,18 +32,18 @@ def test_a_command_is_stopped_when_time_is_over(capfd):
 
 def test_done_pieces_stay_done_until_the_code_changes(tmp_path, monkeypatch):
     path, piece = tmp_path / "deep" / "tests.jsonl", Piece("name", ("-m", "pytest"))
-    gpu.Done(path).add(piece, {"outcome": "2 passed"})
+    Done(path).add(piece, {"outcome": "2 passed"})
     path.write_text(path.read_text() + '{"key": "torn')
-    assert gpu.Done(path).get(piece)["outcome"] == "2 passed"
-    assert gpu.Done(path).get(Piece("name", ("-m", "pytest", "-x"))) is None
-    monkeypatch.setattr(gpu, "code", lambda: "other code")
-    assert gpu.Done(path).get(piece) is None
+    assert Done(path).get(piece)["outcome"] == "2 passed"
+    assert Done(path).get(Piece("name", ("-m", "pytest", "-x"))) is None
+    monkeypatch.setattr(gpu_plan, "code", lambda: "other code")
+    assert Done(path).get(piece) is None
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    cell = gpu.grid("GFT", "shakespeare_char_small", {"steps": 5, "k": 0.5}, {"steps": 5, "k": 0.3})
-    rows = [gpu.Row("AdamW", "", cell), gpu.Row("GFT", "1 / 2", cell)]
+    cell = grid("GFT", "shakespeare_char_small", {"steps": 5, "k": 0.5}, {"steps": 5, "k": 0.3})
+    rows = [Row("AdamW", "", cell), Row("GFT", "1 / 2", cell)]
     tests, one_step = "tests/test_schedule.py", steps.QUICK_STEPS[:1]
     return Plan(tmp_path / "gpu", tmp_path / "out", "cpu", tests, (), one_step, rows, (1, 2))
 
@@ -67,8 +70,8 @@ def test_a_wrong_kernel_stays_wrong_until_the_code_changes(plan, monkeypatch):
     assert gpu.run_bench(plan, LIMITLESS) == 1
     assert "WRONG" in (plan.results / "kernels.txt").read_text()
     assert "FAILED" in (plan.results / "steps.txt").read_text()
-    assert gpu.targets(plan)[0][3] == "wrong result"
-    monkeypatch.setattr(gpu, "code", lambda: "mended")
+    assert gpu_report.targets(plan)[0][3] == "wrong result"
+    monkeypatch.setattr(gpu_plan, "code", lambda: "mended")
     assert gpu.run_bench(plan, LIMITLESS) == 0
     assert gpu.run_bench(plan, LIMITLESS) == 0 and not results, "the third time there is nothing to run"
     assert (plan.results / "kernels.txt").read_text() == "table\n"
@@ -109,7 +112,7 @@ def test_a_training_that_fails_says_so(plan, monkeypatch):
 
 
 def test_the_report_invents_nothing(tmp_path):
-    text = gpu.section(Plan(tmp_path))
+    text = gpu_report.section(Plan(tmp_path))
     rows = [line for line in text if line.startswith("| ") and "must" not in line]
     assert len(rows) == 17 and all(line.endswith("| not measured |") for line in rows)
     assert "`make gpu` (Not measured yet)" in text
@@ -131,7 +134,7 @@ def test_the_report_compares_as_the_table_says(tmp_path):
             "model": steps.GPT2, "method": method, "tokens_per_second": speed, "peak_memory_bytes": memory,
             "machine": machine,
         })  # fmt: skip
-    text = "\n".join(gpu.section(plan))
+    text = "\n".join(gpu_report.section(plan))
     assert "a GPU, torch" in text
     assert "| int8_matmul at 4096 x 4096 x 4096, against torch._int_mm | 0.85x its speed | 1.0x | 0.90x |" in text
     assert "| at most 2x its time | 1.2x | 1.50x |" in text and "| 2x its speed | 4x | 3.00x |" in text
@@ -142,15 +145,15 @@ def test_the_report_compares_as_the_table_says(tmp_path):
 def test_trainings_on_images_are_compared_by_accuracy(tmp_path):
     plan = Plan(tmp_path)
     store = plan.trainings()
-    for n, row in enumerate(gpu.rows_of(plan, "imagenette")):
+    for n, row in enumerate(rows_of(plan, "imagenette")):
         result = {"val_loss": 1.0, "accuracy": 0.7 + 0.01 * n, "bits": 6, "tokens_per_second": 1.0, "seconds": 2.0}
-        for cell in gpu.tuning_cells(row):
+        for cell in tuning_cells(row):
             assert cell.resolved().steps == 1480
             store.add(cell, result | {"eval_on": "tune"})
-        for cell in gpu.finals(row, store, plan.seeds):
+        for cell in finals(row, store, plan.seeds):
             assert cell.resolved().steps == 5920
             store.add(cell, result | {"eval_on": "val"})
-    text = "\n".join(gpu.section(plan))
+    text = "\n".join(gpu_report.section(plan))
     assert ("ViT, GFT, int8 memory | 1 point less than AdamW, 70.00 ± 0.00 % (3 seeds) | 77.1 %, then 85 % | "
             "72.00 ± 0.00 % (3 seeds) |") in text
 
