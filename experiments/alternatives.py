@@ -5,8 +5,8 @@ tables above; all else is tuned here, on the held-out part, one seed and runs of
 last step, with as many seeds as the table says. STE rounds the weights of every product, at 2 bits by mean|w| as
 BitNet b1.58 does, at 4 and 8 bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer
 rounded too), and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the weight
-itself as it is kept while training and what the optimizer keeps. The time is of runs side by side, one thread each,
-the memory that of the first seed's process; energy is modelled (45 nm, docs/energy.md).
+itself as it is kept while training and what the optimizer keeps. Time and memory are those of the first seed's
+process, two of which run side by side with one thread each; energy is modelled (45 nm, docs/energy.md).
 
 Rows named "as few as it takes" may train on fewer tokens: of eight lengths and batches each, the one of least energy
 that on the held-out part is as good as fp32 AdamW after 500 steps of 48, before it is judged on the other. Learning
@@ -147,7 +147,7 @@ def _methods(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
             f"| {row.name} | {show_quality(runs)} | {len(runs)} | "
             f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f} | {state / first['weights']:.2f} | "
             f"{first['peak_memory_bytes'] / 2**20:.0f} | "
-            f"{1000 * mean(r['step_seconds'] for r in runs):.1f} | {', '.join(rate)} |"
+            f"{1000 * first['step_seconds']:.1f} | {', '.join(rate)} |"
         )
     return lines
 
