@@ -11,7 +11,7 @@ from gft.baselines import FloatEmbedding, FloatLinear, fake_quantize
 from gft.layers import IntEmbedding, IntLinear
 from gft.optimizer import FlipOptimizer
 from kernels import fuse
-from model import Block, ModelConfig, Transformer, rope_table, window_mask
+from model import ATTENTION_SCALE, Block, ModelConfig, Transformer, attention, rope_table, window_mask
 
 VOCAB = 13
 METHODS = ("gft", "adamw", "muon", "ste")
@@ -122,6 +122,17 @@ def test_block_is_the_formula():
     wanted = h + norm(hidden) @ block.down.weight.T / math.sqrt(6)
     with torch.no_grad():
         torch.testing.assert_close(block(x, rope_table(0, 6, 8, x.device))[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_of_16_bits_is_computed_in_32_on_a_cpu(autocast):
+    q, k, v = torch.randn(3, 4, 2, 32, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attention(q, k, v, is_causal=True)
+    scale = ATTENTION_SCALE / 16**0.5
+    wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, scale=scale)
+    assert torch.equal(y, wide.bfloat16())
+    assert not torch.equal(y, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
 
 
 def test_gft_has_no_float_parameter_and_baselines_as_many_weights():
