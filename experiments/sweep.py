@@ -83,6 +83,7 @@ class Store:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
+        self.commit = commit()  # of the code that will run: workers import it once, whatever is committed meanwhile
         self.done: dict[str, dict] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -102,7 +103,7 @@ class Store:
 
     def add(self, cell: Cell, result: dict) -> None:
         """Keep a result, at once and on disk."""
-        record = {"label": cell.label, "arguments": cell.arguments(), "settings": cell.settings(), "commit": commit(),
+        record = {"label": cell.label, "arguments": cell.arguments(), "settings": cell.settings(), "commit": self.commit,
                   **result}  # fmt: skip
         record.pop("out_dir", None)
         with self.lock:
@@ -188,8 +189,8 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
 
 
 def best_of(cells: Sequence[Cell], store: Store) -> Cell:
-    """The best cell among finished ones: of lowest validation loss, of images of highest accuracy."""
-    return min(cells, key=lambda cell: badness(store.get(cell)))
+    """The best cell among finished ones: of lowest validation loss, of images of highest accuracy and then lowest loss."""
+    return min(cells, key=lambda cell: (badness(store.get(cell)), store.get(cell)["val_loss"]))
 
 
 def quality(record: dict) -> float:

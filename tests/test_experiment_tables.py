@@ -123,15 +123,15 @@ def test_alternatives_count_state_energy_and_the_way_to_adamws_loss(ran, run_qui
     assert cells["AdamW, bf16"] == ["20000.00", "1.50x", "1000.00", "1.50x", "1.00x"]
     assert cells["GFT, 6 bits"] == ["10000.00", "3.00x", "not reached", "", ""]
     assert cells["GFT, ternary, int8 memory"] == ["10000.00", "3.00x", "500.00", "3.00x", "2.00x"]
-    assert cells["Muon, bf16, as few as it takes"] == ["20000.00", "1.50x", "500.00", "3.00x", "2.00x"]
-    assert "muon_lr 0.048, steps 250" in methods["Muon, bf16, as few as it takes"][8]
+    assert cells["Muon, bf16, as few as it takes"] == ["20000.00", "1.50x", "600.00", "2.50x", "1.67x"]
+    assert "muon_lr 0.048, steps 300" in methods["Muon, bf16, as few as it takes"][8]
     assert "joules per million images" in mnist
-    # Of one seed it is compared with AdamW's run of that seed, which is better than the mean of three.
+    # One seed is not held against a mean of three.
     few = Store(tmp_path / "few.jsonl")
     few.done = {k: r for k, r in Store(tmp_path / "r.jsonl").done.items()
                 if r["seed"] == 3 or r["eval_on"] == "tune" or r["label"] != "STE, 8 bits"}  # fmt: skip
     line = next(x for x in alternatives.table(few).split("Energy")[1].splitlines() if x.startswith("| STE, 8 bits"))
-    assert "| 1500.00 | 1.00x |" in line
+    assert "| seeds missing |  |  |" in line
     methods_run = {(c.resolved().method, c.resolved().bits) for c in ran}
     assert {("ste", 1), ("ste", 2), ("ste", 4), ("ste", 8), ("sgd", 6), ("signsgd", 6), ("muon", 6)} <= methods_run
 
