@@ -217,6 +217,9 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a wrong option, 1 for another error or a file skipped, 130 after Ctrl-C."""
+    if sys.stdout is None:
+        print("error: standard output is closed; give the results a place to go", file=sys.stderr)
+        return 1
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run(sys.argv[1:] if argv is None else argv)

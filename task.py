@@ -9,6 +9,7 @@ micro-batches a step has.
 """
 
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,9 @@ class Task(Protocol):
 
     def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
         """What there is to say and draw at the end of a run. Raises OSError if a picture cannot be written."""
+
+    def usage(self, folder: Path) -> str:
+        """What follows `python` to use a checkpoint in `folder`."""
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint must hold for the net to be used without the data."""
@@ -131,6 +135,11 @@ class TextTask:
     def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
         """Nothing: samples were shown on the way."""
 
+    def usage(self, folder: Path) -> str:
+        """Sample, beginning with a word of the text: its alphabet may have no other letters."""
+        words = self.data.tokenizer.decode(self.data.val[:1000].tolist()).partition("\n")[2].split()
+        return shlex.join(["sample.py", str(folder), "--prompt", words[0] if words else ""])
+
     def saved(self) -> dict[str, Any]:
         """The tokenizer."""
         return {"tokenizer": self.data.tokenizer.to_json()}
@@ -206,6 +215,10 @@ class ImageTask:
         print(per_class_table(data.val_labels, p.argmax(axis=1), data.classes))
         draw_predictions(folder / "predictions.png", data.val, data.val_labels, p, data.classes)
         print(f"predictions: {folder / 'predictions.png'}")
+
+    def usage(self, folder: Path) -> str:
+        """Classify images."""
+        return f"{shlex.join(['predict.py', str(folder)])} IMAGE..."
 
     def saved(self) -> dict[str, Any]:
         """The names of the classes and what pixels are normalised by."""

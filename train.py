@@ -9,6 +9,7 @@ The last line of standard output is one JSON object.
 """
 
 import fcntl
+import glob
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from torch import Tensor
 from gft import checkpoint, energy, runtime
 from gft.config import Config, differences, from_dict, load, to_dict
 from gft.curve import draw
-from gft.errors import UserError
+from gft.errors import DIVERGED, UserError
 from gft.learner import FlipLearner, make_learner
 from gft.meter import Meter
 from gft.monitor import Monitor, warnings
@@ -57,7 +58,11 @@ class Run:
 
     def __init__(self, cfg: Config, task: Task, run: runtime.Runtime, out: Path):
         self.cfg, self.task, self.run, self.out = cfg, task, run, out
-        self.net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed).to(run.device)
+        try:
+            net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed)
+        except ValueError as error:
+            raise UserError(f"{error}: a larger --init_spread, or a wider net (--d_model)", 2) from None
+        self.net = net.to(run.device)
         self.learner = make_learner(self.net, cfg)
         self.step, self.changed, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
@@ -129,8 +134,10 @@ def check_loss(run: Run, loss: float) -> None:
     """Raises UserError if the loss is not finite, before any weight has moved by it."""
     if not math.isfinite(loss):
         calmer = "--k" if run.cfg.method == "gft" else "--lr"
-        raise UserError(f"the loss became {loss} at step {run.step + 1}, so this step was not made; checkpoints saved "
-                        f"before are intact. Start anew with a lower {calmer} in another --out_dir")  # fmt: skip
+        raise UserError(
+            f"the loss became {loss} at step {run.step + 1}, so this step was not made; checkpoints saved before are "
+            f"intact. Start anew with a lower {calmer} in another --out_dir", DIVERGED,
+        )  # fmt: skip
 
 
 def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
@@ -219,7 +226,7 @@ def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
     a resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
     """
     first = cfg.out_path
-    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{first.name}-*"))
+    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{glob.escape(first.name)}-*"))
     numbers = [2, *(int(ending[1]) + 1 for ending in endings if ending)]
     numbered = [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, max(numbers) + 1))]
     if cfg.out_dir:
@@ -298,10 +305,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
         print(f"note: {error.filename or curve} cannot be written: {error.strerror}", file=sys.stderr)
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
           f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}")  # fmt: skip
-    if task.image is None:
-        print(f"sample: {python()} sample.py {out} --prompt \"ROMEO:\"")
-    else:
-        print(f"use: {python()} predict.py {out} IMAGE...")
+    print(f"use: {python()} {task.usage(out)}")
     print(json.dumps({key: None if value != value else value for key, value in summary.items()}, allow_nan=False))
     return 0
 

@@ -2,7 +2,8 @@
 
     python -m experiments.gpu tests         the kernels' tests, a file at a time
     python -m experiments.gpu bench         bench.py: the kernels, then each training step
-    python -m experiments.gpu train         10.7 M weights on Tiny Shakespeare: tuned on a held-out part, then 3 seeds
+    python -m experiments.gpu train         10.7 M weights on Tiny Shakespeare, a ViT on Imagenette: each tuned on a
+                                            held-out part, its winner trained with 3 seeds
     python -m experiments.gpu report        redraw RESULTS.md
     python -m experiments.gpu rehearsal     all of it at tiny sizes on this CPU, into a folder that is then removed
 
@@ -12,11 +13,14 @@ training that was cut off goes on from its last checkpoint. Tables for people: r
 """
 
 import argparse
+import io
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -24,14 +28,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import bench
+from data.imagenette import CLASSES, FILE, FOLDER
 from experiments import steps
 from experiments.gpu_plan import ROWS, Piece, Plan
 from experiments.gpu_report import section, training_table
 from experiments.rows import SEEDS, Row, finals, tuning_cells
-from experiments.sweep import ROOT, Cell, Store
-from gft.errors import UserError
+from experiments.sweep import ROOT, Cell, Store, diverged
+from gft.config import IMAGES
+from gft.errors import DIVERGED, UserError
 
 RESULTS = ROOT / "results" / "gpu"
 PARTS = ("tests", "bench", "train", "report", "rehearsal")
@@ -141,9 +148,12 @@ def run_training(plan: Plan, cell: Cell, store: Store, deadline: Deadline) -> No
     folder = plan.out / cell.key()
     resume = ("--resume",) if (folder / "last.json").exists() else ()
     status, lines = run(("train.py", *cell.arguments(), "--out_dir", str(folder), *resume), deadline.left())
-    if status:
+    if status == DIVERGED:  # as it would again
+        store.add(cell, diverged(cell.resolved()))
+    elif status:
         raise UserError(f"`train.py {' '.join(cell.arguments())}` ended with status {status}; the same command goes on")
-    store.add(cell, json.loads(lines[-1]))
+    else:
+        store.add(cell, json.loads(lines[-1]))
     shutil.rmtree(folder)
 
 
@@ -162,16 +172,34 @@ def run_train(plan: Plan, deadline: Deadline) -> int:
     return 0
 
 
+def few_images(path: Path) -> None:
+    """An archive as Imagenette's, of grey squares: ten in each class to train on, one to validate."""
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for n, (split, wordnet_id) in enumerate(itertools.product(["train"] * 10 + ["val"], CLASSES)):
+            picture = io.BytesIO()
+            Image.new("L", (32, 32), 2 * n).save(picture, "JPEG")
+            member = tarfile.TarInfo(f"{FOLDER}/{split}/{wordnet_id}/{n}.JPEG")
+            member.size = picture.tell()
+            picture.seek(0)
+            archive.addfile(member, picture)
+
+
 def rehearse() -> int:
     """Every part at tiny sizes on the CPU, each twice: the second time there must be nothing left to do."""
-    tiny = {
-        "data": "stdlib", "n_layer": 1, "n_head": 2, "d_model": 32, "context": 16, "batch_size": 4, "steps": 6,
-        "warmup": 0, "eval_every": 3, "save_every": 3, "eval_windows": 8, "compile": "false", "threads": 1,
-    }  # fmt: skip
+    tiny = {"n_layer": 1, "n_head": 2, "d_model": 32, "batch_size": 4, "steps": 6, "warmup": 0, "eval_every": 3,
+            "save_every": 3, "eval_windows": 8, "compile": "false", "threads": 1}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="gpu-rehearsal-") as name:
         folder = Path(name)
+        few_images(folder / FILE.path)
+
+        def few(row: Row) -> Row:
+            text = row.cells[0].resolved().data not in IMAGES
+            data = {"data": "stdlib", "context": 16} if text else {"data_dir": folder, "image_side": 32, "patch": 8}
+            return Row(row.name, row.target, tuple(cell.with_(**data) for cell in row.cells[:2]))
+
         plan = Plan(folder, folder / "out", "cpu", "tests/test_triton_philox.py", ("--quick",), steps.QUICK_STEPS,
-                    [Row(row.name, row.target, row.cells[:2]) for row in ROWS], SEEDS[:1], tiny)  # fmt: skip
+                    [few(row) for row in ROWS], SEEDS[:1], tiny)  # fmt: skip
         for attempt in ("first", "second"):
             for part in (run_tests, run_bench, run_train):
                 begun = time.monotonic()

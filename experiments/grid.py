@@ -18,9 +18,10 @@ Finished runs are kept in results/sweeps/CONFIG.jsonl: a sweep that was cut off 
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from experiments.plots import Panel, draw
 from experiments.sweep import ROOT, Cell, Store, badness, drawn, run_cells, show_quality
@@ -82,7 +83,8 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Options]:
         except ValueError as error:
             problems.append(f"--{k}: {error}")
     refuse(problems)
-    sweep = Sweep(config, {k: split(text) for k, text in given.items()}, split(options["seeds"]))
+    values = {k: once(FIELDS[k], split(text)) for k, text in given.items()}
+    sweep = Sweep(config, values, once(FIELDS["seed"], split(options["seeds"])))
     if empty := [k for k, values in (sweep.values | {"seeds": sweep.seeds}).items() if "" in values or not values]:
         refuse([f"--{k}: an empty value; write values between commas, as in --k 0.3,0.5" for k in empty])
     for _, cells in sweep.points():
@@ -93,6 +95,14 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Options]:
 def split(text: str) -> tuple[str, ...]:
     """The values in `text`, each once: between semicolons if there are any, else between commas."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(";" if ";" in text else ",")))
+
+
+def once(f: Field, texts: Sequence[str]) -> tuple[str, ...]:
+    """texts without those that are the same value of f in another spelling, as 0.10 is 0.1."""
+    first: dict[Any, str] = {}
+    for text in texts:
+        first.setdefault(number(f, text), text)
+    return tuple(first.values())
 
 
 def table(sweep: Sweep, store: Store) -> str:

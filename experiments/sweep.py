@@ -25,11 +25,11 @@ from typing import Any
 from experiments.worker import ROOT, Worker
 from gft.config import FIELDS, IMAGES, Config, load, unmet
 from gft.curve import read_metrics
-from gft.errors import UserError
+from gft.errors import DIVERGED, UserError
 
 # What tables show of a run besides its quality.
-SHOWN = ("tokens", "seconds", "step_seconds", "flips_per_weight_per_step", "weights", "int_weight_bytes",
-         "packed_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "peak_memory_bytes",
+SHOWN = ("tokens", "seconds", "step_seconds", "tokens_per_second", "flips_per_weight_per_step", "weights",
+         "int_weight_bytes", "packed_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "peak_memory_bytes",
          "energy_model_joules")  # fmt: skip
 
 
@@ -103,8 +103,8 @@ class Store:
 
     def add(self, cell: Cell, result: dict) -> None:
         """Keep a result, at once and on disk."""
-        record = {"label": cell.label, "arguments": cell.arguments(), "settings": cell.settings(), "commit": self.commit,
-                  **result}  # fmt: skip
+        record = {"label": cell.label, "arguments": cell.arguments(), "settings": cell.settings(),
+                  "commit": self.commit, **result}  # fmt: skip
         record.pop("out_dir", None)
         with self.lock:
             self.done[cell.key()] = record
@@ -144,7 +144,7 @@ def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
                 own.close()
         metrics = Path(folder, "metrics.jsonl")
         records = read_metrics(metrics) if metrics.exists() else []
-    if code and "the loss became" in err:
+    if code == DIVERGED:
         return diverged(cell.resolved())
     if code:
         raise UserError(f"the run `train.py {' '.join(cell.arguments())}` failed:\n{err.strip()[-2000:]}")
@@ -189,7 +189,7 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
 
 
 def best_of(cells: Sequence[Cell], store: Store) -> Cell:
-    """The best cell among finished ones: of lowest validation loss, of images of highest accuracy and then lowest loss."""
+    """The best cell among finished ones: of lowest validation loss; of images, of highest accuracy, then loss."""
     return min(cells, key=lambda cell: (badness(store.get(cell)), store.get(cell)["val_loss"]))
 
 

@@ -345,10 +345,10 @@ def _conflicts(c: Config) -> list[str]:
         parts = [n for n in range(1, min(c.batch_size, 1024) + 1) if c.batch_size % n == 0]
         found.append(f"batch_size = {c.batch_size}, grad_accum = {c.grad_accum}: grad_accum must divide batch_size; "
                      f"use grad_accum = {listed(parts, near=c.grad_accum)}")
+    if c.warmup >= c.steps and (c.method != "gft" or c.integer_kinds != c.layer_kinds):
+        found.append(f"warmup = {c.warmup}, steps = {c.steps}: warm-up must end before the run does; lower warmup "
+                     "or raise steps")
     if c.method != "gft":
-        if c.warmup >= c.steps:
-            found.append(f"warmup = {c.warmup}, steps = {c.steps}: warm-up must end before the run does; lower warmup "
-                         "or raise steps")
         return found
     largest = 1 if c.bits == 1 else 2 * (2 ** (c.bits - 1) - 1)
     if c.step_size > largest:

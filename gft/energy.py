@@ -116,11 +116,10 @@ def _weights(c: Counts, la: Layer, r: Recipe) -> None:
     if la.integer:
         return
     if r.method == "ste":
-        # The grid: a maximum (or mean). The weight: divided, rounded, clipped on both sides, multiplied.
-        read_and_write = 4 + 4 + (2 if r.half_weights else 4)
+        # The grid: a maximum (or mean). The weight: divided, rounded, clipped on both sides, multiplied; in fp32.
         c.add("rounding", fp32_mul=2 * la.size * r.grad_accum, fp32_add=4 * la.size * r.grad_accum,
-              bytes=read_and_write * la.size * r.grad_accum)  # fmt: skip
-    elif r.half_weights and not la.embedding:
+              bytes=(4 + 4 + 4) * la.size * r.grad_accum)  # fmt: skip
+    if r.half_weights and not la.embedding:
         c.add("forward", bytes=(4 + 2) * la.size * r.grad_accum)
 
 

@@ -71,7 +71,7 @@ class IntLayer(nn.Module, ABC):
         std = weight.to(torch.float64).std(correction=0).item()
         if std == 0:
             raise ValueError(
-                f"{type(self).__name__}: all {weight.numel()} initial weights are equal; raise init spread"
+                f"{type(self).__name__}: all {weight.numel()} first weights are equal and give no scale; raise spread"
             )
         self.register_buffer("weight", weight)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
@@ -339,6 +339,8 @@ def _quantise(delta: Tensor, kind: str, scale: str, levels: int, handle: int) ->
     else:
         sigma = absmax(delta) / levels
     d, voter = quantize_delta(delta, sigma, rows, columns)
+    if scale == "delayed" and levels < 127:  # a delta above all of the last steps'
+        d, voter = d.clamp(-levels, levels), voter.clamp(-levels, levels)
     return d, torch.sign(delta).to(torch.int8) if kind == "sign" else voter, sigma
 
 

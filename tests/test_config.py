@@ -105,6 +105,7 @@ BAD_COMMAND_LINES = [
     ("--bits 3 --step-size 7", ["step_size = 7, bits = 3", "at most 6"]),
     ("--bits 1 --step-size 2", ["step_size = 2, bits = 1", "at most 1"]),
     ("--method adamw --warmup 1000", ["warmup = 1000, steps = 1000", "lower warmup"]),
+    ("--int_layers mlp --warmup 1000", ["warmup = 1000, steps = 1000", "lower warmup"]),
     ("--k-warmup 1001", ["k_warmup = 1001, steps = 1000", "lower k_warmup"]),
 ]
 

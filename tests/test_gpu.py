@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+from data.images import load_images
 from experiments import gpu, gpu_plan, gpu_report, steps
 from experiments.gpu import Deadline, OutOfTime
 from experiments.gpu_plan import Done, Piece, Plan, grid
@@ -109,6 +110,25 @@ def test_a_training_that_fails_says_so(plan, monkeypatch):
     monkeypatch.setattr(gpu, "run", lambda command, seconds: (1, []))
     with pytest.raises(gpu.UserError, match="train.py shakespeare_char_small .* ended with status 1"):
         gpu.run_train(plan, LIMITLESS)
+
+
+def test_a_training_that_diverged_is_a_result(plan, monkeypatch):
+    def run(command, seconds):
+        option = dict(zip(command[2::2], command[3::2], strict=False))
+        Path(option["--out_dir"]).mkdir(parents=True)
+        done = {"val_loss": 1.5, "eval_on": option["--eval_on"], "bits": 6, "seconds": 9.0, "tokens_per_second": 1.0}
+        return (gpu.DIVERGED, []) if option["--k"] == "0.5" else (0, [json.dumps(done)])
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.run_train(plan, LIMITLESS) == 0 and not list(plan.out.iterdir())
+    text = (plan.results / "train.txt").read_text()
+    assert "| k 0.3, steps 5 | 1.5000 ± 0.0000 (2 seeds)" in text and "| k 0.5, steps 5 | inf |" in text
+
+
+def test_images_for_the_rehearsal_are_enough(tmp_path):
+    gpu.few_images(tmp_path / gpu.FILE.path)
+    images = load_images("imagenette", 32, str(tmp_path), "tune")
+    assert images.train.shape == (90, 32, 32, 3) and images.val.shape == (10, 32, 32, 3)
 
 
 def test_the_report_invents_nothing(tmp_path):

@@ -79,6 +79,11 @@ def test_values_with_commas_stand_between_semicolons(ran):
     assert [cells[0].resolved().int_layers for _, cells in found.points()] == ["all", "attention,mlp", "mlp"]
 
 
+def test_a_value_spelled_twice_is_one(ran, tmp_path):
+    assert grid.main([CONFIG, "--k", "0.1,0.10,0.2", "--seeds", "1,01", "--out", str(tmp_path / "x.png")]) == 0
+    assert [c.k for c in ran] == [0.1, 0.2]
+
+
 def test_a_plot_has_a_line_for_each_combination_of_the_other_keys(ran, tmp_path, capsys):
     wanted = grid.Sweep(CONFIG, {"k": ("0.1", "0.2"), "bits": ("4", "6"), "rule": ("gain", "spectral")})
     store = sweep.Store(tmp_path / "r.jsonl")

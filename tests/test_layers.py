@@ -167,10 +167,11 @@ def test_delta_of_few_bits_has_few_levels(scale):
         opt.step()
 
 
-def test_delayed_scale_is_twice_the_largest_of_sixteen_steps():
+@pytest.mark.parametrize("bits, levels", [(8, 127), (3, 3)])
+def test_delayed_scale_is_twice_the_largest_of_sixteen_steps(bits, levels):
     """The first step scales every row by itself and holds no vote; a later outlier is clipped."""
     layer = IntLinear(8, 4)
-    opt = FlipOptimizer(layer, rule="gain", delta_scale="delayed")
+    opt = FlipOptimizer(layer, rule="gain", delta_scale="delayed", delta_bits=bits)
     largest = [5.0, *([1.0] * 15), 3.0, 0.5]
     for step, top in enumerate([*largest, 40.0]):
         x, delta = randn(6, 8, seed=step).requires_grad_(), randn(6, 4, seed=step + 99)
@@ -180,9 +181,9 @@ def test_delayed_scale_is_twice_the_largest_of_sixteen_steps():
             assert layer.take_votes() is None and (x.grad.abs().amax(-1) > 0).all()
         else:
             ((d, _, sigma),) = layer.held
-            wanted = 2 * max(largest[max(step - 16, 0) : step]) / 127
+            wanted = 2 * max(largest[max(step - 16, 0) : step]) / levels
             torch.testing.assert_close(sigma, torch.full_like(sigma, wanted))
-            torch.testing.assert_close(d.double(), (delta / wanted).double().clamp(-127, 127), rtol=0, atol=1)
+            torch.testing.assert_close(d.double(), (delta / wanted).double().clamp(-levels, levels), rtol=0, atol=1)
         opt.step()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import predict
 import sample
 from data.bpe import PATTERN
 from data.tokenizers import BpeTokenizer, CharTokenizer
@@ -322,6 +323,12 @@ def test_text_streams_and_ctrl_c_ends_it_cleanly(run):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and first.startswith(b"ROMEO:") and out.endswith(b"\n") and b"Traceback" not in err
+
+
+def test_a_closed_output_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert sample.main([str(run)]) == predict.main([str(run)]) == 1
+    assert capsys.readouterr().err.count("standard output is closed") == 2
 
 
 def test_a_reader_that_leaves_ends_it_quietly(run):

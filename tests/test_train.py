@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample
 import task
 import train
 from data import load_text
 from gft import checkpoint
 from gft.config import load
+from gft.errors import DIVERGED
 from gft.progress import Metrics
 from kernels import backend, fuse
 
@@ -172,6 +175,13 @@ def test_two_runs_do_not_share_a_folder(capsys, tmp_path, monkeypatch):
     held.close()
 
 
+def test_runs_of_a_config_with_brackets_in_its_name_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my[1].toml").touch()
+    held = [train.choose_folder(load(["my[1].toml"])) for _ in range(3)]
+    assert [str(folder) for folder, _ in held] == ["out/my[1]", "out/my[1]-2", "out/my[1]-3"]
+
+
 def test_killed_before_the_first_save(capsys, tmp_path, monkeypatch):
     _, whole, _ = run(capsys, tmp_path / "whole")
     monkeypatch.setattr(train, "train", lambda *_: 1 / 0)
@@ -212,7 +222,22 @@ def test_a_curve_that_cannot_be_written_costs_nothing_else(capsys, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "text_loss", lambda logits, targets: logits.sum() * float("nan"))
     status, _, error = run(capsys, tmp_path / "o")
-    assert status == 1 and "the loss became nan at step 1" in error and "lower --k" in error
+    assert status == DIVERGED and "the loss became nan at step 1" in error and "lower --k" in error
+
+
+def test_the_command_that_samples_has_letters_the_text_has(capsys, tmp_path):
+    (tmp_path / "digits.txt").write_text("\n".join(f"{n} times {n}" for n in range(900)))
+    capsys.readouterr()
+    assert train.main(arguments(tmp_path / "o", data=tmp_path / "digits.txt", steps=1)) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("use: "))
+    *_, folder, _, prompt = shlex.split(command)
+    assert folder == str(tmp_path / "o") and prompt.isdigit() and int(prompt) > 700
+    assert sample.main([folder, "--prompt", prompt, "--max-tokens", "1"]) == 0
+
+
+def test_a_net_too_small_for_a_scale_is_told(capsys, tmp_path):
+    status, _, error = run(capsys, tmp_path / "o", d_model=2, n_head=1, bits=2)
+    assert status == 2 and "first weights are equal" in error and "--d_model" in error
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tried(capsys, tmp_path):
