@@ -79,9 +79,9 @@ def test_rows_are_tuned_on_the_held_out_part_and_judged_on_the_other(module, ran
 
 def test_images_table(ran, run_quietly, tmp_path):
     text = run_quietly(images, Store(tmp_path / "r.jsonl"))
-    assert ("| AdamW, fp32 | 97.99 ± 1.00 % | 3 | +0.00 |  | 1.0000 | 4,000 | 8,000 | "
+    assert ("| AdamW, fp32 | 97.99 ± 1.00 % | 3 | +0.00 |  | 8 | 1.0000 | 4,000 | 8,000 | "
             "batch_size 256, lr 0.001, steps 4700 |") in text
-    assert ("| 6 bits, int8 memory | 97.50 ± 1.00 % | 3 | -0.49 | 98.0 / 98.6 | 0.0250 | 750 | 1,000 | "
+    assert ("| 6 bits, int8 memory | 97.50 ± 1.00 % | 3 | -0.49 | 98.0 / 98.6 | 4 | 0.0250 | 750 | 1,000 | "
             "batch_size 1024, k 0.05, rule balanced, steps 2350 |") in text
 
 
