@@ -2,7 +2,8 @@
 
 Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
 (Imagenette, 64 x 64 pixels, two epochs) by its accuracy too: short runs, to compare choices. Nothing is tuned here: k
-is that of the config, the learning rate AdamW's own on that net, for every choice. State is what AdamW keeps for its
+is that of the config, the learning rate that of AdamW's own row, on the text 24e-3 brought to batches of 24, for every
+choice. State is what AdamW keeps for its
 layers.
 
 On both nets the best mixture is an integer MLP with everything else under AdamW, ahead of the all-integer and of the

@@ -49,6 +49,21 @@ def test_finished_cells_are_not_run_again(tmp_path, made_up):
     assert len(lines) == 3 and all("out_dir" not in line and line["arguments"] for line in lines)
 
 
+def test_a_result_names_the_code_that_was_there_when_the_sweep_began(tmp_path, made_up, monkeypatch):
+    monkeypatch.setattr(sweep, "commit", lambda: "old")
+    store = Store(tmp_path / "r.jsonl")
+    monkeypatch.setattr(sweep, "commit", lambda: "new")
+    run_cells([CELL], store, 1)
+    assert store.get(CELL)["commit"] == "old"
+
+
+def test_of_equal_accuracies_the_lower_loss_wins(tmp_path):
+    store, cells = Store(tmp_path / "r.jsonl"), [CELL.with_(k=k) for k in (0.1, 0.2, 0.3)]
+    for cell, accuracy, loss in zip(cells, (0.9, 0.9, 0.8), (0.4, 0.3, 0.1), strict=True):
+        store.add(cell, {"accuracy": accuracy, "val_loss": loss})
+    assert best_of(cells, store) == cells[1]
+
+
 def test_a_key_is_every_setting_that_counts():
     keys = {CELL.key(), CELL.with_(k=0.4).key(), CELL.with_(seed=2).key(), CELL.with_(eval_on="tune").key()}
     assert len(keys) == 4
