@@ -19,7 +19,7 @@ from experiments.sweep import Cell, Store, drawn, run_cells, show_quality
 COMMON = {"eval_on": "tune", "eval_every": 1000, "compile": "true"}
 NETS = {
     "Tiny Shakespeare": ("shakespeare_char_small", COMMON | {"steps": 200, "batch_size": 24}),
-    "MNIST": ("mnist", COMMON | {"steps": 940, "batch_size": 256}),
+    "MNIST": ("mnist", COMMON | {"steps": 940, "batch_size": 256, "crop_min": 1.0}),
 }
 LM, MNIST = NETS
 MEASURES = {LM: "held-out loss, nats", MNIST: "held-out accuracy, %"}

@@ -23,8 +23,8 @@ TRAINING_IMAGES = {"mnist": 60_000, "imagenette": 9_469}
 
 
 def mnist(name: str, target: str, common: dict, *choices: dict) -> Row:
-    """A row of the MLP: batches of 256, 20 epochs and orthogonalised scores unless it says otherwise."""
-    usual = {"eval_every": 470, "batch_size": 256, "steps": 4700}
+    """A row of the MLP: whole digits, batches of 256, 20 epochs and orthogonalised scores unless it says otherwise."""
+    usual = {"eval_every": 470, "batch_size": 256, "steps": 4700, "crop_min": 1.0}
     if common["method"] != "gft":
         return make_row(name, target, "mnist_adamw", usual | common, *choices)
     return make_row(name, target, "mnist", usual | {"rule": "spectral"} | common, *choices)
@@ -109,5 +109,5 @@ def table(store: Store, threads: int = 1) -> str:
 
 
 def chosen(record: dict) -> str:
-    """The winner's settings, but memory, which the row's name tells."""
-    return ", ".join(part for part in settings(record).split(", ") if not part.startswith("memory "))
+    """The winner's settings, but memory, which the row's name tells, and that digits are whole."""
+    return ", ".join(part for part in settings(record).split(", ") if not part.startswith(("memory ", "crop_min 1.0")))
