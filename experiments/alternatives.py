@@ -76,10 +76,10 @@ LM_FEWER = {
         ("GFT, 6 bits, int8 memory", MEMORY | {"bits": 6, "k": 0.3}, {}),
     )
 }  # fmt: skip
-MNIST_GRIDS = rivals(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(2e-3, 4e-3, 8e-3, 16e-3),
+MNIST_GRIDS = rivals(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(4e-3, 8e-3, 16e-3, 32e-3),
                      ste=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), muon=(4e-3, 12e-3, 36e-3)) | {
     "GFT, 6 bits": over(NO_MEMORY | {"bits": 6}, "k", 0.1, 0.2, 0.3),
-    "GFT, 4 bits": over(NO_MEMORY | {"bits": 4, "init_spread": 0.5}, "k", 0.015, 0.03, 0.06, 0.12),
+    "GFT, 4 bits": over(NO_MEMORY | {"bits": 4, "init_spread": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
     "GFT, 6 bits, int8 memory": over(MEMORY | {"bits": 6}, "k", 0.05, 0.1, 0.2),
     "GFT, 4 bits, int8 memory": over(MEMORY | {"bits": 4, "beta": 0.95, "init_spread": 0.5}, "k", 0.015, 0.03, 0.06),
     "GFT, ternary, int8 memory": over(MEMORY | {"bits": 2, "init_spread": 0.6}, "k", 0.00125, 0.0025, 0.005),
