@@ -3,7 +3,7 @@
     sweep         any config, any keys, any seeds: `python -m experiments sweep --help`
     small         the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (an hour and a half on two cores)
     speed         seconds per training step, each method alone on the machine (five minutes)
-    images        MNIST and a small ViT at 6 to 1 bits against AdamW (about an hour)
+    images        MNIST and a small ViT at 6 to 1 bits against AdamW (an hour and a half)
     hybrid        which layers are integer, the others fp32 (about 40 minutes)
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)

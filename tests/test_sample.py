@@ -307,7 +307,8 @@ def start(run: Path, *words: str, **options) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     return subprocess.Popen(
         [sys.executable, "sample.py", str(run), *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
-        **({"stdout": subprocess.PIPE} | options),
+        # A shell that started the tests in the background has them, and all they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **({"stdout": subprocess.PIPE} | options),
     )
 
 
