@@ -71,7 +71,8 @@ MNIST = (
     mnist("binary, int8 memory", "96.5 / 98.0", MEMORY | BALANCED | {"bits": 1},
           {"k": 0.002, "beta": 0.98}, {"k": 0.002, "beta": 0.98} | FORTY, {"k": 0.002, "beta": 0.95} | SIXTY,
           {"k": 0.005} | SIXTY, {"k": 0.002, "beta": 0.95} | EIGHTY, {"k": 0.002, "beta": 0.95} | LONG,
-          CROP | {"k": 0.002, "beta": 0.95} | LONG),
+          CROP | {"k": 0.002, "beta": 0.95} | LONG, CROP | {"k": 0.002, "beta": 0.95, "select_tile": 16} | LONG,
+          CROP | {"k": 0.005, "beta": 0.95, "select_tile": 16} | LONG),
 )  # fmt: skip
 VIT = (
     vit("AdamW, fp32", "", {"method": "adamw"}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}),
