@@ -93,12 +93,12 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Options]:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """The values in `text`, each once: between semicolons if there are any, else between commas."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(";" if ";" in text else ",")))
+    """The values in `text`: between semicolons if there are any, else between commas."""
+    return tuple(part.strip() for part in text.split(";" if ";" in text else ","))
 
 
 def once(f: Field, texts: Sequence[str]) -> tuple[str, ...]:
-    """texts without those that are the same value of f in another spelling, as 0.10 is 0.1."""
+    """Each value of f once, in its first spelling: 0.10 is 0.1."""
     first: dict[Any, str] = {}
     for text in texts:
         first.setdefault(number(f, text), text)

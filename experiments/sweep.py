@@ -83,7 +83,7 @@ class Store:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, threading.Lock()
-        self.commit = commit()  # of the code that will run: workers import it once, whatever is committed meanwhile
+        self.commit = commit()  # now, before anything runs
         self.done: dict[str, dict] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -113,6 +113,7 @@ class Store:
                 file.write(json.dumps(record) + "\n")
 
 
+@cache  # of the code that was imported, whatever is committed meanwhile
 def commit() -> str:
     """The commit the code is at, with "+" if it was changed since (results aside); empty outside a git checkout."""
     if shutil.which("git") is None:
