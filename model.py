@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
-from gft.config import LAYER_KINDS, Config
+from run.config import LAYER_KINDS, Config
 from gft.layers import IntEmbedding, IntLinear
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
@@ -54,7 +54,7 @@ class ModelConfig:
 
     @classmethod
     def from_config(cls, config: Config, vocab_size: int, image: tuple[int, int, int] | None = None) -> "ModelConfig":
-        """Pick the model's keys out of a gft.config.Config; vocab_size is the number of outputs,
+        """Pick the model's keys out of a run.config.Config; vocab_size is the number of outputs,
         classes with images."""
         keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range",
                 "precision", "model", "patch")  # fmt: skip

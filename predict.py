@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from data.augment import normalise
 from data.prepare_images import BrokenImage, decode
-from gft import checkpoint
-from gft.config import from_dict
-from gft.errors import UserError
-from gft.keys import closest
+from run import checkpoint
+from run.config import from_dict
+from run.errors import UserError
+from run.keys import closest
 from model import ModelConfig, make_net
 from sample import choose_device, emit, find_folder
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from data.tokenizers import Tokenizer, tokenizer_from_json
-from gft import checkpoint
-from gft.config import from_dict
-from gft.errors import UserError
-from gft.keys import closest
+from run import checkpoint
+from run.config import from_dict
+from run.errors import UserError
+from run.keys import closest
 from kernels.philox import Stream, uniform
 from model import ModelConfig, Transformer
 

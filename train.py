@@ -4,7 +4,7 @@
     python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
     python train.py shakespeare_char_small --resume           go on after a kill, exactly
 
-Writes to out/NAME: last.json, best.json and their safetensors (gft/checkpoint.py), metrics.jsonl, loss.png.
+Writes to out/NAME: last.json, best.json and their safetensors (run/checkpoint.py), metrics.jsonl, loss.png.
 The last line of standard output is one JSON object.
 """
 
@@ -26,16 +26,17 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from gft import checkpoint, energy, runtime
-from gft.config import Config, differences, from_dict, load, to_dict
-from gft.curve import draw
-from gft.errors import DIVERGED, UserError
+from run import checkpoint, energy
+from run import device as runtime
+from run.config import Config, differences, from_dict, load, to_dict
+from run.curve import draw
+from run.errors import DIVERGED, UserError
 from gft.learner import FlipLearner, make_learner
-from gft.meter import Meter
-from gft.monitor import Monitor, warnings
-from gft.progress import Metrics, Progress
+from run.meter import Meter
+from run.monitor import Monitor, warnings
+from run.progress import Metrics, Progress
 from model import ModelConfig, make_net
-from task import Task, load_task
+from data.tasks import Task, load_task
 
 
 class Stop:

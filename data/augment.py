@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gft.errors import UserError
+from run.errors import UserError
 from kernels.philox import uniform
 
 # A layer's streams are kernels.philox.Stream's ids, below 16, plus 16 times its index: 2^20 would be layer 65,536.

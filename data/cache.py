@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from data.download import DownloadError, fetch
 from data.notice import notice
-from gft.errors import UserError
+from run.errors import UserError
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
 OTHER_TEXTS = "train on another text: --data FILE takes any UTF-8 file, --data stdlib needs no network"

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from data.cache import Found, OfficialFile, find_official, sha256
 from data.prepare_images import Broken, BrokenImage, ImageSource, Sample, decode
-from gft.errors import UserError
+from run.errors import UserError
 
 SQUASHED = "76d10bfe68bbc15c10aa8438c0921a1f3085e0af57c72ee512a93b40bb9e7ef6"
 FILE = OfficialFile(  # md5 e793b78cc4c9e9a4ccc0c1155377a412

@@ -13,7 +13,7 @@ import numpy as np
 from data import imagenette, mnist
 from data.notice import notice
 from data.prepare_images import HELD_OUT, load_prepared, prepare
-from gft.errors import UserError
+from run.errors import UserError
 
 IMAGE_SETS = {"imagenette": imagenette.find, "mnist": mnist.find}
 LARGEST_SIDE = 1024

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.cache import Found, OfficialFile, find_official, sha256
 from data.prepare_images import ImageSource, Sample, to_square
-from gft.errors import UserError
+from run.errors import UserError
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # unsigned bytes in three dimensions, in one
 ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"

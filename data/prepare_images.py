@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
 from data.notice import notice
-from gft.errors import UserError
+from run.errors import UserError
 
 FORMAT = 2  # goes up when the same source and side give other files
 HELD_OUT = 10  # one training image in so many is held out for tuning

@@ -6,7 +6,7 @@ About half a megabyte; it differs a little from one Python version to the next, 
 import platform
 
 from data.cache import Found
-from gft.errors import UserError
+from run.errors import UserError
 
 
 def find(data_dir: str = "") -> Found:

@@ -8,7 +8,7 @@ from data import stdlib_text, textfile, tinyshakespeare
 from data.cache import Found, sha256
 from data.prepare import load_prepared, prepare
 from data.tokenizers import Tokenizer, check_request, tell_if_smaller
-from gft.errors import UserError
+from run.errors import UserError
 
 DATA_SETS = {"tinyshakespeare": tinyshakespeare.find, "stdlib": stdlib_text.find}
 SMALLEST_PART = 2  # tokens: one to read and one to predict

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.cache import Found
-from gft.errors import UserError
+from run.errors import UserError
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 

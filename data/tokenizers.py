@@ -18,7 +18,7 @@ import tiktoken
 from data.bpe import PATTERN, train_bpe
 from data.download import short_reason
 from data.notice import notice
-from gft.errors import UserError
+from run.errors import UserError
 
 KINDS = ("char", "bpe", "gpt2")
 SMALLEST_BPE = 257  # 256 bytes and one joined token

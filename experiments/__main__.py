@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments import ablations, alternatives, gpu_plan, gpu_report, grid, hybrid, images, small, speed
 from experiments.sweep import ROOT, Store
-from gft.errors import UserError
+from run.errors import UserError
 
 RESULTS = ROOT / "results" / "cpu"
 EXPERIMENTS = {

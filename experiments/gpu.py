@@ -37,8 +37,8 @@ from experiments.gpu_plan import ROWS, Piece, Plan
 from experiments.gpu_report import section, training_table
 from experiments.rows import SEEDS, Row, finals, tuning_cells
 from experiments.sweep import ROOT, Cell, Store, diverged
-from gft.config import IMAGES
-from gft.errors import DIVERGED, UserError
+from run.config import IMAGES
+from run.errors import DIVERGED, UserError
 
 RESULTS = ROOT / "results" / "gpu"
 PARTS = ("tests", "bench", "train", "report", "rehearsal")
@@ -198,7 +198,7 @@ def rehearse() -> int:
             data = {"data": "stdlib", "context": 16} if text else {"data_dir": folder, "image_side": 32, "patch": 8}
             return Row(row.name, row.target, tuple(cell.with_(**data) for cell in row.cells[:2]))
 
-        plan = Plan(folder, folder / "out", "cpu", "tests/test_triton_philox.py", ("--quick",), steps.QUICK_STEPS,
+        plan = Plan(folder, folder / "out", "cpu", "tests/kernels/test_triton_philox.py", ("--quick",), steps.QUICK_STEPS,
                     [few(row) for row in ROWS], SEEDS[:1], tiny)  # fmt: skip
         for attempt in ("first", "second"):
             for part in (run_tests, run_bench, run_train):

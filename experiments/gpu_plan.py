@@ -100,7 +100,7 @@ class Plan:
     results: Path
     out: Path = ROOT / "out" / "gpu"  # where trainings are until they are finished
     device: str = "cuda"
-    tests: str = "tests/test_triton_*.py"
+    tests: str = "tests/kernels/test_triton_*.py"
     bench_options: tuple[str, ...] = ()
     step_cells: Sequence[steps.Step] = steps.FULL_STEPS
     rows: Sequence[Row] = ROWS

@@ -25,9 +25,9 @@ from typing import Any
 
 from experiments.plots import Panel, draw
 from experiments.sweep import ROOT, Cell, Store, badness, drawn, run_cells, show_quality
-from gft.config import FIELDS, IMAGES
-from gft.errors import UserError
-from gft.keys import convert, key, number, read_argv, refuse
+from run.config import FIELDS, IMAGES
+from run.errors import UserError
+from run.keys import convert, key, number, read_argv, refuse
 
 RESULTS = ROOT / "results" / "sweeps"
 TAKEN = {"seed": "--seeds 1,2,3", "resume": "the same command again goes on",

@@ -21,10 +21,10 @@ import torch
 
 import train
 from experiments.sweep import ROOT
-from gft import runtime
-from gft.config import load
-from gft.errors import UserError
-from task import TextTask
+from run import device as runtime
+from run.config import load
+from run.errors import UserError
+from data.tasks import TextTask
 
 PADDED_VOCABULARY = {"char": 65, "gpt2": 50_304}  # GPT-2's 50,257 and some that never occur, as nanoGPT has them
 

@@ -23,9 +23,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.worker import ROOT, Worker
-from gft.config import FIELDS, IMAGES, Config, load, unmet
-from gft.curve import read_metrics
-from gft.errors import DIVERGED, UserError
+from run.config import FIELDS, IMAGES, Config, load, unmet
+from run.curve import read_metrics
+from run.errors import DIVERGED, UserError
 
 # What tables show of a run besides its quality.
 SHOWN = ("tokens", "seconds", "step_seconds", "tokens_per_second", "flips_per_weight_per_step", "weights",

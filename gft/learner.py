@@ -16,9 +16,9 @@ decoupled: AdamW's.
 import torch
 from torch import Tensor, nn
 
-from gft.config import Config
+from run.config import Config
 from gft.optimizer import FlipOptimizer
-from gft.schedule import scheduled
+from run.schedule import scheduled
 
 
 class FlipLearner:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gft.clock import Clock
 from gft.layers import IntEmbedding, IntLayer
 from gft.rules import Rule, learn
-from gft.schedule import KINDS as SCHEDULES
-from gft.schedule import scheduled, step_size_at
+from run.schedule import KINDS as SCHEDULES
+from run.schedule import scheduled, step_size_at
 from kernels.backend import on_triton
 from kernels.contribution_flip import Matrix, learn_step, why_not
 from kernels.memory import MEMORY_TILE, remember_

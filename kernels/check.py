@@ -274,7 +274,7 @@ def table(results: list[Compiled]) -> str:
 
 def tests_of(kernel: str) -> Path:
     """The file of a kernel's tests."""
-    return ROOT / "tests" / f"test_triton_{TESTED_WITH.get(kernel, kernel)}.py"
+    return ROOT / "tests" / "kernels" / f"test_triton_{TESTED_WITH.get(kernel, kernel)}.py"
 
 
 @functools.cache
@@ -339,7 +339,7 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in chosen.kernel if name not in (*names, "all")]:
         parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(names)}, or all")
     if triton is None:
-        print(f"kernels.check: {backend.problem()}. The torch references are tested by `pytest tests/test_kernels.py`.")
+        print(f"kernels.check: {backend.problem()}. The torch references are tested by `pytest tests/kernels/test_kernels.py`.")
         return 1
     names = names if "all" in chosen.kernel else list(dict.fromkeys(chosen.kernel))
     if chosen.json:

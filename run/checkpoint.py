@@ -1,0 +1,262 @@
+"""Checkpoints: safetensors for tensors, JSON for everything else, hashed, never half-written. Nothing is pickled.
+
+A checkpoint `last` or `best` in a folder is two files:
+
+    last-00000100.safetensors    the tensors, as they were at step 100
+    last.json                    format, version, the name, SHA-256 and size of that file, meta, and
+                                 content_sha256: SHA-256 of the JSON's own canonical content
+
+Order of work in `save`. Killed between any two lines, a good checkpoint remains:
+
+    1. last-<step>.safetensors.tmp written, flushed, renamed     not referred to by anything yet
+    2. last.json.tmp and previous.json.tmp written and flushed   whatever needs disk space is done
+    3. last.json.tmp renamed to last.json                        the commit
+    4. previous.json.tmp renamed to previous.json                the checkpoint that `last` replaced
+    5. older tensors and stale .tmp files deleted
+
+Only a checkpoint whose hashes hold becomes `previous`: a damaged `last` never pushes out a good `previous`.
+One process writes to a folder; any number may read from it meanwhile.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from run.errors import UserError
+
+FORMAT, VERSION = "nanogft-checkpoint", 1
+SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
+LEFTOVER = re.compile(r"(last|best|previous)(-\d{8}(-\d+)?\.safetensors|\.json)\.tmp")
+REMEDIES = {
+    errno.ENOSPC: "free some disk space or choose another folder with --out_dir",
+    errno.EDQUOT: "free some of your disk quota or choose another folder with --out_dir",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another folder with --out_dir",
+    errno.ENOTDIR: "move the file that stands where a folder is needed, or choose another folder with --out_dir",
+    errno.EEXIST: "move the file that stands where a folder is needed, or choose another folder with --out_dir",
+}
+
+
+def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write checkpoint `name` ("last" or "best") into `out_dir`, made if it is not there.
+
+    `tensors` may lie on any device, be strided or share memory: copies are stored. `meta` is anything JSON can
+    hold (keys are strings) and has the integer "step". Returns once the checkpoint has reached the disk.
+    Raises UserError where the disk is full or the folder cannot be written; earlier checkpoints are then intact.
+    """
+    if name not in SAVED:
+        raise ValueError(f"name = {name!r}: a checkpoint is saved as one of {', '.join(SAVED)}")
+    out_dir = Path(out_dir)
+    data = safetensors.torch.save(
+        {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    )
+    record = {"format": FORMAT, "version": VERSION, "meta": meta}
+    record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    head, previous = out_dir / f"{name}.json", out_dir / "previous.json"
+    uncommitted = []
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        body = _unused(out_dir, f"{name}-{meta['step']:08d}")
+        uncommitted = [body, _tmp(body), _tmp(head), _tmp(previous)]
+        _write(_tmp(body), data)
+        os.replace(_tmp(body), body)
+        record["file"] = body.name
+        _write(_tmp(head), _json_bytes(record | {"content_sha256": _content_sha256(record)}))
+        replaced = _good_json(head) if name == "last" else None
+        if replaced is not None:
+            _write(_tmp(previous), replaced)
+        _sync_folder(out_dir)
+        os.replace(_tmp(head), head)
+        uncommitted = []
+        if replaced is not None:
+            os.replace(_tmp(previous), previous)
+        _sync_folder(out_dir)
+        _delete_older(out_dir, name)
+    except OSError as exc:
+        remedy = REMEDIES.get(exc.errno, "make the folder writable or choose another one with --out_dir")
+        raise UserError(
+            f"cannot save checkpoint {head} ({len(data):,} bytes): {exc.strerror or exc}. "
+            f"Earlier checkpoints in {out_dir} are intact. To go on, {remedy}."
+        ) from exc
+    finally:
+        for path in uncommitted:
+            with contextlib.suppress(OSError):  # what cannot be removed now, the next commit removes
+                path.unlink()
+
+
+def load(out_dir: Path, name: str, option: str = "--resume") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and meta of checkpoint "last", "best" or "previous"; both hashes are checked first.
+
+    Raises UserError naming the file that is missing, damaged or foreign, what was seen, what was expected, and
+    which other checkpoint of the folder is good; `option` is the caller's own option that would choose that one.
+    """
+    if name not in LOADED:
+        raise ValueError(f"name = {name!r}: a checkpoint is loaded as one of {', '.join(LOADED)}")
+    head = Path(out_dir) / f"{name}.json"
+    while True:
+        before = _stamp(head)
+        try:
+            record, data = _verified(head)
+            return safetensors.torch.load(data), record["meta"]
+        except UserError as exc:
+            if _stamp(head) != before:  # a training run saved while this was reading: read the new one
+                continue
+            raise UserError(f"{exc} {_alternative(Path(out_dir), name, option)}") from None
+
+
+def exists(out_dir: Path, name: str) -> bool:
+    """Whether `out_dir` has a checkpoint of this name, good or damaged."""
+    return (Path(out_dir) / f"{name}.json").is_file()
+
+
+def join(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One flat dict out of several: join(model=a, optimizer=b) has the keys "model.x" and "optimizer.y"."""
+    return {f"{group}.{key}": tensor for group, tensors in groups.items() for key, tensor in tensors.items()}
+
+
+def group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The part of a joined dict that was given as `name`, under its own keys again."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes in the order of the names: equal only for bit-identical weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tmp(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _unused(out_dir: Path, stem: str) -> Path:
+    """`stem`.safetensors, with -2, -3, ... where that is taken: a committed file is never written over."""
+    path, count = out_dir / f"{stem}.safetensors", 1
+    while path.exists():
+        count += 1
+        path = out_dir / f"{stem}-{count}.safetensors"
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames last through a power cut; only POSIX systems let a folder be opened for it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _delete_older(out_dir: Path, name: str) -> None:
+    """Delete tensors of `name` that no JSON refers to, and what interrupted saves left."""
+    used = set()
+    for keeper in (name, "previous"):
+        with contextlib.suppress(UserError):  # a JSON that cannot be read keeps nothing
+            used.add(_record(out_dir / f"{keeper}.json")["file"])
+    body = re.compile(rf"{name}-\d{{8}}(-\d+)?\.safetensors")
+    for path in out_dir.iterdir():
+        if LEFTOVER.fullmatch(path.name) or (body.fullmatch(path.name) and path.name not in used):
+            with contextlib.suppress(OSError):  # the checkpoint is safe; a file left over only costs space
+                path.unlink()
+
+
+def _json_bytes(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def _content_sha256(record: Mapping[str, Any]) -> str:
+    canonical = json.dumps({k: v for k, v in record.items() if k != "content_sha256"}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when another file is renamed to `path`; None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.") from None
+    except OSError as exc:
+        raise UserError(f"{path} cannot be read: {exc.strerror or exc}.") from exc
+
+
+def _record(head: Path) -> dict[str, Any]:
+    """The content of a checkpoint's JSON once it is known to be ours and whole; UserError otherwise."""
+    text = _read(head)
+    try:
+        record = json.loads(text)
+    except ValueError as exc:  # not UTF-8, or not JSON
+        raise UserError(f"{head} is damaged: {len(text):,} bytes that are not JSON ({exc}).") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        seen = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f'{head} is not a checkpoint of this program: "format" is {seen!r}, not {FORMAT!r}.')
+    if record.get("version") != VERSION:
+        raise UserError(
+            f"{head} has format version {record.get('version')!r} and this program reads version {VERSION}: "
+            "use the version of the program that wrote it."
+        )
+    seen, expected = _content_sha256(record), record.get("content_sha256")
+    if seen != expected:
+        raise UserError(f"{head} is damaged or was edited: its content has SHA-256 {seen}, and it says {expected}.")
+    return record
+
+
+def _verified(head: Path) -> tuple[dict[str, Any], bytes]:
+    """A checkpoint's JSON and the bytes of its tensors, both verified: the bytes checked are the bytes used."""
+    record = _record(head)
+    body = head.with_name(record["file"])
+    data = _read(body)
+    if len(data) != record["bytes"]:
+        raise UserError(f"{body} is damaged: it has {len(data):,} bytes and {head.name} says {record['bytes']:,}.")
+    seen = hashlib.sha256(data).hexdigest()
+    if seen != record["sha256"]:
+        raise UserError(f"{body} is damaged: its SHA-256 is {seen} and {head.name} says {record['sha256']}.")
+    return record, data
+
+
+def _good_json(head: Path) -> bytes | None:
+    """The bytes of a checkpoint's JSON if the whole checkpoint is good, else None."""
+    try:
+        _verified(head)
+    except UserError:
+        return None
+    return head.read_bytes()
+
+
+def _alternative(out_dir: Path, name: str, option: str) -> str:
+    """What to do about a checkpoint that cannot be loaded: the other good one, or that there is none."""
+    for other in ("previous", "last", "best"):
+        if other != name and exists(out_dir, other):
+            with contextlib.suppress(UserError):
+                step = _verified(out_dir / f"{other}.json")[0]["meta"]["step"]
+                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {option} {other}."
+    return f"There is no other good checkpoint in {out_dir}: train again to make one."

@@ -1,0 +1,164 @@
+"""Where and how a run computes: device, backend, compilation, threads; what was chosen and why."""
+
+import ctypes
+import os
+import platform
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from run.config import Config
+from run.errors import UserError
+from kernels import backend, fuse
+
+STEPS_WORTH_COMPILING = 300  # compiling takes about as long as it saves in that many small steps
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The choices of a run; `reasons` are lines to print."""
+
+    device: torch.device
+    backend: str
+    compile: bool
+    threads: int
+    reasons: tuple[str, ...]
+
+    def environment(self) -> dict[str, str | int | bool]:
+        """What exact repetition is promised within: recorded in checkpoints and results."""
+        return {"torch": torch.__version__, "device": self.device.type, "processor": processor(self.device),
+                "backend": self.backend, "compile": self.compile, "threads": self.threads}  # fmt: skip
+
+
+def choose(cfg: Config) -> Runtime:
+    """Resolve "auto" and check explicit choices. Sets torch's threads, kernel fusing and malloc for the process.
+
+    Raises UserError for a device or backend that is not there.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    keep_freed_memory()
+    device, why_device = _device(cfg.device)
+    name, why_backend = _backend(cfg.backend, device)
+    compiling, why_compile = _compile(cfg, device)
+    fuse.enable(compiling)
+    threads = torch.get_num_threads()
+    reasons = (
+        f"device: {device.type}, {why_device}; {threads} thread{'s' if threads > 1 else ''}",
+        f"backend: {name}, {why_backend}",
+        f"compile: {'on' if compiling else 'off'}, {why_compile}",
+    )
+    return Runtime(device, name, compiling, threads, reasons)
+
+
+def _device(wanted: str) -> tuple[torch.device, str]:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device = cuda: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch", code=2
+        )
+    if wanted != "auto":
+        return torch.device(wanted), "as asked"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), "because torch finds a CUDA GPU"
+    return torch.device("cpu"), "because torch finds no CUDA GPU"
+
+
+def _backend(wanted: str, device: torch.device) -> tuple[str, str]:
+    reason = backend.problem()
+    if not reason and device.type == "cpu" and not backend.INTERPRETED:
+        reason = "the run is on the CPU"
+    if wanted == "triton" and reason:
+        raise UserError(f"backend = triton: {reason}; use --backend torch, or auto", code=2)
+    if wanted == "auto" and device.type == "cpu":
+        reason = reason or "the run is on the CPU"
+    name = "torch" if reason or wanted == "torch" else "triton"
+    backend.use(name)
+    if wanted != "auto":
+        return name, "as asked" + (", in Triton's interpreter" if name == "triton" and backend.INTERPRETED else "")
+    return name, f"because {reason}" if reason else f"because this GPU is an {torch.cuda.get_device_name()}"
+
+
+def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
+    missing = device.type == "cpu" and fuse.compiler() is None
+    why_missing = "no C++ compiler with Python's headers was found"
+    if cfg.compile == "true":
+        if missing:
+            raise UserError(f"compile = true: {why_missing}; install g++ and Python's headers, or use --compile false")
+        if problem := fuse.trial():
+            raise UserError(f"compile = true: torch.compile does not work here ({problem}); use --compile false")
+        return True, "as asked"
+    if cfg.compile == "false":
+        return False, "as asked"
+    if missing:
+        return False, f"because {why_missing}"
+    if cfg.steps < STEPS_WORTH_COMPILING:
+        return False, f"because {cfg.steps} steps are too few to earn it back"
+    if problem := fuse.trial():
+        return False, f"because torch.compile does not work here ({problem})"
+    return True, "because a compiler is there (the first step takes a minute, later runs find its work cached)"
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, where it is glibc's: a step allocates what the one before it freed.
+
+    Otherwise large tensors are mapped anew each time, and the kernel hands out (and clears) 15,000 pages a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, largest)
+        mallopt(mmap_threshold, largest)
+
+
+def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device) -> None:
+    """Raises UserError if the run cannot fit into this machine's free memory, where the system says how much there is.
+
+    positions is the length of one example, in tokens or patches. A lower bound: weights with their optimizer state, and
+    what a backward pass keeps of each token and layer. Systems that promise more memory than they have kill a process
+    without a word, so this is asked before.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if device.type != "cpu":
+        return
+    weights = cfg.n_layer * (12 if cfg.model == "transformer" else 1) * cfg.d_model**2 + 2 * outputs * cfg.d_model
+    per_weight = (1 if cfg.memory == "none" else 2) if cfg.method == "gft" else 16
+    tokens = cfg.batch_size // cfg.grad_accum * positions
+    activations = cfg.n_layer * cfg.d_model * (40 if cfg.model == "transformer" else 4)
+    need = weights * per_weight + tokens * (activations + outputs * 8)
+    if need > free:
+        raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+                        "free; a smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 "
+                        "or more")  # fmt: skip
+
+
+def processor(device: torch.device) -> str:
+    """What the GPU or CPU calls itself. Products of 16 bits, and so a run's last digits, differ between CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+    """Memory the process holds now, or None where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

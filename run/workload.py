@@ -1,0 +1,183 @@
+"""The shape of a net and of its training step, as run/energy.py counts it: layers, attention, loss, and how it learns.
+
+    transformer(sequences=48, length=64, d_model=128, n_layer=4, n_head=4, classes=65, vocab=65, window=64)
+    mlp([784, 256, 10], samples=128)
+    Net(describe(any_module, rows=128), attentions=(), samples=128, loss_rows=128, classes=10)
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from gft.baselines import FloatEmbedding, FloatLinear
+from run.config import LAYER_KINDS, Config
+from gft.layers import IntEmbedding, IntLayer, IntLinear
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a Config changes the work of a step, by its names. Float layers beside integer ones learn by AdamW."""
+
+    method: str = "gft"
+    bits: int = 6
+    rule: str = "spectral"
+    embedding_rule: str = "balanced"
+    ortho_tile: int = 128
+    select_tile: int = 64
+    flip_prob: str = "one"
+    flip_gamma: float = 1.0
+    memory: str = "none"
+    delta: str = "int8"
+    delta_scale: str = "step"
+    precision: str = "fp32"
+    grad_accum: int = 1
+    weight_decay: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Recipe":
+        """Pick these keys out of a Config."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+
+    @property
+    def half(self) -> bool:
+        """Whether what goes from kernel to kernel is bf16."""
+        return self.precision == "bf16"
+
+    @property
+    def half_weights(self) -> bool:
+        """Whether the products of float layers are bf16: not of those beside integer ones."""
+        return self.half and self.method != "gft"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight matrix and the rows it sees in a step.
+
+    A linear layer takes `inputs` to `outputs`; an embedding has `inputs` rows of width `outputs`. `residual`: its
+    output joins a residual stream. `hands_on`: delta goes on to its input. `hidden`: one of those Muon trains.
+    """
+
+    inputs: int
+    outputs: int
+    rows: int
+    integer: bool = True
+    embedding: bool = False
+    squared_relu: bool = False
+    residual: bool = False
+    hands_on: bool = True
+    hidden: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, as stored."""
+        return (self.inputs, self.outputs) if self.embedding else (self.outputs, self.inputs)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention of one block over `sequences` of `length`: causal over the last `window`, or (0) all to all."""
+
+    sequences: int
+    length: int
+    heads: int
+    head_dim: int
+    window: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head in one sequence."""
+        return sum(min(i + 1, self.window) for i in range(self.length)) if self.window else self.length**2
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net as the model sees it, in one step: `samples` drawn, `loss_rows` predictions over `classes`.
+
+    `pooled` is the number of values that are averaged over a sequence in front of the head.
+    """
+
+    layers: tuple[Layer, ...]
+    attentions: tuple[Attention, ...]
+    samples: int
+    loss_rows: int
+    classes: int
+    pooled: int = 0
+
+
+def transformer(
+    *, sequences: int, length: int, d_model: int, n_layer: int, n_head: int, classes: int, vocab: int = 0,
+    patch: int = 0, window: int = 0, int_layers: Sequence[str] = LAYER_KINDS,
+) -> Net:  # fmt: skip
+    """model.py's net: over `vocab` tokens with a prediction for each, or patches of `patch` values, one an image."""
+    rows, d = sequences * length, d_model
+    ints = {kind: kind in int_layers for kind in LAYER_KINDS}
+    if vocab:
+        layers = [Layer(vocab, d, rows, ints["embedding"], embedding=True)]
+    else:
+        layers = [Layer(patch, d, rows, ints["patch"], hands_on=False)]
+    for _ in range(n_layer):
+        layers += [
+            Layer(d, 3 * d, rows, ints["attention"], hidden=True),
+            Layer(d, d, rows, ints["attention"], residual=True, hidden=True),
+            Layer(d, 4 * d, rows, ints["mlp"], hidden=True),
+            Layer(4 * d, d, rows, ints["mlp"], squared_relu=True, residual=True, hidden=True),
+        ]
+    predictions = rows if vocab else sequences
+    layers.append(Layer(d, classes, predictions, ints["head"]))
+    attention = Attention(sequences, length, n_head, d // n_head, window)
+    return Net(tuple(layers), (attention,) * n_layer, sequences, predictions, classes, 0 if vocab else rows * d)
+
+
+def mlp(widths: Sequence[int], samples: int, int_layers: Sequence[str] = LAYER_KINDS) -> Net:
+    """model.py's MLP: linear layers of these widths, the last the head; a squared ReLU before all but the first."""
+    last = len(widths) - 2
+    layers = (
+        Layer(i, o, samples, ("head" if n == last else "mlp") in int_layers, squared_relu=n > 0, hands_on=n > 0,
+              hidden=n < last)
+        for n, (i, o) in enumerate(pairwise(widths))
+    )  # fmt: skip
+    return Net(tuple(layers), (), samples, samples, widths[-1])
+
+
+def net_of(config: Config, outputs: int, image: tuple[int, int, int] | None = None) -> Net:
+    """The net of a Config; outputs: the size of the vocabulary, or classes of images (height, width, channels)."""
+    ints = config.integer_kinds
+    if config.model == "mlp":
+        return mlp([math.prod(image), *[config.d_model] * config.n_layer, outputs], config.batch_size, ints)
+    shape = {"sequences": config.batch_size, "d_model": config.d_model, "n_layer": config.n_layer,
+             "n_head": config.n_head, "classes": outputs, "int_layers": ints}  # fmt: skip
+    if image is None:
+        return transformer(length=config.context, window=config.context, vocab=outputs, **shape)
+    patches = image[0] * image[1] // config.patch**2
+    # A patch comes with a constant beside its pixels.
+    return transformer(length=patches, patch=config.patch**2 * image[2] + 1, **shape)
+
+
+def describe(module: nn.Module, rows: int | Mapping[str, int], residual: Sequence[str] = ("out", "down"),
+             hidden: str = "blocks.") -> tuple[Layer, ...]:  # fmt: skip
+    """The layers of `module` in its order, integer and float, as this module counts them.
+
+    rows is what each sees in a step, one number or one by name; layers whose last name is in `residual` join the
+    residual stream; names that begin with `hidden` are Muon's. A first linear layer hands no delta on.
+    """
+    found: list[Layer] = []
+    for name, m in module.named_modules():
+        if not isinstance(m, IntLayer | FloatLinear | FloatEmbedding):
+            continue
+        table = isinstance(m, IntEmbedding | FloatEmbedding)
+        down, across = m.weight.shape
+        found.append(Layer(
+            *((down, across) if table else (across, down)), rows if isinstance(rows, int) else rows[name],
+            isinstance(m, IntLinear | IntEmbedding), table, getattr(m, "squared_relu", False),
+            name.rpartition(".")[2] in residual, bool(found) or table, name.startswith(hidden),
+        ))  # fmt: skip
+    return tuple(found)

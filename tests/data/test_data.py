@@ -1,0 +1,335 @@
+"""Texts: the search order, damaged copies and downloads, text files, and each error's message."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import cache, download, load_text, textfile, tinyshakespeare
+from data.cache import OfficialFile, cache_root
+from data.text import find_text
+from run.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
+CONTENT = "".join(LINES).encode("utf-8")
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server:
+    """A web server on this machine that gives `body`, announcing `announced` bytes, and counts the requests.
+
+    `cut_off` is set when the other side stops listening before the end.
+    """
+
+    def __init__(self):
+        self.body, self.announced, self.pause, self.requests = CONTENT, len(CONTENT), 0.0, 0
+        self.cut_off = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.requests += 1
+                self.send_response(200)
+                self.send_header("Content-Length", str(server.announced))
+                self.end_headers()
+                if server.pause:
+                    time.sleep(server.pause)
+                try:
+                    self.wfile.write(server.body)
+                except OSError:
+                    server.cut_off.set()
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/input.txt"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    served = Server()
+    yield served
+    served.http.shutdown()
+    served.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_places(monkeypatch, tmp_path):
+    """Every place of the search is an empty one of this test, and the official file is CONTENT at a dead address."""
+    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
+    for variable in ("NANOGFT_DATA", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path / "shared" / "data")
+    use_address(monkeypatch, "http://127.0.0.1:9/input.txt")
+
+
+@pytest.fixture
+def play(tmp_path):
+    return str(put(tmp_path / "play.txt"))
+
+
+def use_address(monkeypatch, url):
+    official = OfficialFile("tinyshakespeare/input.txt", url, len(CONTENT), SHA256)
+    monkeypatch.setattr(tinyshakespeare, "FILE", official)
+
+
+def put(path, content=CONTENT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def load(name="tinyshakespeare", tokenizer="char", vocab_size=300, **settings):
+    return load_text(name, tokenizer, vocab_size, **settings)
+
+
+def error_of(*args, code, **settings):
+    with pytest.raises(UserError) as caught:
+        load(*args, **settings)
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def all_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# The search order
+
+
+@pytest.mark.parametrize("inside", ["tinyshakespeare/input.txt", "input.txt"])
+@pytest.mark.parametrize("setting", ["data_dir", "NANOGFT_DATA"])
+def test_folder_given_comes_first_and_is_taken_as_it_is(tmp_path, monkeypatch, setting, inside):
+    put(cache_root() / "tinyshakespeare/input.txt")
+    put(cache.SHARED_DIR / "tinyshakespeare/input.txt")
+    mine = put(tmp_path / "mine" / inside, b"my own text, not the official one\n" * 20)
+    if setting == "NANOGFT_DATA":
+        monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "mine"))
+        text = load()
+    else:
+        monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "elsewhere"))
+        text = load(data_dir=str(tmp_path / "mine"))
+    assert text.source.startswith(f"{mine}, because {setting} ") and "not the official file" in text.source
+    assert text.sha256 == hashlib.sha256(mine.read_bytes()).hexdigest()
+    assert text.tokenizer.decode(text.train).startswith("my own text")
+
+
+def test_official_file_in_the_folder_given_is_not_called_another(tmp_path):
+    put(tmp_path / "mine/input.txt")
+    assert "not the official" not in load(data_dir=str(tmp_path / "mine")).source
+
+
+def test_cache_then_shared_then_address(monkeypatch, server):
+    use_address(monkeypatch, server.url)
+    cached = put(cache_root() / "tinyshakespeare/input.txt")
+    shared = put(cache.SHARED_DIR / "tinyshakespeare/input.txt")
+    assert load().source.startswith(f"{cached}, because")
+    cached.unlink()
+    assert load().source.startswith(f"{shared}, because")
+    assert server.requests == 0
+    shared.unlink()
+    assert server.url in load().source
+    assert server.requests == 1 and cached.read_bytes() == CONTENT
+    assert load().source.startswith(f"{cached}, because")
+    assert server.requests == 1
+
+
+def test_shared_folder_is_the_one_beside_the_checkout():
+    command = "from data.cache import SHARED_DIR; print(SHARED_DIR)"
+    seen = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == str(ROOT.parent / "shared" / "data")
+
+
+def test_data_dir_without_the_file_is_an_error(tmp_path):
+    put(cache_root() / "tinyshakespeare/input.txt")
+    (tmp_path / "mine").mkdir()
+    message = error_of(data_dir=str(tmp_path / "mine"), code=2)
+    assert str(tmp_path / "mine/tinyshakespeare/input.txt") in message
+    assert str(tmp_path / "mine/input.txt") in message
+
+
+def test_environment_folder_without_the_file_is_told_and_passed_over(tmp_path, monkeypatch, capsys):
+    put(cache_root() / "tinyshakespeare/input.txt")
+    monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "mine"))
+    assert "earlier run" in load().source
+    assert f"NANOGFT_DATA = {tmp_path / 'mine'} does not hold tinyshakespeare" in capsys.readouterr().err
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    assert cache_root() == tmp_path / "cache"
+    monkeypatch.delenv("NANOGFT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg/nanogft"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for unusable in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+        assert cache_root() == tmp_path / "home/.cache/nanogft"
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(CONTENT[:-100], "truncated"), (b"X" + CONTENT[1:], "altered"), (b"", "truncated")]
+)
+def test_damaged_copy_is_named_and_passed_over(capsys, content, word):
+    cached = put(cache_root() / "tinyshakespeare/input.txt", content)
+    shared = put(cache.SHARED_DIR / "tinyshakespeare/input.txt")
+    text = load()
+    assert text.source.startswith(str(shared)) and text.sha256 == SHA256
+    said = capsys.readouterr().err
+    for part in (str(cached), word, f"{len(content):,} bytes", hashlib.sha256(content).hexdigest(), SHA256):
+        assert part in said
+
+
+@pytest.mark.parametrize("announced", ["honest", "full"])
+def test_truncated_download_is_named_and_not_used(monkeypatch, server, announced):
+    use_address(monkeypatch, server.url)
+    server.body = CONTENT[:5000]
+    server.announced = len(server.body) if announced == "honest" else len(CONTENT)
+    message = error_of(code=1)
+    assert server.url in message
+    assert "truncated: 5,000 bytes" in message or "IncompleteRead" in message
+    assert all_files(cache_root()) == []
+
+
+def test_download_stops_one_byte_past_the_official_size(monkeypatch, server):
+    use_address(monkeypatch, server.url)
+    server.body = CONTENT * 1000  # more than the buffers in between can swallow
+    server.announced = len(server.body)
+    assert f"altered: {len(CONTENT) + 1:,} bytes" in error_of(code=1)
+    assert server.cut_off.wait(10)
+
+
+def test_silent_server_is_given_up(monkeypatch, server):
+    use_address(monkeypatch, server.url)
+    monkeypatch.setattr(download, "SILENCE_SECONDS", 0.2)
+    server.pause = 5.0
+    start = time.perf_counter()
+    assert "timed out" in error_of(code=1)
+    assert time.perf_counter() - start < 4
+
+
+def test_slow_download_is_given_up(monkeypatch, server):
+    use_address(monkeypatch, server.url)
+    monkeypatch.setattr(download, "TOTAL_SECONDS", -1)
+    assert "too slow" in error_of(code=1)
+
+
+def test_damaged_cache_is_mended_by_the_download(monkeypatch, server):
+    use_address(monkeypatch, server.url)
+    cached = put(cache_root() / "tinyshakespeare/input.txt", CONTENT[:7])
+    assert load().sha256 == SHA256
+    assert cached.read_bytes() == CONTENT
+
+
+def test_found_nowhere_lists_every_place_and_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "mine"))
+    shared = put(cache.SHARED_DIR / "tinyshakespeare/input.txt", b"short")
+    message = error_of(code=1)
+    for part in (
+        f"{tmp_path / 'mine/tinyshakespeare/input.txt'}: No such file",
+        f"{tmp_path / 'mine/input.txt'}: No such file",
+        f"{cache_root() / 'tinyshakespeare/input.txt'}: No such file",
+        f"{shared}: truncated: 5 bytes",
+        "http://127.0.0.1:9/input.txt: not downloaded (Connection refused)",
+        "--data FILE",
+        "--data stdlib",
+    ):
+        assert part in message
+
+
+def test_download_that_cannot_be_kept_is_still_used(tmp_path, monkeypatch, server, capsys):
+    use_address(monkeypatch, server.url)
+    monkeypatch.setenv("NANOGFT_CACHE", str(put(tmp_path / "a_file", b"")))
+    assert load().sha256 == SHA256
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+# Text files and stdlib
+
+
+def test_file_keeps_line_ends_and_drops_the_byte_order_mark(tmp_path):
+    text = load(str(put(tmp_path / "a.txt", b"\xef\xbb\xbf" + b"one\r\ntwo\rthree\n" * 9)))
+    assert text.tokenizer.decode(np.concatenate([text.train, text.val])) == "one\r\ntwo\rthree\n" * 9
+    assert text.sha256 == hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest()
+
+
+def test_relative_file_is_found_here_and_in_data_dir(tmp_path, monkeypatch):
+    put(tmp_path / "here/a.txt", b"here " * 20)
+    put(tmp_path / "there/b.txt", b"there " * 20)
+    monkeypatch.chdir(tmp_path / "here")
+    assert load("a.txt").source.startswith("a.txt, because")
+    assert load("b.txt", data_dir=str(tmp_path / "there")).source.startswith(str(tmp_path / "there/b.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"abc\nde\xe9f" * 9, ["0xe9", "offset 6", "line 2", "iconv"]),
+        ("text".encode("utf-16"), ["0xff", "offset 0", "-f UTF-16"]),
+        (b"", ["is empty"]),
+        (b"\xef\xbb\xbf", ["is empty"]),
+        (b"abc", ["too short", "2 tokens to train on and 1 to evaluate on"]),
+        (b"a", ["too short"]),
+    ],
+    ids=["latin1", "utf16", "empty", "only a mark", "three characters", "one character"],
+)
+def test_unusable_file_is_named(tmp_path, content, parts):
+    path = put(tmp_path / "bad.txt", content)
+    message = error_of(str(path), code=1)
+    for part in [str(path), *parts]:
+        assert part in message
+
+
+def test_missing_names_point_to_the_closest(tmp_path, play, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Did you mean tinyshakespeare?" in error_of("tiny_shakespear", code=2)
+    assert f"Did you mean {play}?" in error_of(str(tmp_path / "pley.txt"), code=2)
+    assert "Did you mean play.txt?" in error_of("play.text", code=2)
+    message = error_of("nothing_like_it/at_all", code=2)
+    assert "Did you mean" not in message and "stdlib, tinyshakespeare" in message
+
+
+def test_folder_is_not_a_text(tmp_path, play):
+    message = error_of(str(tmp_path), code=2)
+    assert "is a folder" in message and play in message
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "x" * 5000], ids=["null", "long"])
+def test_impossible_file_names_are_user_errors(bad):
+    error_of(bad, code=1)
+
+
+def test_stdlib_needs_nothing_and_is_always_the_same():
+    first, second = find_text("stdlib"), find_text("stdlib")
+    assert first.content == second.content and len(first.content) > 100_000
+    text = load("stdlib", eval_on="tune")
+    assert "pydoc_data.topics of Python" in text.source
+    assert text.tokenizer.decode(text.train).startswith(textfile.decode(first.content, "")[:1000])
+
+
+def test_wrong_settings_are_configuration_errors(play):
+    assert "eval_on = 'test'" in error_of(play, eval_on="test", code=2)
+    assert "tokenizer = 'word'" in error_of(play, "word", code=2)
+    assert "vocab_size = 256" in error_of(play, "bpe", 256, code=2)
+    assert all_files(cache_root()) == []
+
+
+def test_official_constants_match_the_file_beside_the_checkout(monkeypatch):
+    """Without that folder the constants can only be compared with themselves: their form is checked."""
+    monkeypatch.undo()
+    file = tinyshakespeare.FILE
+    assert len(file.sha256) == 64 and file.url.startswith("https://") and file.size == 1_115_394
+    path = cache.SHARED_DIR / file.path
+    if path.exists():
+        assert file.fault(path.read_bytes()) == ""

@@ -1,0 +1,227 @@
+"""Prepared texts: made once, also by two processes at once; damage, a cache that cannot be written, the split."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import load_text
+from data.cache import cache_root, sha256, write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
+CONTENT = "".join(LINES).encode("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("NANOGFT_DATA", raising=False)
+
+
+def put(path, content=CONTENT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def load(name, tokenizer="char", vocab_size=300, **settings):
+    return load_text(name, tokenizer, vocab_size, **settings)
+
+
+def all_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def play(tmp_path):
+    return str(put(tmp_path / "play.txt"))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_prepared_once_and_memory_mapped(play, monkeypatch, tokenizer):
+    first = load(play, tokenizer)
+    monkeypatch.setattr("data.text.prepare", None)
+    second = load(play, tokenizer)
+    for text in (first, second):
+        assert isinstance(text.train, np.memmap) and text.train.dtype == np.uint16 and text.train.ndim == 1
+        assert not text.train.flags.writeable
+    assert np.array_equal(first.train, second.train) and np.array_equal(first.val, second.val)
+    assert first.tokenizer.to_json() == second.tokenizer.to_json()
+    assert first.chars_per_token == second.chars_per_token
+
+
+def test_each_text_tokenizer_and_size_is_prepared_apart(play, tmp_path):
+    load(play), load(play, vocab_size=999), load(play, "bpe", 300), load(play, "bpe", 310)
+    load(str(put(tmp_path / "other.txt", CONTENT + b"!")))
+    assert len(all_files(cache_root() / "prepared")) == 2 * 4
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _alter(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("ending", ["bin", "json"])
+@pytest.mark.parametrize("damage", [_truncate, _alter, _empty], ids=["short", "flip", "empty"])
+def test_damaged_preparation_is_told_and_made_again(play, capsys, ending, damage):
+    before = load(play, "bpe")
+    train = np.array(before.train)
+    (path,) = (cache_root() / "prepared").glob(f"*.{ending}")
+    good = path.read_bytes()
+    damage(path)
+    after = load(play, "bpe")
+    said = capsys.readouterr().err
+    assert str(path.with_suffix("")) in said and "preparing again" in said and path.name in said
+    assert np.array_equal(after.train, train) and path.read_bytes() == good
+    load(play, "bpe")
+    assert "preparing again" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["bin", "json"])
+def test_half_a_preparation_is_completed(play, ending):
+    load(play)
+    (path,) = (cache_root() / "prepared").glob(f"*.{ending}")
+    good = path.read_bytes()
+    path.unlink()
+    load(play)
+    assert path.read_bytes() == good
+
+
+def test_two_processes_preparing_at_once(play, tmp_path):
+    """Both start on a signal, and each goes through eight preparations of the same names."""
+    command = """if True:
+        import os, pathlib, sys, time
+        from data import load_text
+        from data.cache import sha256
+        play, folder, me = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
+        (folder / me).touch()
+        while not (folder / "go").exists():
+            time.sleep(0.001)
+        for size in range(300, 308):
+            text = load_text(play, "bpe", size)
+            print(size, text.sha256, sha256(text.train.tobytes()), sha256(text.val.tobytes()))
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, play, str(tmp_path), me],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for me in ("a", "b")
+    ]
+    while not all((tmp_path / me).exists() or process.poll() is not None for me, process in zip("ab", processes)):
+        time.sleep(0.001)
+    (tmp_path / "go").touch()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert not any("preparing again" in said or "stays in memory" in said for _, said in outputs)
+    assert outputs[0][0] == outputs[1][0] and len(outputs[0][0].splitlines()) == 8
+    files = all_files(cache_root() / "prepared")
+    assert len(files) == 16 and not [name for name in files if name.endswith(".tmp")]
+    digests = []
+    for size in range(300, 308):
+        text = load(play, "bpe", size)
+        digests.append(f"{size} {text.sha256} {sha256(text.train.tobytes())} {sha256(text.val.tobytes())}")
+    assert digests == outputs[0][0].splitlines()
+
+
+@pytest.mark.parametrize("trouble", ["unwritable", "full"])
+def test_cache_that_cannot_be_written_costs_only_a_notice(play, tmp_path, monkeypatch, capsys, trouble):
+    good = load(play, "bpe")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if trouble == "full":
+        monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "full"))
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setenv("NANOGFT_CACHE", str(put(tmp_path / "a_file", b"")))
+    text = load(play, "bpe")
+    said = capsys.readouterr().err
+    assert "stays in memory" in said
+    assert os.strerror(errno.ENOSPC if trouble == "full" else errno.ENOTDIR) in said
+    assert np.array_equal(text.train, good.train) and not text.train.flags.writeable
+    if trouble == "full":
+        assert all_files(tmp_path / "full") == []
+
+
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = put(tmp_path / "folder/file", b"old")
+
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, b"new")
+    assert all_files(tmp_path / "folder") == ["file"] and path.read_bytes() == b"old"
+
+
+def test_two_writes_of_one_file_at_once(tmp_path, monkeypatch):
+    """The second one starts and ends while the first is being written."""
+    path, sync = tmp_path / "folder/file", os.fsync
+
+    def second_write(handle):
+        monkeypatch.setattr(os, "fsync", sync)
+        write_atomic(path, b"second")
+        assert path.read_bytes() == b"second"
+
+    monkeypatch.setattr(os, "fsync", second_write)
+    write_atomic(path, b"first")
+    assert path.read_bytes() == b"first" and all_files(tmp_path / "folder") == ["file"]
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path):
+    many = "".join(chr(point) for point in range(0x10000, 0x10000 + 65_540))
+    text = load(str(put(tmp_path / "many.txt", (many * 2).encode("utf-8"))))
+    assert text.train.dtype == np.uint32 and text.tokenizer.vocab_size == 65_540
+    assert text.tokenizer.decode(text.val) == (many * 2)[int(0.9 * 131_080) :]
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_parts_are_the_same_stretches_of_text_for_every_tokenizer(play, tokenizer):
+    content = CONTENT.decode("utf-8")
+    n81, n90 = int(0.81 * len(content)), int(0.9 * len(content))
+    val, tune = load(play, tokenizer), load(play, tokenizer, eval_on="tune")
+    decode = val.tokenizer.decode
+    assert decode(val.train) == content[:n90] and decode(val.val) == content[n90:]
+    assert decode(tune.train) == content[:n81] and decode(tune.val) == content[n81:n90]
+    assert val.chars_per_token == pytest.approx(len(content[n90:]) / len(val.val))
+    assert tune.chars_per_token == pytest.approx(len(content[n81:n90]) / len(tune.val))
+    assert (val.chars_per_token == 1.0) == (tokenizer == "char")
+
+
+def test_char_split_is_at_whole_numbers_of_tokens(play):
+    text = load(play)
+    count = len(CONTENT.decode("utf-8"))
+    assert (len(text.train), len(text.val)) == (int(0.9 * count), count - int(0.9 * count))
+
+
+def test_bpe_never_learns_from_evaluated_text(tmp_path):
+    head = "the cat sat on the mat. " * 81
+    first = load(str(put(tmp_path / "a.txt", (head + "qzqzqzqz" * 57).encode())), "bpe", 400)
+    second = load(str(put(tmp_path / "b.txt", (head + "wkwkwkwk" * 57).encode())), "bpe", 400)
+    assert first.tokenizer.to_json() == second.tokenizer.to_json()
+
+
+def test_bpe_of_a_short_text_says_that_it_is_smaller(tmp_path, capsys):
+    path = str(put(tmp_path / "a.txt", b"the cat sat on the mat. " * 20))
+    for _ in range(2):
+        text = load(path, "bpe", 5000)
+        assert f"has {text.tokenizer.vocab_size} tokens, not vocab_size = 5,000" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Every configuration that ships compiles for sm_80, sm_90 and sm_100 without spills and with its tensor-core products.
+
+And `kernels.check`, which finds that out, refuses kernels made to be refused. No GPU is needed; the compiling is done
+in processes of their own, for this one's kernels belong to the interpreter.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import check
+from kernels.backend import triton
+
+pytestmark = pytest.mark.skipif(triton is None, reason="triton is not installed: there is nothing to compile with")
+
+SHIPPED = [
+    (kernel, entry.name, architecture)
+    for kernel in (check.known() if triton else [])
+    for entry, architecture in check.configurations(kernel)
+]
+
+TOY = '''
+from kernels.backend import Shipped, jit, tl
+
+
+@jit
+def _add_kernel(a, b, out, n, BLOCK: tl.constexpr = 256):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(a + at, mask=at < n, other=0) + tl.load(b + at, mask=at < n, other=0), mask=at < n)
+
+
+@jit
+def _centre_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    row = tl.load(x + at)
+    tl.store(out + at, row - tl.max(row, axis=0))
+
+
+@jit
+def _product_kernel(a, b, out, K, stride, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
+    total = tl.zeros((M, N), dtype=out.dtype.element_ty)
+    for k in range(0, K, BLOCK):
+        left = tl.load(a + rows[:, None] * K + (k + ks)[None, :] * stride, mask=(k + ks < K)[None, :], other=0)
+        right = tl.load(b + columns[None, :] * K + (k + ks)[:, None] * stride, mask=(k + ks < K)[:, None], other=0)
+        total = tl.dot(left, right, total, out_dtype=out.dtype.element_ty)
+    tl.store(out + rows[:, None] * N + columns[None, :], total)
+
+
+ADD = {"a": "*i32", "b": "*i32", "out": "*i32", "n": "i32"}
+INT8 = {"a": "*i8", "b": "*i8", "out": "*i32", "K": "i32"}
+FP16 = {"a": "*fp16", "b": "*fp16", "out": "*fp32", "K": "i32"}
+
+
+def product(name, signature, m=64, n=64, block=64, architectures=(90,), stride=1, **settings):
+    constants = {"M": m, "N": n, "BLOCK": block, "stride": stride}
+    return Shipped(name, _product_kernel, signature, constants, architectures=architectures, **settings)
+'''
+
+GOOD = """
+SHIPPED = [
+    Shipped("add", _add_kernel, ADD, {}),
+    product("int8", INT8, instructions=("int8",), architectures=(80, 90, 100)),
+    product("fp16", FP16, instructions=("fp16",), architectures=(80, 90, 100)),
+]
+"""
+
+BAD = """
+def shipped():
+    row = {"x": "*fp32", "out": "*fp32"}
+    return [
+        Shipped("spills", _centre_kernel, row, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 24}),
+        Shipped("has_no_dot", _add_kernel, ADD, {}, instructions=("int8",), architectures=(90,)),
+        product("wrong_dot", FP16, instructions=("fp16", "int8")),
+        product("too_much_shared", INT8, 64, 64, 512, (80, 90), num_stages=8),
+        product("short_dot", INT8, block=16),
+        Shipped("no_type", _add_kernel, {"a": "*i32", "b": "*i32", "out": "*i32"}, {}, architectures=(90,)),
+        Shipped("no_argument", _add_kernel, ADD | {"m": "i32"}, {}, architectures=(90,)),
+        Shipped("no_product", _add_kernel, ADD, {}, instructions=("fp64",), architectures=(90,)),
+    ]
+"""
+
+TOY_TEST = '''
+import pytest
+import torch
+
+from kernels.toy import _add_kernel
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_add(device):
+    a = torch.arange(300, dtype=torch.int32, device=device)
+    out = torch.empty_like(a)
+    _add_kernel[(2,)](a, a, out, 300)
+    assert torch.equal(out, WANTED * a)
+'''
+
+
+@pytest.mark.parametrize("kernel, name, architecture", SHIPPED, ids=[f"{k}-{n}-sm_{a}" for k, n, a in SHIPPED])
+def test_shipped_configuration(kernel, name, architecture):
+    result = next(r for r in check.compiled(kernel) if (r.name, r.architecture) == (name, architecture))
+    assert result.problems == []
+    assert result.registers > 0
+
+
+def test_configurations_have_names_of_their_own():
+    assert len(set(SHIPPED)) == len(SHIPPED)
+
+
+def test_every_kernel_file_ships_and_has_tests():
+    folder = check.ROOT / "kernels"
+    with_kernels = {f.stem for f in folder.glob("*.py") if "_kernel[" in f.read_text(encoding="utf-8")}
+    assert with_kernels <= set(check.known()), "a kernel's file ends with SHIPPED or shipped(); see docs/kernels.md"
+    assert [name for name in check.known() if not check.tests_of(name).exists()] == []
+
+
+def scratch(folder: Path, wanted: int = 2, **sources: str) -> Path:
+    """A tree with check.py and toy kernel files in it. The toy's test passes if `wanted` is 2."""
+    for part in ("kernels", "tests"):
+        (folder / part).mkdir()
+    for file in ("kernels/__init__.py", "kernels/backend.py", "kernels/check.py", "tests/conftest.py"):
+        shutil.copy(check.ROOT / file, folder / file)
+    for name, source in sources.items():
+        (folder / "kernels" / f"{name}.py").write_text(TOY + source)
+        test = TOY_TEST.replace("kernels.toy", f"kernels.{name}").replace("WANTED", str(wanted))
+        (folder / "tests" / f"test_triton_{name}.py").write_text(test)
+    return folder
+
+
+def run(folder: Path, *arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """`python -m kernels.check` in a tree, or `code`; environment as in this process but for what is given."""
+    command = ["-c", code, *arguments] if code else ["-m", "kernels.check", *arguments]
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, *command], cwd=folder, env=kept, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """A tree with the kernels made to be refused, a test that fails, and a kernel file without tests."""
+    folder = scratch(tmp_path_factory.mktemp("bad"), wanted=3, bad=BAD, untested="SHIPPED = []\n")
+    (folder / "tests" / "test_triton_untested.py").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refused(bad) -> dict[tuple[str, int], check.Compiled]:
+    """The results of the kernels made to be refused, by name and architecture."""
+    ran = run(bad, "bad", "--json")
+    assert ran.returncode == 1, ran.stderr
+    results = [check.Compiled(**json.loads(line)) for line in ran.stdout.splitlines()]
+    return {(r.name, r.architecture): r for r in results}
+
+
+@pytest.mark.parametrize(
+    "name, architecture, words",
+    [
+        ("spills", 80, "spills"),
+        ("spills", 90, "spills"),
+        ("spills", 100, "spills"),
+        ("has_no_dot", 90, "no int8 tensor-core product (found: none at all)"),
+        ("wrong_dot", 90, "no int8 tensor-core product (found: HGMMA"),
+        ("too_much_shared", 80, "a program has 166912"),
+        ("too_much_shared", 90, "a program has 232448"),
+        ("short_dot", 90, "does not compile"),
+        ("no_type", 90, "no type or constant for n"),
+        ("no_argument", 90, "m: not an argument; known are a, b, out, n, BLOCK"),
+        ("no_product", 90, "got instructions ['fp64']; known are int8, fp16"),
+    ],
+    ids=lambda value: str(value).split("(")[0].strip().replace(" ", "_"),
+)
+def test_bad_kernels_are_refused(refused, name, architecture, words):
+    problems = refused[name, architecture].problems
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_spills_are_measured(refused):
+    result = refused["spills", 90]
+    assert result.spill_stores > 0
+    assert result.spill_loads > 0
+    assert 0 < result.registers <= 24
+
+
+def test_good_kernels_pass(tmp_path):
+    ran = run(scratch(tmp_path, good=GOOD), "good", TRITON_INTERPRET="1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "interpreter: 1 passed" in ran.stdout
+    assert "IMMA" in ran.stdout
+    assert "HMMA" in ran.stdout
+    assert ran.stdout.endswith("all right: good\n")
+
+
+def test_failures_are_named_and_end_with_1(bad):
+    ran = run(bad, "all")
+    assert ran.returncode == 1, ran.stderr
+    assert "1 failed" in ran.stdout
+    assert "has_no_dot on sm_90 has no int8 tensor-core product" in ran.stdout
+    assert "tests/kernels/test_triton_untested.py does not exist" in ran.stdout
+    assert ran.stdout.endswith("FAILED: bad (values, compiled); untested (values, compiled)\n")
+
+
+def test_part_of_a_file(bad):
+    """Only some configurations, and no tests, which here would fail."""
+    ran = run(bad, "bad", "--compile", "--only", "wrong_dot")
+    assert ran.returncode == 1
+    assert "compiled  1 in" in ran.stdout and "values" not in ran.stdout
+    assert run(bad, "bad", "--compile", "--only", "nothing").stdout.endswith("FAILED: bad (compiled)\n")
+
+
+def test_assembler_report_and_attributes(bad):
+    """Without the bundled disassembler the same is read from PTX. Sizes count as round unless they say otherwise."""
+    code = """
+from kernels import bad, check
+machine = list(check.compile_here("bad"))
+check._tool = lambda name: ""
+ptx = list(check.compile_here("bad"))
+for one, other in zip(machine, ptx, strict=True):
+    assert len(one.problems) == len(other.problems), (one, other)
+    assert abs(one.registers - other.registers) <= 8, (one, other)
+    assert bool(one.products) == bool(other.products), (one, other)
+plain = check.Shipped("plain", bad._add_kernel, bad.ADD, {})
+ragged = check.Shipped("ragged", bad._add_kernel, bad.ADD | {"n": "i32:1", "a": "*i32:1"}, {})
+print(sorted(check._source(plain).attrs), sorted(check._source(ragged).attrs))
+"""
+    ran = run(bad, code=code)
+    assert ran.stdout == "[(0,), (1,), (2,), (3,)] [(1,), (2,)]\n", ran.stderr
+
+
+def test_a_compiler_that_dies_is_reported(monkeypatch):
+    entry = check.Shipped("some", None, {}, {})
+    monkeypatch.setattr(check, "configurations", lambda kernel, only: [(entry, 80), (entry, 90)])
+    line = json.dumps(check.asdict(check.Compiled("dying", "some", 80, registers=32)))
+    ended = subprocess.CompletedProcess([], -6, f"{line}\n", "LLVM ERROR: broken\n")
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: ended)
+    first, second = check.compiled("dying")
+    assert (first.registers, first.problems) == (32, [])
+    assert second.problems == ["never reported: its compiler ended with status -6\nLLVM ERROR: broken"]
+
+
+def test_unknown_name_gives_the_list(capsys):
+    with pytest.raises(SystemExit) as ended:
+        check.main(["quantise"])
+    assert ended.value.code == 2
+    assert f"no kernel quantise; there are {', '.join(check.known())}, or all" in capsys.readouterr().err
+
+
+def test_without_triton_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(check, "triton", None)
+    monkeypatch.setattr(check.backend, "triton", None)
+    assert check.main(["all"]) == 1
+    assert "triton is not installed here" in capsys.readouterr().out
