@@ -13,16 +13,19 @@ row and one per column, u[t, c] = (a[t] + b[c]) mod 1. Every u is uniform and ev
 variance of a rounded sum depend on; only the four corners of a rectangle are tied together. It costs
 rows + columns draws instead of rows x columns.
 
-Kernels draw what they need where they need it: `philox_words`, `dither_word` and `dither_at` below are called by every
-kernel that is random. `_dither_words_kernel` fills a tensor on the GPU: 4 bytes written, 10 rounds (about 80 integer
-operations) for each word.
+Training reads `rng`, an int64 tensor (3,) = [seed, step, rows seen in this step] on the layer's device, so that a step
+can be captured in a CUDA graph: kernels load it (`philox_words`, `dither_word` and `dither_at` below are called by every
+kernel that is random), `words_from`, `uniform_from` and `noise` are for torch. `_words_kernel` fills a tensor on the GPU:
+8 bytes written, 10 rounds (about 80 integer operations) for each word.
 """
+
+import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, jit, on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -33,7 +36,7 @@ DITHER_BITS = 23  # a + b then fits 24 bits, which fp32 holds exactly
 class Stream:
     """What a number is drawn for: one id per use, so that no two uses share numbers."""
 
-    ROWS, COLUMNS, TOPK, FLIP, MEMORY_ROWS, MEMORY_COLUMNS, BATCH, INIT, SAMPLE, MONITOR = range(10)
+    ROWS, COLUMNS, TOPK, FLIP, MOMENTUM_ROWS, MOMENTUM_COLUMNS, BATCH, INIT, SAMPLE, MONITOR = range(10)
 
 
 def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:
@@ -60,11 +63,6 @@ def words(seed: int, step: int, stream: int, n: int, start: int = 0) -> np.ndarr
     return np.stack(four, axis=1).reshape(-1)[start - 4 * first : start - 4 * first + n]
 
 
-def integers(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
-    """`words` as a tensor: int64 on the CPU, shape (n,)."""
-    return torch.from_numpy(words(seed, step, stream, n, start).astype(np.int64))
-
-
 def uniform(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) with 32 bits each: float64 on the CPU, shape (n,)."""
     return torch.from_numpy(words(seed, step, stream, n, start) * 2.0**-32)
@@ -75,14 +73,84 @@ def normal(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
     return torch.special.ndtri(uniform(seed, step, stream, n, start) + 2.0**-33)
 
 
-def dither_words_torch(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
-    """Row or column words for `dither`: int32 in [0, 2^23) on the CPU, shape (n,)."""
-    return torch.from_numpy((words(seed, step, stream, n, start) >> np.uint64(32 - DITHER_BITS)).astype(np.int32))
+def dither(row_noise: Tensor, col_noise: Tensor) -> Tensor:
+    """u[t, c] in [0, 1) from int32 noise: rows (..., T, 1) and columns (..., 1, C) give float32 (..., T, C)."""
+    return ((row_noise + col_noise) & (2**DITHER_BITS - 1)).to(torch.float32) * 2.0**-DITHER_BITS
 
 
-def dither(rows: Tensor, columns: Tensor) -> Tensor:
-    """u[t, c] in [0, 1) from int32 words: rows (..., T, 1) and columns (..., 1, C) give float32 (..., T, C)."""
-    return ((rows + columns) & (2**DITHER_BITS - 1)).to(torch.float32) * 2.0**-DITHER_BITS
+def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
+    """int64 (3,): the seed's low 64 bits, step 0, no rows seen."""
+    low = seed & (2**64 - 1)
+    return torch.tensor([low - 2**64 if low >> 63 else low, 0, 0], device=device)
+
+
+# For torch
+
+
+@torch.library.custom_op("nanogft::words", mutates_args=())
+def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """Words start .. start + count - 1 of the step for `stream`: int64 (count,) below 2^32, on rng's device.
+
+    Nothing is read on the host where Triton kernels run. (The torch backend on a GPU waits for `rng`.)
+    """
+    if not on_triton(rng):
+        seed, step = rng[:2].tolist()
+        return torch.from_numpy(words(seed, step, stream, count, start).astype(np.int64)).to(rng.device)
+    out = torch.empty(count, dtype=torch.int64, device=rng.device)
+    _words_kernel[(triton.cdiv(count, WORDS_BLOCK),)](
+        out=out,
+        rng=rng,
+        stream=stream,
+        start=start,
+        count=count,
+        BLOCK=WORDS_BLOCK,
+    )
+    return out
+
+
+@words_from.register_fake
+def _(rng, stream, count, start=0):
+    return rng.new_empty(count)
+
+
+def uniform_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) with 32 bits each: float64 (count,) on rng's device."""
+    return words_from(rng, stream, count, start).to(torch.float64) * 2.0**-32
+
+
+NOISE_BLOCK = 8192
+
+
+@functools.lru_cache(maxsize=8)
+def _noise_block(seed: int, step: int, stream: int, block: int) -> Tensor:
+    """Noise of elements block * NOISE_BLOCK and on: int32 (NOISE_BLOCK,). All layers of a step share a few blocks."""
+    found = words(seed, step, stream, NOISE_BLOCK, block * NOISE_BLOCK) >> np.uint64(32 - DITHER_BITS)
+    return torch.from_numpy(found.astype(np.int32))
+
+
+def _noise(seed: int, step: int, stream: int, start: int, count: int) -> Tensor:
+    first, last = start // NOISE_BLOCK, (start + count - 1) // NOISE_BLOCK
+    blocks = torch.cat([_noise_block(seed, step, stream, block) for block in range(first, last + 1)])
+    return blocks[start - first * NOISE_BLOCK :][:count]
+
+
+@torch.library.custom_op("nanogft::noise", mutates_args=())
+def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
+    """What `dither` wants for the next `rows` tokens and for `columns` columns from `first_column` on.
+
+    int32 (rows, 1) and (columns,) in [0, 2^23), on rng's device. For the torch reference: it reads `rng` on the host.
+    """
+    seed, step, row = rng.tolist()
+    row_noise = _noise(seed, step, Stream.ROWS, row, rows)[:, None]
+    return row_noise.to(rng.device), _noise(seed, step, Stream.COLUMNS, first_column, columns).to(rng.device)
+
+
+@noise.register_fake
+def _(rng, rows, first_column, columns):
+    return rng.new_empty((rows, 1), dtype=torch.int32), rng.new_empty((columns,), dtype=torch.int32)
+
+
+# In kernels
 
 
 @jit
@@ -99,57 +167,21 @@ def philox_words(seed, step, stream, element):
 
 @jit
 def dither_word(seed, step, stream, element):
-    """`dither_words` in a kernel: the int32 word in [0, 2^23) of each element, int64 as for `philox_words`."""
+    """`noise` in a kernel: the int32 noise in [0, 2^23) of each element, int64 as for `philox_words`."""
     return (philox_words(seed, step, stream, element) >> 9).to(tl.int32)
 
 
 @jit
-def dither_at(row_words, column_words):
-    """`dither` in a kernel: u float32 in [0, 1) from int32 words that broadcast, say (T, 1) and (1, C)."""
-    return ((row_words + column_words) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
+def dither_at(row_noise, col_noise):
+    """`dither` in a kernel: u float32 in [0, 1) from int32 noise that broadcasts, say (T, 1) and (1, C)."""
+    return ((row_noise + col_noise) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
+
+
+WORDS_BLOCK = 1024
 
 
 @jit
-def _dither_words_kernel(out, seed, step, stream, start, n, BLOCK: tl.constexpr):
+def _words_kernel(out, rng, stream, start, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, dither_word(seed, step, stream, start + place), mask=place < n)
-
-
-DITHER_BLOCK = 1024
-
-
-@torch.library.custom_op("nanogft::dither_words", mutates_args=())
-def _dither_words(seed: int, step: int, stream: int, n: int, start: int, device: torch.device) -> Tensor:
-    out = torch.empty(n, dtype=torch.int32, device=device)
-    _dither_words_kernel[(triton.cdiv(n, DITHER_BLOCK),)](out, seed, step, stream, start, n, BLOCK=DITHER_BLOCK)
-    return out
-
-
-@_dither_words.register_fake
-def _(seed, step, stream, n, start, device):
-    return torch.empty(n, dtype=torch.int32, device=device)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the low 64 bits of a number: operators take no wider integers."""
-    number &= 2**64 - 1
-    return number - 2**64 if number >> 63 else number
-
-
-def dither_words(
-    seed: int, step: int, stream: int, n: int, start: int = 0, device: torch.device | str | None = None
-) -> Tensor:
-    """Row or column words for `dither`: int32 in [0, 2^23), shape (n,), on `device` (None: the CPU).
-
-    They are the same on every device; on a GPU a kernel draws them there.
-    """
-    device = torch.device("cpu" if device is None else device)
-    if n == 0 or not on_triton(torch.zeros(0, device=device)):
-        return dither_words_torch(seed, step, stream, n, start).to(device)
-    return torch.ops.nanogft.dither_words(_signed(seed), step & MASK, stream & MASK, n, start, device)
-
-
-def shipped() -> list[Shipped]:
-    """What the launcher runs on a GPU."""
-    signature = {"out": "*i32", "seed": "i64", "step": "i32", "stream": "i32", "start": "i32", "n": "i32"}
-    return [Shipped("dither_words", _dither_words_kernel, signature, {"BLOCK": DITHER_BLOCK})]
+    word = philox_words(tl.load(rng), tl.load(rng + 1), stream, start + place)
+    tl.store(out + place, word.to(tl.int64), mask=place < count)
