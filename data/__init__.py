@@ -1,12 +1,34 @@
-"""Text for the models: found, checked, tokenised once, memory-mapped.
+"""What a run learns from: texts and images, found, checked, prepared once, and each behind one interface (data/task.py).
 
-    from data import load_text
-    text = load_text("tinyshakespeare", tokenizer="char", vocab_size=0)
-    text.train, text.val, text.tokenizer.decode(text.val[:100])
+    task = data.load(cfg)
+    for x, y in task.batches(step, device):  ...  task.loss(net(x), y)
+    task.evaluate(net, device)               ->  {"val_loss": ..., "accuracy": ...}
 
-Images are found and prepared in the same way: data/images.py; data/augment.py changes them at random.
+text.py and images.py load the data alone; text_task.py and image_task.py make the batches.
 """
 
-from data.text import TextData, load_text
+from __future__ import annotations
 
-__all__ = ["TextData", "load_text"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.task import Task
+    from run.config import Config
+
+
+def load(cfg: Config, named: bool = False) -> Task:
+    """The task of cfg.data; `named` tells whether a person asked for that data set by name (--data NAME).
+
+    Where Tiny Shakespeare is found nowhere and was not named, the task is about the text that Python carries: `notice`
+    and `cfg` of the task say so. Raises UserError for whatever a person can mend.
+    """
+    # Only what the task needs is imported: Pillow for images, tiktoken and regex for a BPE vocabulary.
+    from run.config import IMAGES
+
+    if cfg.data in IMAGES:
+        from data import image_task
+
+        return image_task.load(cfg)
+    from data import text_task
+
+    return text_task.load(cfg, named)

@@ -12,8 +12,6 @@ training. So `merges` are the ranks from 256 on, and the text is cut here as it 
 import heapq
 from collections import Counter, defaultdict
 
-import regex
-
 # A run of letters, of up to three digits or of other signs, each with the space before it; and white space, of which
 # the last one is left to the next word. Runs end at 64 so that no text, however odd, makes a word slow to encode.
 PATTERN = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
@@ -27,6 +25,8 @@ def train_bpe(text: str, vocab_size: int) -> list[bytes]:
     Equal counts go to the lower pair of ids, so the result is a function of the text. It is shorter than `vocab_size`
     where no pair is left that occurs twice.
     """
+    import regex
+
     vocabulary = [bytes([byte]) for byte in range(256)]
     counts = Counter(regex.findall(PATTERN, text))
     words = [list(word.encode("utf-8")) for word in counts]

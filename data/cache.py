@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.download import DownloadError, fetch
+from data.download import ANSWER_SECONDS, DownloadError, fetch
 from data.notice import notice
 from run.errors import UserError
 
@@ -59,6 +59,19 @@ class Found:
     content: bytes
     where: str
     why: str
+
+
+class NotFound(UserError):
+    """No place has an official file: data set `name`, its `file`, and the places that were `looked` in, with why."""
+
+    def __init__(self, name: str, file: OfficialFile, looked: list[str], way_out: str) -> None:
+        super().__init__(
+            f"data = {name!r} was found nowhere. Looked in:\n  "
+            + "\n  ".join(looked)
+            + f"\nPut the file into a folder and give that with --data_dir FOLDER (it may hold {file.path} or "
+            f"{Path(file.path).name}), or {way_out}."
+        )
+        self.name, self.file, self.looked = name, file, looked
 
 
 def sha256(content: bytes | memoryview) -> str:
@@ -131,7 +144,7 @@ def _record_hash(record: dict[str, Any]) -> str:
 def find_official(name: str, file: OfficialFile, data_dir: str = "", way_out: str = OTHER_TEXTS) -> Found:
     """The official file of data set `name`, by the search order above. `way_out` ends the error's advice.
 
-    Raises UserError when `data_dir` is given and lacks the file, and when no place has it: with every place and why.
+    Raises UserError when `data_dir` is given and lacks the file, and NotFound when no place has it.
     """
     failures: list[str] = []
     found = _from_folder_given(name, file, data_dir, failures)
@@ -152,6 +165,7 @@ def find_official(name: str, file: OfficialFile, data_dir: str = "", way_out: st
             failures.append(f"{path}: {fault}")
             continue
         return Found(content, str(path), why)
+    notice(f"looking for {file.url} (an answer is waited for {ANSWER_SECONDS} s).")
     try:
         content = fetch(file.url, file.size)
     except DownloadError as error:
@@ -162,12 +176,7 @@ def find_official(name: str, file: OfficialFile, data_dir: str = "", way_out: st
             failures.append(f"{file.url}: {fault}")
         else:
             return _keep(file, content, cached)
-    raise UserError(
-        f"data = {name!r} was found nowhere. Looked in:\n  "
-        + "\n  ".join(failures)
-        + f"\nPut the file into a folder and give that with --data_dir FOLDER (it may hold {file.path} or "
-        f"{Path(file.path).name}), or {way_out}."
-    )
+    raise NotFound(name, file, failures, way_out)
 
 
 def _from_folder_given(name: str, file: OfficialFile, data_dir: str, failures: list[str]) -> Found | None:

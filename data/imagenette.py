@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from data.cache import Found, OfficialFile, find_official, sha256
-from data.prepare_images import Broken, BrokenImage, ImageSource, Sample, decode
+from data.prepare_images import Broken, ImageSource, Sample
 from run.errors import UserError
 
 SQUASHED = "76d10bfe68bbc15c10aa8438c0921a1f3085e0af57c72ee512a93b40bb9e7ef6"
@@ -58,6 +58,8 @@ def find(data_dir: str = "") -> ImageSource:
 
 def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
     """The images of the archive in its order, (side, side, 3). Raises UserError for a damaged or a hostile archive."""
+    from data.decode import BrokenImage, decode  # and with it Pillow, which images that are prepared do not need
+
     labels = {wordnet_id: label for label, wordnet_id in enumerate(CLASSES)}
     name = ""
     try:

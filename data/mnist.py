@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.cache import Found, OfficialFile, find_official, sha256
-from data.prepare_images import ImageSource, Sample, to_square
+from data.prepare_images import ImageSource, Sample
 from run.errors import UserError
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # unsigned bytes in three dimensions, in one
@@ -133,9 +132,18 @@ def _read_idx(where: str, content: bytes, magic: int) -> np.ndarray:
 
 def _samples(arrays: dict[str, tuple[np.ndarray, np.ndarray]], side: int) -> Iterator[Sample]:
     for split, (images, labels) in arrays.items():
-        for pixels, label in zip(images, labels.tolist()):
-            fits = pixels.shape == (side, side)
-            yield Sample(split, label, pixels[:, :, None] if fits else to_square(Image.fromarray(pixels), side))
+        squares = images[..., None] if images.shape[1:] == (side, side) else _resized(images, side)
+        for pixels, label in zip(squares, labels.tolist()):
+            yield Sample(split, label, pixels)
+
+
+def _resized(images: np.ndarray, side: int) -> Iterator[np.ndarray]:
+    from PIL import Image
+
+    from data.decode import to_square
+
+    for pixels in images:
+        yield to_square(Image.fromarray(pixels), side)
 
 
 def _contents(found: Found) -> bytes:

@@ -4,21 +4,25 @@ Every tokenizer is a list of byte strings, one per id; they differ in how they c
 sampling needs, so a checkpoint works without the data (GPT-2's vocabulary is public and only named).
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import codecs
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tiktoken
 
 from data.bpe import PATTERN, train_bpe
 from data.download import short_reason
 from data.notice import notice
 from run.errors import UserError
+
+if TYPE_CHECKING:
+    import tiktoken  # where it is used, it is imported: characters do without
 
 KINDS = ("char", "bpe", "gpt2")
 SMALLEST_BPE = 257  # 256 bytes and one joined token
@@ -53,7 +57,7 @@ class Tokenizer(ABC):
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
         return b"".join(self.token_bytes(token) for token in ids).decode("utf-8", errors="replace")
 
-    def stream(self) -> "TextStream":
+    def stream(self) -> TextStream:
         """A decoder that is fed one id at a time."""
         return TextStream(self)
 
@@ -94,7 +98,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = len(self._chars)
 
     @classmethod
-    def of_text(cls, text: str) -> "CharTokenizer":
+    def of_text(cls, text: str) -> CharTokenizer:
         return cls("".join(map(chr, np.unique(_code_points(text)))))
 
     def encode(self, text: str) -> list[int]:
@@ -129,6 +133,8 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, vocabulary: list[bytes], pattern: str = PATTERN) -> None:
         """`vocabulary`: byte strings in rank order. Raises ValueError when they cannot stand for every text."""
+        import tiktoken
+
         ranks = {token: rank for rank, token in enumerate(vocabulary)}
         if len(ranks) != len(vocabulary) or any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("a BPE vocabulary holds each of the 256 bytes and no token twice")
@@ -222,6 +228,8 @@ def _code_points(text: str) -> np.ndarray:
 
 def _fetch_gpt2() -> tiktoken.Encoding:
     """tiktoken's own fetch has no time limit, so it runs in a thread that is waited for only so long."""
+    import tiktoken
+
     outcome: list[tiktoken.Encoding | Exception] = []
 
     def fetch() -> None:

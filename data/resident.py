@@ -1,0 +1,41 @@
+"""Data where a training step reads it: on the GPU if it fits there."""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.notice import notice
+
+
+def resident(array: np.ndarray, device: torch.device, what: str) -> Tensor:
+    """`array` as a tensor on `device`; on the CPU, with a notice, if it does not fit beside a run.
+
+    On the CPU nothing is copied, so a file that is mapped stays on disk. Unsigned integers of more than 8 bits become
+    signed ones with the same bits, since torch has few operations for the others.
+    """
+    if array.dtype.kind == "u" and array.itemsize > 1:
+        array = array.view(array.dtype.str.replace("u", "i"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the array is read-only, and the tensor is only read
+        tensor = torch.from_numpy(array)
+    if not fits(tensor.nbytes, device):
+        notice(
+            f"{what} ({tensor.nbytes / 2**30:.1f} GiB) would fill more than half of the GPU's free memory and stays in "
+            "main memory; the host gathers each batch, which is slower."
+        )
+        return tensor
+    return tensor.to(device)
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes are at most half of the memory that is free on a GPU; on a CPU they are there already."""
+    return device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def upload(source: Tensor, target: Tensor) -> None:
+    """Copies `source`, on the CPU, into `target` without waiting for the GPU."""
+    if target.device.type == "cuda":
+        source = source.pin_memory()  # a new piece each time: torch keeps it until the copy is made
+    target.copy_(source, non_blocking=True)
