@@ -8,7 +8,11 @@ The checkpoint is all it needs: no config file, no data. An image is cut to its 
 the training were; a net trained on grey images sees grey (and MNIST's digits are white on black). A folder is searched
 for image files, subfolders too, hidden ones not. Results go to standard output, a line for each file, all else to
 standard error. A file that cannot be used is named there and skipped, and the exit status is then 1.
+
+torch and Pillow are imported where they are used: --help and a mistyped option are answered without waiting for them.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -19,21 +23,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from data.augment import normalise
-from data.prepare_images import BrokenImage, decode
-from run import checkpoint
-from run.config import from_dict
 from run.errors import UserError
 from run.keys import closest
-from model import ModelConfig, make_net
-from sample import choose_device, emit, find_folder
+from sample import CHECKPOINTS, choose_device, emit, find_folder, out_of_memory
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # of data.prepare_images.FILE_FORMATS
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # of data.decode.FILE_FORMATS
 LARGEST_FILE = 64 << 20  # bytes
 LARGEST_BATCH, BATCH_PIXELS = 256, 1 << 20  # images at once, and their pixels together unless one image has more
 
@@ -58,14 +60,18 @@ class Classifier:
         """How many images to give at once."""
         return min(LARGEST_BATCH, max(1, BATCH_PIXELS // self.side**2))
 
-    @torch.no_grad()
     def probabilities(self, images: np.ndarray) -> Tensor:
         """Softmax over the classes, float64 (B, classes) on the CPU, of images uint8 (B, side, side, channels).
 
         Raises UserError where the net gives logits that are not finite.
         """
+        import torch
+
+        from data.augment import normalise, pixel_scale
+
         pixels = torch.from_numpy(images).to(self.device)
-        logits = self.net(normalise(pixels, self.mean, self.std)).double().cpu()
+        with torch.no_grad():
+            logits = self.net(normalise(pixels, pixel_scale(self.mean, self.std, self.device))).double().cpu()
         if not torch.isfinite(logits).all():
             raise UserError("the network's logits are not finite: this checkpoint's training went wrong; use another")
         return logits.softmax(dim=1)
@@ -73,6 +79,12 @@ class Classifier:
 
 def load(folder: Path, name: str | None, device: str) -> Classifier:
     """The net of checkpoint `name` (None: best, or last where there is no best); UserError if it cannot be used."""
+    import torch
+
+    from model import ModelConfig, make_net
+    from run import checkpoint
+    from run.config import from_dict
+
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
     where = f"{folder / name}.json"
@@ -122,6 +134,8 @@ def _search(top: str, skip: Skip) -> Iterator[str]:
 
 def images_of(files: Iterable[str], side: int, channels: int, skip: Skip) -> Iterator[tuple[str, np.ndarray]]:
     """Each file that is an image, and the image: uint8 (side, side, channels)."""
+    from data.decode import BrokenImage, decode
+
     for file in files:
         try:
             with open(file, "rb") as stream:
@@ -165,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Print what a trained checkpoint sees in image files.")
     parser.add_argument("folder", help="the run's folder, e.g. out/imagenette_small")
     parser.add_argument("images", nargs="+", metavar="image", help="an image file, or a folder to search for them")
-    parser.add_argument("--checkpoint", choices=checkpoint.LOADED, help="default: best, or last where there is no best")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
     parser.add_argument("--top", type=int, default=5, help="classes to print for each file (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each file")
@@ -226,13 +240,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: out of memory ({error or 'none is left'}); free some, or use --device cpu", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads the results has enough of them
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error) or 'none is left'}); free some, or use --device cpu", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

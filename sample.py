@@ -7,7 +7,11 @@
 The checkpoint is all it needs: no config file, no data. The text is a function of the checkpoint, the
 prompt and the options: token t of sample i is drawn by the number Philox(seed, t, SAMPLE, i), through the
 inverse of the distribution function, so sample i is the same text whatever --samples is.
+
+torch is imported where it is used: --help and a mistyped option are answered without waiting for it.
 """
+
+from __future__ import annotations
 
 import argparse
 import math
@@ -15,18 +19,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from data.tokenizers import Tokenizer, tokenizer_from_json
-from run import checkpoint
-from run.config import from_dict
 from run.errors import UserError
 from run.keys import closest
-from kernels.philox import Stream, uniform
-from model import ModelConfig, Transformer
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+CHECKPOINTS = ("last", "best", "previous")  # run.checkpoint.LOADED
 PREFILL = 512  # prompt tokens fed at once: memory grows with its square, not with the prompt's
 SEPARATOR = "---"
 
@@ -37,6 +40,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     `top_k` > 0 keeps the k largest logits; `top_p` < 1 then keeps the smallest set of the likeliest tokens whose
     probability reaches it. Of equal logits the lower index goes first. `temperature` > 0.
     """
+    import torch
+
     scaled = logits.to(torch.float64)
     scaled = (scaled - scaled.max()) / temperature  # the maximum first: a tiny temperature must not overflow
     values, order = torch.sort(scaled, descending=True, stable=True)
@@ -53,21 +58,25 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 def draw(p: Tensor, u: float) -> int:
     """The token where the distribution function of `p` (V,) passes `u` in [0, 1); never one with p = 0."""
+    import torch
+
     cdf = torch.cumsum(p, 0)
     token = int(torch.searchsorted(cdf, u * cdf[-1], right=True))
     return min(token, int(p.nonzero()[-1]))  # u * total may round up to the total
 
 
-@torch.no_grad()
 def _last_logits(net: nn.Module, tokens: list[int], cache: object | None, device: torch.device) -> Tensor:
     """Logits after the last of `tokens`: float32 (V,) on the CPU. The net's training mode is left as it was."""
+    import torch
+
     was_training = net.training
     net.eval()
     try:
         step = PREFILL if cache is not None else len(tokens)
-        for start in range(0, len(tokens), step):
-            chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
-            logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)
+        with torch.no_grad():
+            for start in range(0, len(tokens), step):
+                chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
+                logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)
         return logits[0, -1].float().cpu()
     finally:
         net.train(was_training)
@@ -90,6 +99,10 @@ def generate(
     nothing. Without the cache every token re-reads the whole text: slow, and the reference for the cache.
     Raises UserError where the net gives logits that are not finite.
     """
+    import torch
+
+    from kernels.philox import Stream, uniform
+
     if not prompt_ids:
         raise ValueError("prompt_ids is empty: give at least one token (see start_ids)")
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
@@ -147,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=1, help="another seed, another text (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="texts to print (default: %(default)s)")
-    parser.add_argument("--checkpoint", choices=checkpoint.LOADED, help="default: best, or last where there is no best")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--no-cache", action="store_true", help="re-read the whole text for every token (slow)")
     return parser
@@ -193,6 +206,8 @@ def find_folder(given: str) -> Path:
 
 def choose_device(wanted: str) -> tuple[str, str]:
     """The device and why it is this one."""
+    import torch
+
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu or auto", code=2)
     if wanted != "auto":
@@ -202,6 +217,10 @@ def choose_device(wanted: str) -> tuple[str, str]:
 
 def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokenizer, str]:
     """The net, its tokenizer and a line that says which checkpoint they are; UserError if it cannot be used."""
+    from model import ModelConfig, make_net
+    from run import checkpoint
+    from run.config import from_dict
+
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
     cfg = from_dict(meta["config"])
@@ -210,7 +229,7 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
             f"{folder / name}.json is a net for images ({meta['data']['name']}); "
             f"python predict.py {folder} IMAGE... uses it"
         )
-    net = Transformer(ModelConfig.from_config(cfg, meta["vocab_size"]), seed=cfg.seed)
+    net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"]), cfg.seed)
     try:
         net.load_state_dict(checkpoint.group(tensors, "model"))
     except RuntimeError as exc:
@@ -219,8 +238,11 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
 
 
 def _prompt(given: str) -> str:
-    if given != "-":
-        return given
+    """The prompt, without the byte-order marks that editors and shells put in."""
+    return (_read_prompt() if given == "-" else given).replace("\ufeff", "")
+
+
+def _read_prompt() -> str:
     if sys.stdin is None:
         raise UserError("--prompt -: standard input is closed; pipe a text in, or give it as --prompt TEXT", code=2)
     try:
@@ -238,6 +260,11 @@ def emit(text: str) -> None:
         if isinstance(exc, BrokenPipeError):
             raise
         raise UserError(f"cannot write the text to standard output: {exc.strerror or exc}") from exc
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, on a GPU or beside it. Only torch, once imported, raises its own error."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def run(argv: list[str]) -> None:
@@ -271,11 +298,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.code
-    except torch.OutOfMemoryError as exc:
-        print(f"error: out of GPU memory ({exc}); use --device cpu or a shorter prompt", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever reads the text has enough of it
         return 0
+    except (MemoryError, RuntimeError) as exc:
+        if not out_of_memory(exc):
+            raise
+        print(f"error: out of memory ({str(exc) or 'none is left'}); use --device cpu or a shorter prompt", file=sys.stderr)
+        return 1
     return 0
 
 

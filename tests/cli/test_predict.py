@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,34 @@ import torch
 from PIL import Image
 
 import predict
+from data import decode
+from data.image_task import ImageTask
 from data.images import ImageData
+from model import ModelConfig, Transformer, make_net
 from run import checkpoint
 from run.config import Config, to_dict
-from run.device import Runtime
-from model import ModelConfig, Transformer
-from data.tasks import ImageTask
-from train import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = Runtime(torch.device("cpu"), "torch", False, 1, ())
 CLASSES = ("tench", "chain saw", "église", "golf ball", "gas pump", "parachute")
 KINDS = {
     "ViT of colours": (Config(data="imagenette", image_side=8, patch=4, n_layer=1, n_head=2, d_model=16), (8, 8, 3)),
     "MLP of greys": (Config(data="mnist", model="mlp", n_layer=1, d_model=16), (28, 28, 1)),
 }
+
+
+@dataclass
+class Run:
+    """What train.py saves of a run."""
+
+    folder: Path
+    task: ImageTask
+    net: torch.nn.Module
+    step: int
+
+    def save(self, name: str) -> None:
+        task = self.task
+        meta = {"step": self.step, "config": to_dict(task.cfg), "vocab_size": task.outputs, **task.saved()}
+        checkpoint.save(self.folder, name, checkpoint.join(model=self.net.state_dict()), meta)
 
 
 def make_run(folder: Path, cfg: Config, shape: tuple[int, int, int], step: int = 3) -> tuple[Run, np.ndarray]:
@@ -36,8 +50,8 @@ def make_run(folder: Path, cfg: Config, shape: tuple[int, int, int], step: int =
     labels, spread = np.arange(7) % len(CLASSES), (0.31, 0.27, 0.22)[: shape[2]]
     mean = (0.45, 0.5, 0.4)[: shape[2]]
     data = ImageData("tiny", pixels, labels, pixels, labels, CLASSES, mean, spread, {}, "0" * 64, "a test")
-    run = Run(cfg, ImageTask(cfg, data), CPU, folder)
-    run.step = step
+    task = ImageTask(cfg, data)
+    run = Run(folder, task, make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed), step)
     run.save("last")
     return run, pixels
 
@@ -190,7 +204,7 @@ def test_warnings_of_the_decoder_are_not_shown(tiny, monkeypatch, capsys):
         warnings.warn("odd but readable", stacklevel=1)
         return np.zeros((8, 8, 3), np.uint8)
 
-    monkeypatch.setattr(predict, "decode", warn)
+    monkeypatch.setattr(decode, "decode", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert call(capsys, tiny[0], tiny[1][0])[0] == 0
@@ -249,6 +263,19 @@ BAD_OPTIONS = {
 def test_a_wrong_option_is_named_with_its_rule(tiny, capsys, words, says):
     code, out, err = call(capsys, tiny[0], *words.split())
     assert code == 2 and out == "" and err.startswith("error: ") and says in err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["x", "a.png", "--tpo", "3"]], ids=["help", "mistyped"])
+def test_help_and_wrong_options_need_neither_torch_nor_pillow(words):
+    code = f"""
+import sys, predict
+try:
+    predict.main({words!r})
+finally:
+    print({{"torch", "PIL"}} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("set()\n"), done.stderr
 
 
 def test_options_may_stand_between_images(tiny, capsys):

@@ -16,11 +16,11 @@ import predict
 import sample
 from data.bpe import PATTERN
 from data.tokenizers import BpeTokenizer, CharTokenizer
+from kernels.philox import Stream, uniform
+from model import ModelConfig, Transformer
 from run import checkpoint
 from run.config import Config, to_dict
 from run.errors import UserError
-from kernels.philox import Stream, uniform
-from model import ModelConfig, Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, seed=3)
@@ -234,6 +234,42 @@ def test_the_prompt_can_come_from_standard_input(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     code, _, err = call(capsys, run, "--prompt", "-")
     assert code == 2 and "not UTF-8 at byte 2" in err
+
+
+def test_byte_order_marks_in_a_prompt_are_left_out(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfab\n\xef\xbb\xbfO")))
+    assert call(capsys, run, "--prompt", "-", "--max-tokens", 0)[1] == "ab\nO\n"
+    assert call(capsys, run, "--prompt", "\ufeffab", "--max-tokens", 0)[1] == "ab\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["x", "--sed", "3"]], ids=["help", "mistyped"])
+def test_help_and_wrong_options_need_no_torch(words):
+    code = f"""
+import sys, sample
+try:
+    sample.main({words!r})
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("False\n"), done.stderr
+
+
+def test_checkpoints_are_those_that_can_be_loaded():
+    assert sorted(sample.CHECKPOINTS) == sorted(checkpoint.LOADED)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_an_error_and_any_other_is_raised(run, capsys, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(sample, "load", fail)
+    code, _, err = call(capsys, run)
+    assert code == 1 and "out of memory" in err
+    error = RuntimeError("a fault of the program")
+    with pytest.raises(RuntimeError, match="a fault"):
+        sample.main([str(run)])
 
 
 BAD_OPTIONS = {
