@@ -1,18 +1,25 @@
-"""Which of a kernel's two versions runs: the Triton kernel, or the torch reference beside it.
+"""Which of a kernel's two versions runs (the Triton kernel, or the torch reference beside it), and how it is launched.
 
-    from kernels.backend import jit, on_triton, tl
+    from kernels.backend import jit, mul_rn, on_triton, operator, tl, wrap_triton
 
-    on_triton(tensor)        whether kernels on this tensor go to Triton
-    use("torch")             send everything to the references; "triton" demands Triton,
-                             "auto" takes it on a GPU that can
+    on_triton(tensor)                  whether kernels on this tensor go to Triton
+    use("torch")                       send everything to the references; "triton" demands Triton,
+                                       "auto" takes it on a GPU that can
+    @operator("name")                  registers a launcher as torch.ops.nanogft.name; in the launcher,
+    wrap_triton(_kernel)[grid](...)    launches a kernel
 
 Triton serves NVIDIA GPUs from compute capability 8.0 on. With TRITON_INTERPRET=1 in the environment when this is
 imported, kernels run in Triton's interpreter, on CPU tensors and slowly: for tests, and for reading a kernel in a
 debugger.
+
+torch.compile sees through an operator to its kernels and launches them itself, which costs the host much less than a
+call from Python. It compiles every kernel so that a product and a sum may share one rounding, whatever the launcher
+asks for. So a kernel whose reference rounds both writes such a product as `mul_rn(a, b)`. And it passes a Python float
+as float64, where Triton's own launch passes float32: a kernel casts it (`tl.cast(beta, tl.float32)`).
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,21 +90,72 @@ def on_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or (INTERPRETED and _choice == "triton")
 
 
-def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable:
-    """triton.autotune over a few configs, its choices cached on disk; without a GPU the first config is taken."""
-    if triton is None:
-        return lambda kernel: kernel
-    timed = not INTERPRETED and torch.cuda.is_available()
-    return triton.autotune(list(configs) if timed else list(configs)[:1], key=list(key), cache_results=timed)
+def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
+    """Register a launcher as the operator torch.ops.nanogft.NAME that changes only the arguments `mutates_args`.
+
+    The launcher allocates its results, launches kernels through `wrap_triton` and makes no decision on values. While
+    torch.compile traces, it runs on tensors without data, which gives the results' shapes. In the interpreter the
+    operator is opaque, since there is no kernel for a compiler to see.
+    """
+
+    def register(launcher: Callable) -> Callable:
+        if triton is not None and not INTERPRETED:
+            return torch.library.triton_op(f"nanogft::{name}", launcher, mutates_args=mutates_args)
+        registered = torch.library.custom_op(f"nanogft::{name}", launcher, mutates_args=mutates_args)
+        registered.register_fake(launcher)
+        return registered
+
+    return register
+
+
+class _InterpretedKernel:
+    """A kernel in the interpreter, which leaves tensors without data alone."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable:
+        def launch(*arguments: Any, **named: Any) -> None:
+            given = (*arguments, *named.values())
+            if not any(isinstance(value, torch._subclasses.FakeTensor) for value in given):
+                self.kernel[grid](*arguments, **named)
+
+        return launch
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """A kernel to launch inside an `operator`: `wrap_triton(_kernel)[grid](...)`.
+
+    It has the name of torch's function because torch looks for this name, and for the kernel's own name in its
+    argument, to tell when a compiled graph in its cache is out of date.
+    """
+    return _InterpretedKernel(kernel) if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+if INTERPRETED:  # it has no assembly, and rounds every product
+
+    @jit
+    def mul_rn(a, b):
+        """a * b in float32, rounded before anything is added to it."""
+        return a * b
+
+else:
+
+    @jit
+    def mul_rn(a, b):
+        """a * b in float32, rounded before anything is added to it."""
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """A configuration a kernel is launched in, for `kernels.check` to compile where there is no GPU.
+class LaunchConfig:
+    """How a kernel is launched on a GPU, for `kernels.check` to compile it where there is none.
 
     signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions`
     are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
-    shipped for.
+    launched on.
     """
 
     name: str
@@ -105,7 +163,7 @@ class Shipped:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     instructions: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90, 100)
-    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
+    options: dict[str, Any] = field(default_factory=dict)

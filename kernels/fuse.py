@@ -1,7 +1,7 @@
 """Fusing the torch backend's element-wise work.
 
 A function marked `@fused` is plain torch. After `enable(True)` it runs through torch.compile, which
-needs a C++ compiler and turns a chain of passes over memory into one; before, it runs as written.
+needs a C++ compiler on a CPU and turns a chain of passes over memory into one; before, it runs as written.
 The values are those of the same formula, though a sum may be taken in another order, so a run that must
 be repeated exactly keeps the setting (checkpoints record it).
 """
@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo.exc
-import torch._inductor.exc
 
 _enabled = False
 
@@ -39,11 +37,15 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
-def trial() -> str:
-    """Compile one trivial function: "" if torch.compile works, else its reason in a line."""
+def trial(device: torch.device | str = "cpu") -> str:
+    """Compile one trivial function for `device`: "" if torch.compile works, else its reason in a line."""
+    import torch._dynamo.exc  # torch's compiler takes a second to import
+    import torch._inductor.exc
+
+    failures = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError, OSError)
     try:
-        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8))
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, RuntimeError, OSError) as error:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(8, device=device))
+    except failures as error:
         return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
     return ""
 

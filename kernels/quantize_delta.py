@@ -1,0 +1,189 @@
+"""Delta to int8 on one scale, rounded up or down at random.
+
+    D = clip(floor(delta / sigma + u), -levels, levels),   sigma = max|delta| / levels
+
+u in [0, 1) is `philox.dither` of one word for the row and one for the column: word rng[2] + t of stream ROWS for row t,
+word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], step = rng[1]).
+
+Memory, in bytes, for delta of b bytes an element:
+
+                          read       written   operations an element
+    absmax                b T n      4         2
+    quantize_delta        b T n      T n       10, and 100 for each row and column of a block of 32 x 256
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
+from kernels.fuse import fused
+from kernels.philox import Stream, dither, dither_at, dither_word, noise
+from kernels.rmsnorm_quantize import FLOATS, check_rows, reciprocal
+
+SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
+BLOCK = {"ROWS": 32, "COLUMNS": 256, "num_warps": 8}  # rows and columns of a program
+
+
+# The torch references
+
+
+@fused
+def absmax_torch(delta: Tensor) -> Tensor:
+    """`absmax` in torch."""
+    return delta.abs().amax().to(torch.float32)
+
+
+@fused
+def quantize_delta_torch(
+    delta: Tensor, sigma: Tensor, row_noise: Tensor, col_noise: Tensor, levels: int = 127
+) -> Tensor:
+    """`quantize_delta` in torch, from int32 noise (T, 1) and (n,)."""
+    inverse = torch.where(sigma > SMALLEST_SCALE, 1.0 / sigma, 0.0)
+    rounded = torch.floor(delta.to(torch.float32) * inverse + dither(row_noise, col_noise))
+    return rounded.clamp(-levels, levels).to(torch.int8)
+
+
+# The kernels
+
+
+@jit
+def _load_block(delta, rows, columns, delta_row, delta_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's block of delta float32, its rows (ROWS, 1) and columns (1, COLUMNS), int64, and its mask."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    mask = (row < rows) & (column < columns)
+    value = tl.load(delta + row * delta_row + column * delta_column, mask=mask, other=0.0)
+    return value.to(tl.float32), row, column, mask
+
+
+@jit
+def _absmax_kernel(
+    delta, largest, rows, columns, delta_row, delta_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """largest int32: the bits of max |delta|, which order as the numbers do (a NaN above all): atomics are exact."""
+    value, _, _, _ = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(largest, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
+
+
+@jit
+def rounded_down(v, LIMIT: tl.constexpr):
+    """floor(v) clipped to [-LIMIT, LIMIT]: int32. On a GPU `tl.floor` takes subnormal numbers, negative too, as 0."""
+    v = tl.minimum(tl.maximum(v, -1.0 * LIMIT), 1.0 * LIMIT)
+    q = v.to(tl.int32)
+    return q - (v < q.to(tl.float32)).to(tl.int32)
+
+
+@jit
+def _quantize_delta_kernel(
+    delta, sigma, rng, d_int8, rows, columns, first_column, delta_row, delta_column, sigma_row,
+    ROW_STREAM: tl.constexpr, COLUMN_STREAM: tl.constexpr, LEVELS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS x COLUMNS elements."""
+    value, row, column, mask = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
+    inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
+    seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
+    row_noise = dither_word(seed, step, ROW_STREAM, rows_seen + row)
+    col_noise = dither_word(seed, step, COLUMN_STREAM, first_column + column)
+    q = rounded_down(mul_rn(value, inverse) + dither_at(row_noise, col_noise), LEVELS)
+    tl.store(d_int8 + row * columns + column, q.to(tl.int8), mask=mask)
+
+
+# Launching
+
+
+def _grid(rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(rows, BLOCK["ROWS"]), triton.cdiv(columns, BLOCK["COLUMNS"])
+
+
+@operator("absmax")
+def _absmax(delta: Tensor) -> Tensor:
+    rows, columns = delta.shape
+    largest = torch.zeros((), dtype=torch.int32, device=delta.device)
+    wrap_triton(_absmax_kernel)[_grid(rows, columns)](
+        delta=delta,
+        largest=largest,
+        rows=rows,
+        columns=columns,
+        delta_row=delta.stride(0),
+        delta_column=delta.stride(1),
+        **BLOCK,
+    )
+    return largest.view(torch.float32)
+
+
+@operator("quantize_delta")
+def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int) -> Tensor:
+    rows, columns = delta.shape
+    d_int8 = torch.empty((rows, columns), dtype=torch.int8, device=delta.device)
+    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns)](
+        delta=delta,
+        sigma=sigma,
+        rng=rng,
+        d_int8=d_int8,
+        rows=rows,
+        columns=columns,
+        first_column=first_column,
+        delta_row=delta.stride(0),
+        delta_column=delta.stride(1),
+        sigma_row=sigma.stride(0) if sigma.numel() > 1 else 0,
+        ROW_STREAM=Stream.ROWS,
+        COLUMN_STREAM=Stream.COLUMNS,
+        LEVELS=levels,
+        **BLOCK,
+    )
+    return d_int8
+
+
+def absmax(delta: Tensor) -> Tensor:
+    """max |delta| as a float32 scalar tensor; exact, so it does not depend on how the rows are split.
+
+    delta float of any shape and stride. Raises ValueError if it is empty.
+    """
+    if delta.numel() == 0:
+        raise ValueError(f"absmax: got shape {tuple(delta.shape)}; it needs at least one element")
+    if not on_triton(delta):
+        return absmax_torch(delta)
+    return _absmax(delta if delta.dim() == 2 else delta.reshape(1, -1))
+
+
+def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127) -> Tensor:
+    """delta / sigma rounded up or down at random: delta float (T, n) of any stride to D int8 (T, n), 0 where sigma is 0.
+
+    sigma is float32 () for the tensor or (T, 1) for each row; rng int64 (3,) = [seed, step, rows seen in this step];
+    the layer's columns of noise begin at first_column; values are clipped to [-levels, levels]. Raises ValueError on
+    other shapes or types.
+    """
+    check_rows("quantize_delta", delta)
+    if sigma.numel() != 1 and sigma.shape != (delta.shape[0], 1):
+        raise ValueError(
+            f"quantize_delta: got delta {tuple(delta.shape)} and sigma {tuple(sigma.shape)}; sigma is () or (T, 1)"
+        )
+    if rng.shape != (3,) or rng.dtype != torch.int64:
+        raise ValueError(f"quantize_delta: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
+    if not 1 <= levels <= 127:
+        raise ValueError(f"quantize_delta: got levels {levels}; it is 1 to 127")
+    if not on_triton(delta):
+        row_noise, col_noise = noise(rng, delta.shape[0], first_column, delta.shape[1])
+        return quantize_delta_torch(delta, sigma, row_noise, col_noise, levels)
+    return _quantize_delta(delta, sigma, rng, first_column, levels)
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """Row-contiguous inputs of each type."""
+    found = []
+    block = {name: size for name, size in BLOCK.items() if name != "num_warps"}
+    shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
+    streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "LEVELS": 127}
+    for float_ in FLOATS.values():
+        signature = {"delta": f"*{float_}", "largest": "*i32"} | shape
+        constants = {"delta_column": 1} | block
+        found.append(LaunchConfig(f"absmax {float_}", _absmax_kernel, signature, constants, BLOCK["num_warps"]))
+        signature = {"delta": f"*{float_}", "sigma": "*fp32", "rng": "*i64", "d_int8": "*i8"} | shape
+        signature["first_column"] = "i32"
+        constants |= {"sigma_row": 0} | streams
+        found.append(
+            LaunchConfig(f"quantize_delta {float_}", _quantize_delta_kernel, signature, constants, BLOCK["num_warps"])
+        )
+    return found

@@ -1,0 +1,175 @@
+"""Rows to int8: RMSNorm without a learned gain, then a fixed grid.
+
+    x^ = x / rms(x),  rms over a row          X = clip(round(x^ * 127 / A), -127, 127)
+
+Rounding is to nearest, halves to even. With `squared_relu` the norm is taken of relu(x)^2, so an MLP's hidden layer is
+read once. A row of zeros has x^ = 0 and 1 / rms = 0: no delta passes it.
+
+Memory, for x of b bytes an element: b T n bytes read, T n + 4 T written; about 10 operations an element, two of them
+fp64. A program holds whole rows in its registers, so x is read once; that limits a row to `MAX_COLUMNS`.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.fuse import fused
+
+SMALLEST_MEAN_SQUARE = 1e-30  # below this a row counts as zeros, which have no direction to normalise
+MAX_COLUMNS = 16384  # the longest row a program of 16 warps holds in its registers
+FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+# The torch reference
+
+
+def row_mean(products: Tensor) -> Tensor:
+    """Mean of each row, float32 (T, n) to (T, 1), summed in fp64: rounded to fp32, it no longer depends on the order.
+
+    So the reference, the interpreter and a GPU find the same number, but for one row in some hundred million. Compiled
+    for a CPU, fp32 sums in the compiler's order take its place: they save a twentieth of a step.
+    """
+    if torch.compiler.is_compiling() and not products.is_cuda:
+        return products.mean(dim=-1, keepdim=True)
+    return products.to(torch.float64).mean(dim=-1, keepdim=True).to(torch.float32)
+
+
+@fused
+def rmsnorm_quantize_torch(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
+    """`rmsnorm_quantize` in torch."""
+    x = x.to(torch.float32)
+    if squared_relu:
+        x = torch.relu(x)
+        x = x * x
+    mean_square = row_mean(x * x)
+    # By way of fp64: torch's own fp32 square root on a CPU is not always the nearest number, the GPU's is.
+    rms = torch.sqrt(mean_square.to(torch.float64)).to(torch.float32)
+    inv_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, 1.0 / rms, 0.0)
+    rounded = torch.round(x * inv_rms * (127.0 / act_range))
+    return rounded.clamp(-127, 127).to(torch.int8), inv_rms
+
+
+# The kernel
+
+
+@jit
+def mean_of(sums, columns):
+    """sums / columns in fp64, rounded to fp32: what `row_mean` does."""
+    return (sums / columns).to(tl.float32)
+
+
+@jit
+def reciprocal(x, smallest: tl.constexpr):
+    """1 / x, rounded to nearest, where x > smallest, else 0: float32, at least one dimension."""
+    safe = tl.where(x > smallest, x, 1.0)
+    return tl.where(x > smallest, tl.div_rn(tl.full(x.shape, 1.0, tl.float32), safe), 0.0)
+
+
+@jit
+def _nearest(v):
+    """round(v) clipped to [-127, 127], halves to even: int8.
+
+    Adding 1.5 * 2^23 leaves the integer in the last bits of the mantissa, in two's complement.
+    """
+    return (tl.minimum(tl.maximum(v, -127.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@jit
+def _rmsnorm_quantize_kernel(
+    x, x_int8, inv_rms, rows, columns, x_row, x_column, steps,
+    SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows; steps = 127 / A."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows)[:, None] & (column < columns)
+    pointers = x + row[:, None] * x_row + column.to(tl.int64) * x_column
+    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if SQUARED_RELU:
+        value = tl.maximum(value, 0.0)
+        value = value * value
+    mean_square = mean_of(tl.sum((value * value).to(tl.float64), axis=1), columns)
+    inverse = reciprocal(tl.sqrt_rn(tl.where(mean_square > 1e-30, mean_square, 0.0)), 0.0)
+    tl.store(inv_rms + row, inverse, mask=row < rows)
+    nearest = _nearest(value * inverse[:, None] * tl.cast(steps, tl.float32))
+    tl.store(x_int8 + row[:, None] * columns + column, nearest, mask=mask)
+
+
+# Launching
+
+
+def row_blocks(columns: int) -> dict[str, int]:
+    """ROWS, COLUMNS and num_warps: short rows share a program of 4 warps, long ones have a warp for 1,024 elements."""
+    width = max(triton.next_power_of_2(int(columns)), 32)
+    rows = max(1, 2048 // width)
+    return {"ROWS": rows, "COLUMNS": width, "num_warps": max(4, rows * width // 1024)}
+
+
+@operator("rmsnorm_quantize")
+def _rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    x_int8 = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
+    inv_rms = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    blocks = row_blocks(columns)
+    wrap_triton(_rmsnorm_quantize_kernel)[(triton.cdiv(rows, blocks["ROWS"]),)](
+        x=x,
+        x_int8=x_int8,
+        inv_rms=inv_rms,
+        rows=rows,
+        columns=columns,
+        x_row=x.stride(0),
+        x_column=x.stride(1),
+        steps=127.0 / act_range,
+        SQUARED_RELU=squared_relu,
+        **blocks,
+    )
+    return x_int8, inv_rms
+
+
+def check_rows(name: str, t: Tensor) -> None:
+    """Raise ValueError unless t is a float matrix with at least one element."""
+    if t.dim() != 2 or 0 in t.shape:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; it needs (T, n) with at least one row and one column")
+    if t.dtype not in FLOATS:
+        raise ValueError(f"{name}: got {t.dtype}; it takes {', '.join(str(dtype) for dtype in FLOATS)}")
+
+
+def check_width(name: str, t: Tensor) -> None:
+    """Raise ValueError if a row of t is longer than a program can hold."""
+    if t.shape[1] > MAX_COLUMNS:
+        raise ValueError(
+            f"{name}: got rows of {t.shape[1]}; the Triton kernel holds {MAX_COLUMNS}, use the torch backend"
+        )
+
+
+def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
+    """Normalise rows and put them on the int8 grid.
+
+    x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n) and 1 / rms float32
+    (T, 1), 0 for rows of zeros. Raises ValueError on another shape or type, an empty batch, or rows over `MAX_COLUMNS`
+    on the Triton backend.
+    """
+    check_rows("rmsnorm_quantize", x)
+    if not on_triton(x):
+        return rmsnorm_quantize_torch(x, act_range, squared_relu)
+    check_width("rmsnorm_quantize", x)
+    return _rmsnorm_quantize(x, act_range, squared_relu)
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """Row-contiguous inputs of each type, short and long rows, both activations."""
+    found = []
+    for dtype, columns, squared_relu in (
+        (torch.float32, 384, False), (torch.float16, 768, False), (torch.bfloat16, 3072, True),
+        (torch.float32, MAX_COLUMNS, True),
+    ):  # fmt: skip
+        blocks = row_blocks(columns)
+        warps, float_ = blocks.pop("num_warps"), FLOATS[dtype]
+        signature = {
+            "x": f"*{float_}", "x_int8": "*i8", "inv_rms": "*fp32", "rows": "i32", "columns": "i32", "x_row": "i32",
+            "steps": "fp32",
+        }  # fmt: skip
+        name = f"rmsnorm_quantize {float_} {columns}{' squared_relu' * squared_relu}"
+        constants = {"x_column": 1, "SQUARED_RELU": squared_relu} | blocks
+        found.append(LaunchConfig(name, _rmsnorm_quantize_kernel, signature, constants, warps))
+    return found
