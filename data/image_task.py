@@ -67,7 +67,7 @@ class ImageTask(Task):
         self.per_step, self.outputs, self.name, self.sha256 = cfg.batch_size, len(data.classes), data.name, data.sha256
         self.image = data.train.shape[1:]
         self.positions = math.prod(self.image[:2]) // cfg.patch**2 if cfg.model == "transformer" else 1
-        self.augment = Augment(getattr(cfg, "hflip", None) or getattr(cfg, "flip", 0.0), (cfg.crop_min, 1.0), mix=cfg.mix, mix_alpha=cfg.mix_alpha)
+        self.augment = Augment(cfg.hflip, (cfg.crop_min, 1.0), mix=cfg.mix, mix_alpha=cfg.mix_alpha)
         self.about = (f"{data.name} from {data.source}; {len(data.train):,} images to train on, {len(data.val):,} to "
                       f"evaluate, {self.image[0]} x {self.image[1]}")  # fmt: skip
         self.loss = image_loss
@@ -78,12 +78,11 @@ class ImageTask(Task):
         data, cfg = self.data, self.cfg
         self._scale = pixel_scale(data.mean, data.std, device)
         self._rows = torch.arange(cfg.batch_size, device=device)
-        self._images, self._labels = resident(data.train, device, "the images"), torch.from_numpy(data.train_labels)
+        self._images, there = resident(data.train, device, "the images")
+        self._labels = torch.from_numpy(data.train_labels).to(self._images.device)
         self._epochs = Epochs(len(data.train), cfg.batch_size, cfg.seed, self._images.device)
-        self._batch: tuple[Tensor, Tensor] | None = None
-        if self._images.device.type == device.type:
-            self._labels = self._labels.to(device)
-        else:  # of each step the host gathers images and labels
+        self._batch: tuple[Tensor, Tensor] | None = None  # on the device, if the images are not
+        if not there:
             pixels = torch.empty(cfg.batch_size, *self.image, dtype=torch.uint8, device=device)
             self._batch = pixels, torch.empty(cfg.batch_size, dtype=torch.int64, device=device)
 

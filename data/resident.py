@@ -9,29 +9,33 @@ from torch import Tensor
 from data.notice import notice
 
 
-def resident(array: np.ndarray, device: torch.device, what: str) -> Tensor:
-    """`array` as a tensor on `device`; on the CPU, with a notice, if it does not fit beside a run.
+def resident(array: np.ndarray, device: torch.device, what: str) -> tuple[Tensor, bool]:
+    """`array` as a tensor on `device`, and True; or on the CPU, and False, with a notice, if it does not fit there."""
+    tensor = as_tensor(array)
+    if fits(tensor.nbytes, device):
+        return tensor.to(device), True
+    notice(
+        f"{what} ({tensor.nbytes / 2**30:.1f} GiB) would fill more than half of the GPU's free memory and stays in main "
+        "memory; the host gathers each batch, which is slower."
+    )
+    return tensor, False
 
-    On the CPU nothing is copied, so a file that is mapped stays on disk. Unsigned integers of more than 8 bits become
-    signed ones with the same bits, since torch has few operations for the others.
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """`array` as a tensor to read, without a copy, so that a file that is mapped stays on disk.
+
+    Unsigned integers of more than 8 bits become signed ones with the same bits: torch has few operations for the others.
     """
     if array.dtype.kind == "u" and array.itemsize > 1:
         array = array.view(array.dtype.str.replace("u", "i"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the array is read-only, and the tensor is only read
-        tensor = torch.from_numpy(array)
-    if not fits(tensor.nbytes, device):
-        notice(
-            f"{what} ({tensor.nbytes / 2**30:.1f} GiB) would fill more than half of the GPU's free memory and stays in "
-            "main memory; the host gathers each batch, which is slower."
-        )
-        return tensor
-    return tensor.to(device)
+        return torch.from_numpy(array)
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes are at most half of the memory that is free on a GPU; on a CPU they are there already."""
-    return device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] // 2
+    """Whether `size` bytes are at most half of the memory that is free on a GPU. On a CPU they are there already."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def upload(source: Tensor, target: Tensor) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from data.cache import NotFound
 from data.notice import box
-from data.resident import resident, upload
+from data.resident import as_tensor, resident, upload
 from data.task import Task
 from data.text import TextData, load_text
 from kernels.philox import Stream, uniform_from
-from run.config import Config, check_against_data
+from run.config import Config
+from run.keys import refuse
 
 
 def load(cfg: Config, named: bool = False) -> "TextTask":
@@ -30,8 +31,18 @@ def load(cfg: Config, named: bool = False) -> "TextTask":
 
 def _load(cfg: Config, notice: str = "") -> "TextTask":
     data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
-    check_against_data(cfg, len(data.train), len(data.val))
+    check_length(cfg, len(data.train), len(data.val))
     return TextTask(cfg, data, notice)
+
+
+def check_length(cfg: Config, n_train: int, n_val: int) -> None:
+    """Raises UserError(code=2) if a part of the text (lengths in tokens) is too short for windows of this context."""
+    refuse([
+        f"context = {cfg.context}: the {part} part of {cfg.data} has {n:,} tokens and must have more than context + 1 = "
+        f"{cfg.context + 1:,}; use a longer text" + (f" or --context {n - 2}" if n > 2 else "")
+        for part, n in (("training", n_train), ("evaluation", n_val))
+        if n <= cfg.context + 1
+    ])  # fmt: skip
 
 
 def substitute_notice(missing: NotFound) -> str:
@@ -55,7 +66,7 @@ def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tenso
 
 
 def gather(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
-    """int64 (B, context + 1). `tokens` int16 or int32 hold unsigned numbers (see `resident`)."""
+    """int64 (B, context + 1). `tokens` int16 or int32 hold unsigned numbers (see `as_tensor`)."""
     places = starts[:, None] + torch.arange(context + 1, device=starts.device)
     return tokens[places].long() & ((1 << 8 * tokens.itemsize) - 1)
 
@@ -89,8 +100,8 @@ class TextTask(Task):
         """Gathers the step's windows if the text is not on the device that reads them."""
         cfg = self.cfg
         if self._tokens is None:
-            self._tokens = resident(self.data.train, device, "the text")
-            if self._tokens.device.type != device.type:
+            self._tokens, there = resident(self.data.train, device, "the text")
+            if not there:
                 self._gathered = torch.empty(cfg.batch_size, cfg.context + 1, dtype=torch.int64, device=device)
         if self._gathered is not None:
             starts = self.starts(torch.tensor([cfg.seed, step]), 0, cfg.batch_size)
@@ -108,7 +119,7 @@ class TextTask(Task):
     @torch.no_grad()
     def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
         """Mean loss over `eval_windows` windows spread evenly over the text held out."""
-        cfg, tokens = self.cfg, resident(self.data.val, torch.device("cpu"), "")
+        cfg, tokens = self.cfg, as_tensor(self.data.val)
         last = len(tokens) - cfg.context - 1
         starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
         losses = []

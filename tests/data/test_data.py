@@ -1,6 +1,8 @@
 """Texts: the search order, damaged copies and downloads, text files, and each error's message."""
 
+import dataclasses
 import hashlib
+import socket
 import subprocess
 import sys
 import threading
@@ -11,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import cache, download, load_text, textfile, tinyshakespeare
-from data.cache import OfficialFile, cache_root
-from data.text import find_text
+import data
+from data import cache, download, mnist, textfile, tinyshakespeare
+from data.cache import NotFound, OfficialFile, cache_root
+from data.text import find_text, load_text
+from data.text_task import check_length
+from run.config import Config
 from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,13 +215,33 @@ def test_download_stops_one_byte_past_the_official_size(monkeypatch, server):
     assert server.cut_off.wait(10)
 
 
-def test_silent_server_is_given_up(monkeypatch, server):
+def test_a_server_that_stops_sending_is_given_up(monkeypatch, server):
     use_address(monkeypatch, server.url)
     monkeypatch.setattr(download, "SILENCE_SECONDS", 0.2)
-    server.pause = 5.0
+    server.pause = 5.0  # after its headers
     start = time.perf_counter()
     assert "timed out" in error_of(code=1)
     assert time.perf_counter() - start < 4
+
+
+def slow_names(*args, **kwargs):
+    time.sleep(3)
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+@pytest.mark.parametrize("where", ["address", "name"])
+def test_no_answer_is_told_soon(monkeypatch, capsys, where):
+    """Of a server that is silent, and of a name that is being looked up, which no socket's time limit ends."""
+    for module in (cache, download):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use_address(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt")
+        if where == "name":
+            monkeypatch.setattr(socket, "getaddrinfo", slow_names)
+        start = time.perf_counter()
+        assert "not downloaded (no answer in 0.3 s)" in error_of(code=1)
+        assert time.perf_counter() - start < 2
+    assert "an answer is waited for 0.3 s" in capsys.readouterr().err
 
 
 def test_slow_download_is_given_up(monkeypatch, server):
@@ -253,6 +278,87 @@ def test_download_that_cannot_be_kept_is_still_used(tmp_path, monkeypatch, serve
     monkeypatch.setenv("NANOGFT_CACHE", str(put(tmp_path / "a_file", b"")))
     assert load().sha256 == SHA256
     assert "cannot be kept" in capsys.readouterr().err
+
+
+# A fresh machine
+
+
+def test_pythons_own_text_takes_the_place_of_one_found_nowhere(tmp_path):
+    cfg = Config(context=16, tokenizer="char")
+    task = data.load(cfg)
+    assert task.name == task.cfg.data == "stdlib" and task.cfg == Config(context=16, data="stdlib")
+    assert task.sha256 == hashlib.sha256(find_text("stdlib").content).hexdigest()
+    first, *inside, last = task.notice.splitlines()
+    assert first == last == f"+{'-' * (len(first) - 2)}+" and {len(line) for line in inside} == {len(first)}
+    assert all(line.startswith("| ") and line.endswith(" |") for line in inside)
+    told = " ".join(line.strip("| ") for line in inside)
+    for part in (
+        "tinyshakespeare was not found",
+        'data = "stdlib"',
+        f"{cache_root() / 'tinyshakespeare/input.txt'}: No such file",
+        f"{cache.SHARED_DIR / 'tinyshakespeare/input.txt'}: No such file",
+        "http://127.0.0.1:9/input.txt: not downloaded (Connection refused)",
+        f"get http://127.0.0.1:9/input.txt ({len(CONTENT):,} bytes)",
+        "--data_dir FOLDER",
+    ):
+        assert part in told, part
+
+
+def test_a_text_that_is_there_needs_no_other():
+    put(cache_root() / "tinyshakespeare/input.txt")
+    for named in (False, True):
+        task = data.load(Config(), named)
+        assert task.name == task.cfg.data == "tinyshakespeare" and task.notice == ""
+
+
+@pytest.mark.parametrize(("settings", "named"), [({}, True), ({"data": "mnist"}, False)], ids=["named", "images"])
+def test_no_other_data_is_used_where_these_were_asked_for(settings, named, monkeypatch):
+    dead = {
+        split: tuple(dataclasses.replace(file, url="http://127.0.0.1:9/x") for file in files)
+        for split, files in mnist.FILES.items()
+    }
+    monkeypatch.setattr(mnist, "FILES", dead)
+    with pytest.raises(NotFound):
+        data.load(Config(**settings), named)
+
+
+def test_a_folder_given_without_the_text_stays_an_error(tmp_path):
+    with pytest.raises(UserError) as caught:
+        data.load(Config(data_dir=str(tmp_path)))
+    assert caught.value.code == 2 and "does not hold tinyshakespeare" in str(caught.value)
+
+
+def test_a_text_needs_only_what_it_uses(play):
+    """Pillow, matplotlib, tiktoken and regex take longer to import than a text of characters to load."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+from run.config import Config
+data.load(Config(data={play!r}, context=16))
+print(sorted({{"PIL", "matplotlib", "tiktoken", "regex", "requests", "data.images"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("n_train", "n_val", "parts"),
+    [
+        (66, 66, []),
+        (1000, 65, ["context = 64: the evaluation part of tinyshakespeare has 65 tokens", "--context 63"]),
+        (65, 65, ["the training part", "the evaluation part"]),
+        (0, 1, ["the training part", "the evaluation part"]),
+    ],
+)
+def test_a_text_shorter_than_a_window_is_refused(n_train, n_val, parts):
+    cfg = Config(context=64)
+    if not parts:
+        check_length(cfg, n_train, n_val)
+        return
+    with pytest.raises(UserError) as caught:
+        check_length(cfg, n_train, n_val)
+    assert caught.value.code == 2 and all(part in str(caught.value) for part in parts)
 
 
 # Text files and stdlib

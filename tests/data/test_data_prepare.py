@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import load_text
 from data.cache import cache_root, sha256, write_atomic
+from data.text import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
@@ -106,7 +106,7 @@ def test_two_processes_preparing_at_once(play, tmp_path):
     """Both start on a signal, and each goes through eight preparations of the same names."""
     command = """if True:
         import os, pathlib, sys, time
-        from data import load_text
+        from data.text import load_text
         from data.cache import sha256
         play, folder, me = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
         (folder / me).touch()

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import cache, imagenette
+from data import cache, decode as decoder, imagenette
 from data.cache import OfficialFile, cache_root, sha256
+from data.decode import BrokenImage, decode
 from data.images import load_images
-from data.prepare_images import BrokenImage, decode
 from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +275,7 @@ def test_truncated_copy_beside_the_checkout_is_not_used(monkeypatch, tmp_path, c
 def test_prepared_once_per_side(tmp_path, monkeypatch, capsys):
     first = load_archive(tmp_path, usual_members())
     assert "decoding imagenette to 8 x 8 pixels (once)" in capsys.readouterr().err
-    monkeypatch.setattr(imagenette, "decode", None)
+    monkeypatch.setattr(decoder, "decode", None)
     second = load(tmp_path)
     assert capsys.readouterr().err == ""
     assert np.array_equal(first.train, second.train) and np.array_equal(first.val_labels, second.val_labels)

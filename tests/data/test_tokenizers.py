@@ -242,7 +242,7 @@ def test_gpt2_altered_on_the_way_is_refused(no_kept_gpt2, monkeypatch):
 
 def test_gpt2_does_not_wait_for_ever(no_kept_gpt2, monkeypatch):
     monkeypatch.setattr(tokenizers, "GPT2_SECONDS", 0.2)
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", lambda name: time.sleep(9))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(9))
     start = time.perf_counter()
     with pytest.raises(UserError, match="no answer in 0.2 s"):
         Gpt2Tokenizer()
@@ -250,7 +250,7 @@ def test_gpt2_does_not_wait_for_ever(no_kept_gpt2, monkeypatch):
 
 
 def test_gpt2_is_stored_by_name(monkeypatch):
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", lambda name: BPE._encoding)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: BPE._encoding)
     tokenizer = Gpt2Tokenizer()
     assert tokenizer.to_json() == {"kind": "gpt2"}
     again = tokenizer_from_json(tokenizer.to_json())
