@@ -4,7 +4,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-BOX_WIDTH = 76  # of the text; a path or an address that is longer is not broken
+BOX_WIDTH = 76  # of the text; the frame takes four columns more
 
 
 def notice(message: str) -> None:
@@ -13,7 +13,10 @@ def notice(message: str) -> None:
 
 
 def box(paragraphs: Sequence[str]) -> str:
-    """The paragraphs, wrapped, in a frame of ASCII characters; those after the first keep their indentation."""
+    """The paragraphs, wrapped and with their indentation, in a frame of ASCII characters.
+
+    A path or an address that is too long for a line is not broken: it runs over the right edge.
+    """
     lines = []
     for text in paragraphs:
         indent = " " * (len(text) - len(text.lstrip()))
@@ -25,6 +28,6 @@ def box(paragraphs: Sequence[str]) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         ) or [""]
-    width = max(map(len, lines))
-    edge = f"+{'-' * (width + 2)}+"
-    return "\n".join([edge, *(f"| {line:<{width}} |" for line in lines), edge])
+    edge = f"+{'-' * (BOX_WIDTH + 2)}+"
+    inside = [f"| {line:<{BOX_WIDTH}} |" if len(line) <= BOX_WIDTH else f"| {line}" for line in lines]
+    return "\n".join([edge, *inside, edge])

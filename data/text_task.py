@@ -16,7 +16,7 @@ from data.task import Task
 from data.text import TextData, load_text
 from kernels.philox import Stream, uniform_from
 from run.config import Config
-from run.keys import refuse
+from run.errors import UserError
 
 
 def load(cfg: Config, named: bool = False) -> "TextTask":
@@ -37,12 +37,14 @@ def _load(cfg: Config, notice: str = "") -> "TextTask":
 
 def check_length(cfg: Config, n_train: int, n_val: int) -> None:
     """Raises UserError(code=2) if a part of the text (lengths in tokens) is too short for windows of this context."""
-    refuse([
+    problems = [
         f"context = {cfg.context}: the {part} part of {cfg.data} has {n:,} tokens and must have more than context + 1 = "
         f"{cfg.context + 1:,}; use a longer text" + (f" or --context {n - 2}" if n > 2 else "")
         for part, n in (("training", n_train), ("evaluation", n_val))
         if n <= cfg.context + 1
-    ])  # fmt: skip
+    ]
+    if problems:
+        raise UserError("\n  ".join(problems), code=2)
 
 
 def substitute_notice(missing: NotFound) -> str:

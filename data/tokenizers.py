@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("char", "bpe", "gpt2")
 SMALLEST_BPE = 257  # 256 bytes and one joined token
-GPT2_SECONDS = 60
+GPT2_SECONDS, QUIET_SECONDS = 30, 3  # to wait for GPT-2's vocabulary, in all and before that is told
 
 
 class Tokenizer(ABC):
@@ -240,7 +240,10 @@ def _fetch_gpt2() -> tiktoken.Encoding:
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
-    thread.join(GPT2_SECONDS)
+    thread.join(min(QUIET_SECONDS, GPT2_SECONDS))
+    if thread.is_alive():
+        notice(f"waiting for GPT-2's vocabulary, at most {GPT2_SECONDS} s.")
+        thread.join(GPT2_SECONDS - QUIET_SECONDS)
     if outcome and isinstance(outcome[0], tiktoken.Encoding):
         return outcome[0]
     reason = short_reason(outcome[0]) if outcome else f"no answer in {GPT2_SECONDS} s"

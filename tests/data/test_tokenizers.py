@@ -242,6 +242,7 @@ def test_gpt2_altered_on_the_way_is_refused(no_kept_gpt2, monkeypatch):
 
 def test_gpt2_does_not_wait_for_ever(no_kept_gpt2, monkeypatch):
     monkeypatch.setattr(tokenizers, "GPT2_SECONDS", 0.2)
+    monkeypatch.setattr(tokenizers, "QUIET_SECONDS", 0.1)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(9))
     start = time.perf_counter()
     with pytest.raises(UserError, match="no answer in 0.2 s"):
