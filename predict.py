@@ -247,7 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory ({str(error) or 'none is left'}); free some, or use --device cpu", file=sys.stderr)
+        reason = str(error) or "none is left"
+        print(f"error: out of memory ({reason}); free some, or use --device cpu", file=sys.stderr)
         return 1
 
 

@@ -303,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as exc:
         if not out_of_memory(exc):
             raise
-        print(f"error: out of memory ({str(exc) or 'none is left'}); use --device cpu or a shorter prompt", file=sys.stderr)
+        reason = str(exc) or "none is left"
+        print(f"error: out of memory ({reason}); use --device cpu or a shorter prompt", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run learns from: texts and images, found, checked, prepared once, and each behind one interface (data/task.py).
+"""What a run learns from: texts and images, found, checked, prepared once, each behind one interface (data/task.py).
 
     task = data.load(cfg)
     for x, y in task.batches(step, device):  ...  task.loss(net(x), y)

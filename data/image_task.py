@@ -87,7 +87,7 @@ class ImageTask(Task):
             self._batch = pixels, torch.empty(cfg.batch_size, dtype=torch.int64, device=device)
 
     def prepare(self, step: int, device: torch.device) -> None:
-        """Draws the order of a new epoch, and gathers the step's images if they are not on the device that reads them."""
+        """Draws the order of a new epoch, and gathers the step's images if they are not on the device."""
         if self._epochs is None:
             self._place(device)
         self._epochs.prepare(step)

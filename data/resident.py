@@ -10,13 +10,13 @@ from data.notice import notice
 
 
 def resident(array: np.ndarray, device: torch.device, what: str) -> tuple[Tensor, bool]:
-    """`array` as a tensor on `device`, and True; or on the CPU, and False, with a notice, if it does not fit there."""
+    """`array` as a tensor on `device`, and True; if it does not fit there, on the CPU, and False, with a notice."""
     tensor = as_tensor(array)
     if fits(tensor.nbytes, device):
         return tensor.to(device), True
     notice(
-        f"{what} ({tensor.nbytes / 2**30:.1f} GiB) would fill more than half of the GPU's free memory and stays in main "
-        "memory; the host gathers each batch, which is slower."
+        f"{what} ({tensor.nbytes / 2**30:.1f} GiB) would fill more than half of the GPU's free memory and stays in "
+        "main memory; the host gathers each batch, which is slower."
     )
     return tensor, False
 
@@ -24,7 +24,7 @@ def resident(array: np.ndarray, device: torch.device, what: str) -> tuple[Tensor
 def as_tensor(array: np.ndarray) -> Tensor:
     """`array` as a tensor to read, without a copy, so that a file that is mapped stays on disk.
 
-    Unsigned integers of more than 8 bits become signed ones with the same bits: torch has few operations for the others.
+    Unsigned integers of more than 8 bits become signed ones with the same bits: torch can do little with the others.
     """
     if array.dtype.kind == "u" and array.itemsize > 1:
         array = array.view(array.dtype.str.replace("u", "i"))

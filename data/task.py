@@ -42,7 +42,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, step: int, device: torch.device) -> None:
-        """What the host has to do before `batch_at` of a step, without waiting for a GPU. Any order of steps will do."""
+        """What the host has to do before `batch_at` of a step, in any order of steps, without waiting for a GPU."""
 
     @abstractmethod
     def batch_at(self, rng: Tensor, part: int = 0) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ def _load(cfg: Config, notice: str = "") -> "TextTask":
 def check_length(cfg: Config, n_train: int, n_val: int) -> None:
     """Raises UserError(code=2) if a part of the text (lengths in tokens) is too short for windows of this context."""
     problems = [
-        f"context = {cfg.context}: the {part} part of {cfg.data} has {n:,} tokens and must have more than context + 1 = "
-        f"{cfg.context + 1:,}; use a longer text" + (f" or --context {n - 2}" if n > 2 else "")
+        f"context = {cfg.context}: the {part} part of {cfg.data} has {n:,} tokens and must have more than "
+        f"context + 1 = {cfg.context + 1:,}; use a longer text" + (f" or --context {n - 2}" if n > 2 else "")
         for part, n in (("training", n_train), ("evaluation", n_val))
         if n <= cfg.context + 1
     ]
