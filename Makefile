@@ -10,12 +10,9 @@ VENV_PYTHON := .venv/bin/python
 # Touched only after a complete install: an interrupted one has no stamp and is taken up again.
 STAMP := .venv/installed
 READY := $(if $(filter .venv/bin/python,$(VENV_PYTHON)),$(STAMP))
-# Each GPU part ends after MINUTES with status 75 if it is not finished, and goes on when called again; 0 is no limit.
-GPU_PARTS := gpu-tests gpu-bench gpu-train gpu-report
-MINUTES ?= 7
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu $(GPU_PARTS) gpu-rehearsal clean
+.PHONY: help setup train test gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -28,24 +25,8 @@ train: $(READY) ## train configs/shakespeare_char_small.toml; more settings thro
 test: $(READY) ## run the tests; pytest's options through ARGS="-k config"
 	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS)
 
-gpu: ## all that needs a GPU, part after part, each gone on with where it was cut off
-	@echo "make gpu: $(GPU_PARTS), one after another; each is a target of its own and writes into results/gpu/"
-	@for part in $(GPU_PARTS); do echo "== make $$part"; $(MAKE) --no-print-directory $$part MINUTES=0 || exit; done
-
-gpu-tests: $(READY) ## the kernels' tests on the GPU
-	@exec $(VENV_PYTHON) -m experiments.gpu tests --minutes $(MINUTES)
-
-gpu-bench: $(READY) ## bench.py: every kernel, every training step
-	@exec $(VENV_PYTHON) -m experiments.gpu bench --minutes $(MINUTES)
-
-gpu-train: $(READY) ## the full-size trainings
-	@exec $(VENV_PYTHON) -m experiments.gpu train --minutes $(MINUTES)
-
-gpu-report: $(READY) ## redraw RESULTS.md
-	@exec $(VENV_PYTHON) -m experiments.gpu report
-
-gpu-rehearsal: $(READY) ## what make gpu does, at tiny sizes on the CPU
-	@exec $(VENV_PYTHON) -m experiments.gpu rehearsal
+gpu: $(READY) ## tests, benchmarks and trainings on a GPU, into results/gpu; ARGS=--rehearse: tiny, on the CPU
+	@status=0; for part in A B C; do $(VENV_PYTHON) -m experiments.gpu $$part $(ARGS) || status=1; done; exit $$status
 
 clean: ## remove .venv and caches; out/, the trained models, stays
 	rm -rf .venv .pytest_cache

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import ablations, alternatives, gpu_plan, gpu_report, grid, hybrid, images, small, speed
+from experiments import ablations, alternatives, gpu, grid, hybrid, images, small, speed
 from experiments.sweep import ROOT, Store
 from run.errors import UserError
 
@@ -81,7 +81,7 @@ def report() -> None:
             text += section(name, module, store)
             if hasattr(module, "draw"):
                 module.draw(store, ROOT / "docs" / "figures")
-    text += gpu_report.section(gpu_plan.Plan(ROOT / "results" / "gpu"))
+    text += gpu.section(gpu.RESULTS)
     (ROOT / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
     print(f"wrote {ROOT / 'RESULTS.md'}")
 

@@ -1,9 +1,9 @@
-"""Ablations: one thing is changed at a time, on the character model and on the MNIST network.
+"""Ablations: one setting changes at a time, on the character model and on the MNIST network.
 
-Short runs, 200 steps of 24 windows on Tiny Shakespeare (0.8 M weights) and 4 epochs of MNIST: what they say is about
-the choices beside one another and not about the best there is. Three seeds (mean ± standard deviation), one where a
-table has no spread. Judged at the last step, by the loss in nats and by the accuracy, on the part held out of the
-training data: settings may be chosen from these tables, and the splits that other tables report stay untouched.
+Short runs, 200 steps of 24 windows on Tiny Shakespeare (0.8 M weights) and 4 epochs of MNIST: they compare choices and
+do not show the best result possible. Three seeds (mean ± standard deviation), one where a table has no spread. The
+measures are the loss in nats and the accuracy after the last step, on data held out of the training part: settings may
+be chosen from these tables, and the splits that other tables report stay untouched.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments.plots import Panel
 from experiments.plots import draw as draw_panels
-from experiments.rows import QUICK, SEEDS
+from experiments.rows import NOTHING_YET, QUICK, SEEDS, markdown
 from experiments.small import PAPER
 from experiments.sweep import Cell, Store, drawn, run_cells, show_quality
 
@@ -64,30 +64,30 @@ def both(points: Mapping[str, dict], lm: Mapping[str, dict], mnist: Mapping[str,
     return {LM: cross(points, lm), MNIST: cross(points, mnist)}
 
 
-def by_bits(plain: Sequence[float], memory: Sequence[float]) -> Lines:
+def by_bits(plain: Sequence[float], momentum: Sequence[float]) -> Lines:
     """1 to 8 bits with k for each; 7 and 8 bits begin with moves of 2 and 4 units."""
     def points(ks: Sequence[float], more: dict) -> dict[str, dict]:
         size = {7: 2, 8: 4}
-        return {str(b): more | {"bits": b, "k": k, "init_spread": spread(b), "step_size": size.get(b, 1)}
+        return {str(b): more | {"bits": b, "k": k, "init_std": spread(b), "step_size": size.get(b, 1)}
                 for b, k in enumerate(ks, 1)}  # fmt: skip
 
     def spread(bits: int) -> float:
         return 0.6 if bits <= 2 else 0.5 if bits <= 4 else 0.33
 
-    few = {"memory": "int8", "beta": 0.95}
-    with_memory = points(memory, {"memory": "int8"})
-    return {"no memory": points(plain, {}), "int8 memory": with_memory | {b: with_memory[b] | few for b in ("1", "2")}}
+    decaying = points(momentum, {"momentum": 0.9})
+    few = {bits: decaying[bits] | {"momentum": 0.95} for bits in ("1", "2")}
+    return {"no momentum": points(plain, {}), "momentum": decaying | few}
 
 
-# k for the 6 bits of the configs, from the tables above: half as much with memory.
-NONE_LM, MEMORY_LM = {"k": 0.5}, {"k": 0.3, "memory": "int8"}
-NONE_MNIST, MEMORY_MNIST = {"k": 0.3}, {"k": 0.1, "memory": "int8"}
-TWO = ({"no memory": NONE_LM, "int8 memory": MEMORY_LM}, {"no memory": NONE_MNIST, "int8 memory": MEMORY_MNIST})
+# k for the 6 bits of the configs, from the tables above: half as much with momentum.
+NONE_LM, MOMENTUM_LM = {"k": 0.5}, {"k": 0.3, "momentum": 0.9}
+NONE_MNIST, MOMENTUM_MNIST = {"k": 0.3}, {"k": 0.1, "momentum": 0.9}
+TWO = ({"no momentum": NONE_LM, "momentum": MOMENTUM_LM}, {"no momentum": NONE_MNIST, "momentum": MOMENTUM_MNIST})
 ONE = ({"": NONE_LM}, {"": NONE_MNIST})
 RULES = {rule: {"rule": rule} for rule in ("contribution", "gain", "balanced", "spectral")} | {"paper mode": PAPER}
-BETAS = values("beta", 0.8, 0.9, 0.95, 0.98)
+DECAYS = {"none": {"momentum": 0}} | values("momentum", 0.8, 0.9, 0.95, 0.98)
 ORTHO = values("ortho_tile", 32, 64, 128) | {"whole": {"ortho_tile": 0}}
-SELECT = {f"top k in {side or 'layer'}": {"select_tile": side} for side in (64, 0)}
+SELECT = {f"top k in {side or 'layer'}": {"topk_tile": side} for side in (64, 0)}
 GAMMA = {"certain": {}} | {f"p ~ s^{g}": {"flip_prob": "score", "flip_gamma": g} for g in (0.25, 0.5, 1.0, 2.0)}
 FEWER = {"6 bits": {}, "4 bits": {"bits": 4, "k": 0.1}, "ternary": {"bits": 2, "k": 0.015}}
 ADAMW = {"method": "adamw", "lr_end": 0.0, "warmup": 50}
@@ -118,10 +118,10 @@ ABLATIONS = (
                        (0.002, 0.005, 0.02, 0.03, 0.06, 0.1, 0.15, 0.2))}),
     Ablation("rule", "The rule, and the paper mode", "rule", both(
         RULES, {"k 0.5": {"k": 0.5}, "k 0.1": {"k": 0.1}}, {"k 0.3": {"k": 0.3}, "k 0.05": {"k": 0.05}})),
-    Ablation("memory", "Vote memory", "beta", both(
-        {"none": {"memory": "none"}} | BETAS,
-        {"k 0.3": MEMORY_LM, "k 0.1": MEMORY_LM | {"k": 0.1}},
-        {"k 0.1": MEMORY_MNIST, "k 0.03": MEMORY_MNIST | {"k": 0.03}})),
+    Ablation("momentum", "Momentum of the votes", "momentum", both(
+        DECAYS,
+        {"k 0.3": MOMENTUM_LM, "k 0.1": MOMENTUM_LM | {"k": 0.1}},
+        {"k 0.1": MOMENTUM_MNIST, "k 0.03": MOMENTUM_MNIST | {"k": 0.03}})),
     Ablation("tiles", "Tiles of the orthogonalisation and of the selection", "side of the tiles orthogonalised", {
         LM: cross(ORTHO, {line: NONE_LM | own for line, own in SELECT.items()}),
         MNIST: cross(ORTHO, {line: NONE_MNIST | own | {"rule": "spectral"} for line, own in SELECT.items()})}),
@@ -134,11 +134,11 @@ ABLATIONS = (
     Ablation("flip_prob", "Flips with a probability", "probability of a selected weight, s its score", both(
         GAMMA, {"k 0.5": NONE_LM, "k 0.9": {"k": 0.9}}, {"k 0.3": NONE_MNIST, "k 0.6": {"k": 0.6}}), (1,)),
     Ablation("batch", "Batch size, at the same number of examples", "batch size", {
-        LM: batches(24, 200, (6, 12, 24, 48), TWO[0] | {"ternary, no memory": {"bits": 2, "k": 0.015}}),
-        MNIST: batches(256, 940, (64, 256, 1024, 4096), TWO[1] | {"ternary, no memory": {"bits": 2, "k": 0.01}})},
+        LM: batches(24, 200, (6, 12, 24, 48), TWO[0] | {"ternary, no momentum": {"bits": 2, "k": 0.015}}),
+        MNIST: batches(256, 940, (64, 256, 1024, 4096), TWO[1] | {"ternary, no momentum": {"bits": 2, "k": 0.01}})},
         (1,)),
-    Ablation("init_spread", "Spread of the first weights, of the limit", "init_spread", both(
-        values("init_spread", 0.2, 0.33, 0.5, 0.8, 1.2),
+    Ablation("init_std", "Standard deviation of the first weights, of the limit", "init_std", both(
+        values("init_std", 0.2, 0.33, 0.5, 0.8, 1.2),
         {line: NONE_LM | own for line, own in FEWER.items()},
         {line: NONE_MNIST | own for line, own in FEWER.items()}), (1,)),
     Ablation("delta", "The error: its bits, its scale", "delta", both(
@@ -148,57 +148,57 @@ ABLATIONS = (
         values("act_range", 1.5, 3, 6, 12, 24, 48, 96), *ONE), (1,)),
 )  # fmt: skip
 
-# Written after looking at tables and figures.
+# Written after looking at the tables and figures.
 SAID = {
     "k":
-        "k sets the size of a step, as a learning rate does, and too small a k is the costliest mistake. Without "
-        "memory the text wants half of all weights selected or more; the digits want a quarter. With memory a tenth "
-        "is best for the digits and half costs over a point, while the text, to our surprise, still takes 0.8.",
+        "k, the fraction of weights selected per step, acts like a learning rate; setting it too low hurts most. "
+        "Without momentum the text needs k = 0.5 or more, and the digits 0.25. With momentum the digits do best at "
+        "0.1, and 0.5 costs them over a point, while the text, to our surprise, still accepts 0.8.",
     "k_schedule":
-        "Falling to zero matters, the way down hardly: linear, cosine and linear to a tenth are within the noise. A k "
-        "that stays costs 0.1 nats on the text and 0.3 to 0.5 points on the digits, at half the k too. Falling faster "
-        "(quadratic) costs 0.06 nats: the flips of the middle of the run are needed.",
+        "k should fall to zero, but how it falls hardly matters: linear, cosine, and linear to a tenth of k differ by "
+        "less than the noise. A constant k costs 0.1 nats on the text and 0.3 to 0.5 points on the digits, and half "
+        "that k does not help. Falling faster (quadratic) costs 0.06 nats: the moves in the middle of the run matter.",
     "bits":
-        "Six bits are enough: at 7 and 8, where moves begin with 2 and 4 units, nothing is gained beyond the noise. "
-        "The memory is worth most where bits are few, 0.30 nats and 2.5 points at one bit against 0.08 and 0.3 at "
-        "six; ternary weights with memory equal three bits without on the text, and beat four on the digits.",
+        "Six bits are enough: 7 and 8 bits, where moves begin with 2 and 4 units, gain nothing beyond the noise. "
+        "Momentum helps most where bits are few: 0.30 nats and 2.5 points at one bit, 0.08 nats and 0.3 points at "
+        "six. Ternary weights with momentum equal 3 bits without it on the text, and beat 4 bits on the digits.",
     "rule":
-        "On the text orthogonalising is worth 0.14 nats over balanced rows and columns and 0.18 over raw votes; on "
-        "the digits the three are alike. At k 0.1 balanced votes are no worse than orthogonalised ones: what "
-        "`spectral` adds is that large steps do not hurt. The paper's rule, under which weights only move towards "
-        "zero, fails on both, and so does the paper mode, with our guesses at what the paper leaves open.",
-    "memory":
-        "A beta of 0.8 or 0.9 is best at the larger k, 0.9 or 0.95 at the smaller: a longer memory wants smaller "
-        "steps. 0.98 remembers longer than these short runs can use. At the same k memory gains 0.13 to 0.2 nats; "
-        "against the best k without it, 0.07.",
+        "On the text `spectral` gains 0.14 nats over `balanced` and 0.18 over `gain`; on the digits the three are "
+        "equal. At k = 0.1 `balanced` is no worse than `spectral`: what orthogonalising adds is that large steps do "
+        "not hurt. The paper's rule, under which weights only move towards zero, fails on both, and so does the paper "
+        "mode, in which we had to guess what the paper leaves open.",
+    "momentum":
+        "A decay of 0.8 or 0.9 is best at the larger k, 0.9 or 0.95 at the smaller: a longer average needs smaller "
+        "steps. 0.98 averages over more steps than these short runs have to spare. At the same k momentum gains 0.13 "
+        "to 0.2 nats; against the best k without it, 0.07.",
     "tiles":
-        "128 is the best side on the text, 0.02 nats ahead of 64, and, to our surprise, orthogonalising whole "
-        "matrices is worse than doing it in any of these tiles. Whether k counts in tiles of 64 or in the whole layer "
-        "makes no difference, so the cheaper one can be had for nothing. The digits do not care.",
+        "On the text, orthogonalising in tiles of 128 is best, 0.02 nats ahead of 64; to our surprise, orthogonalising "
+        "whole matrices is worse than any of these tiles. Taking the top k in tiles of 64 or in the whole layer makes "
+        "no difference, so the cheaper one is free. On the digits nothing here makes a difference.",
     "depth":
-        "Integer transformers go to 24 blocks as they are: every depth is better than or level with the one before, "
-        "with the k of the shallow ones. (AdamW has one learning rate here, not tuned for these nets; its row shows "
-        "the trend.) A plain chain of layers, which has no residual path, is another matter: with the same k it "
-        "degrades from 8 hidden layers on and is lost at 16, sooner with memory. k divided by the number of layers "
-        "saves most of it, 95 % at 16 and 89 % at 24, where AdamW keeps 97: deep chains are the open problem.",
+        "Integer transformers train at 24 blocks without changes: each depth is better than the one before or level "
+        "with it, at the k of the shallow ones. (AdamW has one learning rate here, not tuned for these nets; its row "
+        "shows the trend.) A plain chain of layers without a residual path is different: at the same k it degrades "
+        "from 8 hidden layers on and fails at 16, sooner with momentum. Dividing k by the number of layers recovers "
+        "most of it, 95 % at 16 and 89 % at 24, where AdamW keeps 97 %. Deep chains are the open problem.",
     "flip_prob":
-        "Certain flips are best on the text, and the closer the probability follows the score the worse: at exponent "
-        "1, the paper's, 0.12 nats. A larger k makes up for some of it. On the digits a mild exponent with twice the "
-        "k is as good as certainty.",
+        "On the text moving every selected weight is best, and the more closely the probability follows the score the "
+        "worse: 0.12 nats at the paper's exponent of 1. A larger k makes up for part of it. On the digits a small "
+        "exponent with twice the k is as good.",
     "batch":
-        "For the same number of examples small batches learn more, because steps are what a short run lacks: at 6 "
-        "bits 12 windows are 0.14 nats better than 48, and 6 are no better than 12. Few bits want votes of less "
-        "noise: ternary weights are best at 24 to 48 windows and at 1,024 digits, where 6 bits are best at 256.",
-    "init_spread":
-        "Six bits do not ask for much: 0.2 and 0.33 are alike, wide starts cost 0.1 nats. Ternary weights want 0.5 or "
-        "more, since a flip is half of their whole range; from a spread of 0.2 they do not recover within the run.",
+        "For the same number of examples small batches learn more, because a short run has too few steps: at 6 bits "
+        "12 windows are 0.14 nats better than 48, and 6 are no better than 12. Few bits need less noise in the votes: "
+        "ternary weights do best with 24 to 48 windows and 1,024 digits, 6 bits with 12 windows and 256 digits.",
+    "init_std":
+        "Six bits are not sensitive: 0.2 and 0.33 are equal, and wide starts cost 0.1 nats. Ternary weights need 0.5 "
+        "or more, because one move is half of their range; from 0.2 they do not recover within the run.",
     "delta":
-        "On the text the error needs its 8 bits: 6 cost 0.03 nats, 4 cost 0.14, and two or the sign alone 0.5 to "
-        "0.75. On the digits four bits do. A delayed scale, which lets micro-batches add up exactly, costs 0.01 to "
-        "0.02 nats.",
+        "On the text delta needs its 8 bits: 6 bits cost 0.03 nats, 4 cost 0.14, and 2 or the sign alone 0.5 to 0.75. "
+        "On the digits 4 bits are enough. A delayed scale, which makes the sum over micro-batches exact, costs 0.01 "
+        "to 0.02 nats.",
     "activations":
-        "Activations are easier than the error: ranges of 6, 12 and 24, which leave the usual values 8, 7 and 6 bits, "
-        "are within 0.01 nats, and 4 bits cost 0.09. Clipping at 3 or 1.5 costs 0.01 and 0.05.",
+        "Activations need fewer bits than delta: ranges of 6, 12 and 24, which leave typical values 8, 7 and 6 bits, "
+        "differ by less than 0.01 nats, and 4 bits cost 0.09. Clipping at 3 costs 0.01, at 1.5 0.05.",
 }
 
 
@@ -227,7 +227,7 @@ def table(store: Store, threads: int = 1) -> str:
             lines += ["", f"### {ablation.title}", "", SAID[ablation.name], "",
                       f"![{ablation.title}](docs/figures/{ablation.name}.png)", "",
                       *_table(ablation, found)]  # fmt: skip
-    return "\n".join(lines).strip() or "Nothing is finished yet."
+    return "\n".join(lines).strip() or NOTHING_YET
 
 
 def _table(ablation: Ablation, found: Mapping[tuple[str, str, str], list[dict]]) -> list[str]:
@@ -236,12 +236,11 @@ def _table(ablation: Ablation, found: Mapping[tuple[str, str, str], list[dict]])
     points = list(dict.fromkeys(point for _, _, point in ablation.places() if point in there))
     if all(point.replace(".", "", 1).isdigit() for point in points):
         points.sort(key=float)
-    heads = [f"{net}, {line}" if line else net for net, line in columns]
-    lines = [f"| {' | '.join((ablation.x, *heads))} |", "|---" * (1 + len(heads)) + "|"]
-    for point in points:
-        cells = [show_quality(runs) if (runs := found.get((*column, point))) else "" for column in columns]
-        lines.append(f"| {' | '.join((point, *cells))} |")
-    return lines
+    heads = (ablation.x, *(f"{net}, {line}" if line else net for net, line in columns))
+    return markdown(heads, [
+        (point, *(show_quality(runs) if (runs := found.get((*column, point))) else "" for column in columns))
+        for point in points
+    ])  # fmt: skip
 
 
 def panels(ablation: Ablation, store: Store, **short) -> list[Panel]:

@@ -16,7 +16,19 @@ is judged on the other. Learning rates go with the root of the batch.
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from experiments.rows import QUICK, SEEDS, Row, finished, make_row, settings, shortened, tune_and_train, tuning_table
+from experiments.rows import (
+    QUICK,
+    SEEDS,
+    Finished,
+    Row,
+    grouped_tables,
+    make_row,
+    markdown,
+    settings,
+    shortened,
+    tune_and_train,
+    tuning_table,
+)
 from experiments.sweep import Store, quality, show_quality
 
 __all__ = ["tuning_table"]  # for the report
@@ -24,8 +36,8 @@ __all__ = ["tuning_table"]  # for the report
 FLOAT = {"warmup": 50, "lr_end": 0.0}
 DECAY = FLOAT | {"weight_decay": 0.1}
 MUON = {"method": "muon", "lr_end": 0.0, "lr": 8e-3}
-MEMORY = {"method": "gft", "memory": "int8"}
-NO_MEMORY = {"method": "gft", "memory": "none"}
+GFT = {"method": "gft"}
+MOMENTUM = GFT | {"momentum": 0.9}
 ADAMW, ADAMW_BF16 = "AdamW", "AdamW, bf16"
 HALF = {"precision": "bf16"}
 # Batch and steps. k falls to 0 by the last step, so a run cut short is worth little: fewer tokens are other runs.
@@ -38,9 +50,9 @@ def over(common: dict, key: str, *values: float) -> tuple[dict, ...]:
     return tuple(common | {key: value} for value in values)
 
 
-def rivals(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float], ste: Sequence[float],
+def baselines(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float], ste: Sequence[float],
            muon: Sequence[float]) -> dict[str, tuple[dict, ...]]:  # fmt: skip
-    """The rivals with these learning rates to choose from."""
+    """The baselines with these learning rates to choose from."""
     return {
         ADAMW: over(DECAY | {"method": "adamw"}, "lr", *adam),
         ADAMW_BF16: over(DECAY | HALF | {"method": "adamw"}, "lr", *adam),
@@ -60,30 +72,30 @@ def shorter(common: dict, **rates: float) -> tuple[dict, ...]:
     )
 
 
-LM_GRIDS = rivals(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3), adam=(24e-3,),
+LM_GRIDS = baselines(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3), adam=(24e-3,),
                   ste=(4e-3, 8e-3, 16e-3, 32e-3), muon=(48e-3,)) | {
-    "GFT, 6 bits": (NO_MEMORY | {"bits": 6, "k": 0.5},),
-    "GFT, 6 bits, bf16": (NO_MEMORY | HALF | {"bits": 6, "k": 0.5},),
-    "GFT, 6 bits, int8 memory": (MEMORY | {"bits": 6, "k": 0.3},),
-    "GFT, 4 bits, int8 memory": (MEMORY | {"bits": 4, "k": 0.06, "init_spread": 0.5},),
-    "GFT, ternary, int8 memory": (MEMORY | {"bits": 2, "beta": 0.95, "k": 0.01, "init_spread": 0.6},),
+    "GFT, 6 bits": (GFT | {"bits": 6, "k": 0.5},),
+    "GFT, 6 bits, bf16": (GFT | HALF | {"bits": 6, "k": 0.5},),
+    "GFT, 6 bits, momentum": (MOMENTUM | {"bits": 6, "k": 0.3},),
+    "GFT, 4 bits, momentum": (MOMENTUM | {"bits": 4, "k": 0.06, "init_std": 0.5},),
+    "GFT, ternary, momentum": (MOMENTUM | {"bits": 2, "momentum": 0.95, "k": 0.01, "init_std": 0.6},),
 }  # fmt: skip
 LM_FEWER = {
     f"{name}, bf16, as few as it takes": shorter(common | HALF, **rates) for name, common, rates in (
         (ADAMW, DECAY | {"method": "adamw"}, {"lr": 24e-3}),
         ("Muon", MUON, {"muon_lr": 48e-3, "lr": 8e-3}),
-        ("GFT, 6 bits", NO_MEMORY | {"bits": 6, "k": 0.5}, {}),
-        ("GFT, 6 bits, int8 memory", MEMORY | {"bits": 6, "k": 0.3}, {}),
+        ("GFT, 6 bits", GFT | {"bits": 6, "k": 0.5}, {}),
+        ("GFT, 6 bits, momentum", MOMENTUM | {"bits": 6, "k": 0.3}, {}),
     )
 }  # fmt: skip
-MNIST_GRIDS = rivals(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(4e-3, 8e-3, 16e-3, 32e-3),
+MNIST_GRIDS = baselines(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(4e-3, 8e-3, 16e-3, 32e-3),
                      ste=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), muon=(4e-3, 12e-3, 36e-3)) | {
-    "GFT, 6 bits": over(NO_MEMORY | {"bits": 6}, "k", 0.1, 0.2, 0.3),
-    "GFT, 4 bits": over(NO_MEMORY | {"bits": 4, "init_spread": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
-    "GFT, 6 bits, int8 memory": over(MEMORY | {"bits": 6}, "k", 0.05, 0.1, 0.2),
-    "GFT, 4 bits, int8 memory": over(MEMORY | {"bits": 4, "beta": 0.95, "init_spread": 0.5}, "k", 0.015, 0.03, 0.06),
-    "GFT, ternary, int8 memory": over(MEMORY | {"bits": 2, "init_spread": 0.6}, "k", 0.00125, 0.0025, 0.005),
-    "GFT, binary, int8 memory": over(MEMORY | {"bits": 1, "beta": 0.98}, "k", 0.001, 0.002, 0.004),
+    "GFT, 6 bits": over(GFT | {"bits": 6}, "k", 0.1, 0.2, 0.3),
+    "GFT, 4 bits": over(GFT | {"bits": 4, "init_std": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
+    "GFT, 6 bits, momentum": over(MOMENTUM | {"bits": 6}, "k", 0.05, 0.1, 0.2),
+    "GFT, 4 bits, momentum": over(MOMENTUM | {"bits": 4, "momentum": 0.95, "init_std": 0.5}, "k", 0.015, 0.03, 0.06),
+    "GFT, ternary, momentum": over(MOMENTUM | {"bits": 2, "init_std": 0.6}, "k", 0.00125, 0.0025, 0.005),
+    "GFT, binary, momentum": over(MOMENTUM | {"bits": 1, "momentum": 0.98}, "k", 0.001, 0.002, 0.004),
 }  # fmt: skip
 
 
@@ -91,8 +103,8 @@ def rows_of(config: str, common: dict, grids: Mapping[str, tuple[dict, ...]], fe
             tuned_with: dict) -> tuple[Row, ...]:  # fmt: skip
     """A row for each grid, tuned on shorter runs, and for each of `fewer`, which need no more than be AdamW's equal."""
     shorter_runs = tuple(tuned_with.items())
-    rows = [make_row(name, "", config, common, *grid, tuned_with=shorter_runs) for name, grid in grids.items()]
-    rows += [make_row(name, "", config, common, *grid, enough=rows[0].cells[0]) for name, grid in fewer.items()]
+    rows = [make_row(name, config, common, *grid, tuned_with=shorter_runs) for name, grid in grids.items()]
+    rows += [make_row(name, config, common, *grid, enough=rows[0].cells[0]) for name, grid in fewer.items()]
     return tuple(rows)
 
 
@@ -129,33 +141,29 @@ def joules_to(runs: Sequence[dict], target: float) -> float | None:
 
 def table(store: Store, threads: int = 1) -> str:
     """Both tables of each net as markdown, of the rows that are in the store."""
-    lines = []
-    for title, rows in GROUPS.items():
-        if found := list(finished(rows, store, threads=threads)):
-            lines += ["", f"### {title}", "", *_methods(found), *_energy(found)]
-    return "\n".join(lines).strip() or "Nothing is finished yet."
+    return grouped_tables(GROUPS, store, threads, lambda found: [*_methods(found), *_energy(found)])
 
 
-def _methods(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
+def _methods(found: Finished) -> list[str]:
     """Quality and what it costs, a line for each method."""
     measure = "val loss" if found[0][1][0].get("accuracy") is None else "accuracy"
-    lines = [f"| method | {measure}, last step | seeds | updates per weight and step | state per weight, bytes | "
-             "peak memory, MiB | ms per step | chosen |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("method", f"{measure}, last step", "seeds", "updates per weight and step", "state per weight, bytes",
+             "peak memory, MiB", "ms per step", "chosen")  # fmt: skip
+    lines = []
     for row, runs in found:
         first = runs[0]
         state = first["int_weight_bytes"] + first["float_param_bytes"] + first["optimizer_state_bytes"]
-        chosen = ("lr", "muon_lr", "k", "beta", *(("steps", "batch_size") if row.enough else ()))
-        rate = [part for part in settings(first).split(", ") if part.split(" ")[0] in chosen]
-        lines.append(
-            f"| {row.name} | {show_quality(runs)} | {len(runs)} | "
-            f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f} | {state / first['weights']:.2f} | "
-            f"{first['peak_memory_bytes'] / 2**20:.0f} | "
-            f"{1000 * first['step_seconds']:.1f} | {', '.join(rate)} |"
-        )
-    return lines
+        chosen = ("lr", "muon_lr", "k", "momentum", *(("steps", "batch_size") if row.enough else ()))
+        lines.append((
+            row.name, show_quality(runs), str(len(runs)), f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f}",
+            f"{state / first['weights']:.2f}", f"{first['peak_memory_bytes'] / 2**20:.0f}",
+            f"{1000 * first['step_seconds']:.1f}",
+            ", ".join(part for part in settings(first).split(", ") if part.split(" ")[0] in chosen),
+        ))  # fmt: skip
+    return markdown(heads, lines)
 
 
-def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
+def _energy(found: Finished) -> list[str]:
     """Modelled energy for a million tokens, and until what AdamW had at its end is reached."""
     named = {row.name: runs for row, runs in found}
     base, half = named.get(ADAMW), named.get(ADAMW_BF16)
@@ -164,7 +172,6 @@ def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     images = base[0].get("accuracy") is not None
     goal = mean(quality(r) for r in base)
     whole, whole_half = (mean(r["energy_model_joules"] for r in runs) if runs else None for runs in (base, half))
-    unit = "images" if images else "tokens"
 
     def per_million(runs: Sequence[dict]) -> float:
         return mean(1e6 * r["energy_model_joules"] / r["tokens"] for r in runs)
@@ -172,26 +179,31 @@ def _energy(found: Sequence[tuple[Row, list[dict]]]) -> list[str]:
     def times(joules: float | None, needed: float | None) -> str:
         return "" if joules is None or needed is None else f"{joules / needed:.2f}x"
 
-    asked = f"{100 * goal:.2f} %" if images else f"{goal:.4f}"
-    lines = ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {asked} as the mean of "
-             f"{len(base)} seeds, for {whole:.2f} J; a method has reached it at the first evaluation at which the mean "
-             "of its own, as many, is as good.", "",
-             f"| method | joules per million {unit} | fp32 AdamW's, times less | joules to the goal | "
-             "fp32 AdamW's, times less | bf16 AdamW's for all its steps, times less | measured |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = []
     for row, runs in found:
         needed = joules_to(runs, goal)
         reached = "not reached" if needed is None else f"{needed:.2f}"
         if len(runs) < len(base):  # AdamW's first seeds may have had an easier goal
             needed, reached = None, "seeds missing"
+        # Of runs side by side a counter gives the sum.
         measured = [j for r in runs if r.get("jobs") == 1 and (j := r.get("energy_measured_joules")) is not None]
-        lines.append(
-            f"| {row.name} | {per_million(runs):.2f} | {times(per_million(base), per_million(runs))} | "
-            f"{reached} | {times(whole, needed)} | "
-            f"{times(whole_half, needed)} | {f'{mean(measured):.1f} J' if measured else 'n/a'} |"
-        )
-    reasons = {r.get("energy_note", "").partition("measured: ")[2] for _, runs in found for r in runs} - {""}
-    beside = "of runs side by side a counter gives the sum (--jobs 1 takes them one by one)"
-    if any(r.get("energy_measured_joules") is not None and r.get("jobs") != 1 for _, runs in found for r in runs):
-        reasons = {f"n/a: {beside}"}
-    return [*lines, "", f"Measured: {'; '.join(sorted(reasons))}."] if reasons else lines
+        lines.append((
+            row.name, f"{per_million(runs):.2f}", times(per_million(base), per_million(runs)), reached,
+            times(whole, needed), times(whole_half, needed), f"{mean(measured):.1f} J" if measured else "n/a",
+        ))  # fmt: skip
+    asked = f"{100 * goal:.2f} %" if images else f"{goal:.4f}"
+    heads = ("method", f"joules per million {'images' if images else 'tokens'}", "fp32 AdamW's, times less",
+             "joules to the goal", "fp32 AdamW's, times less", "bf16 AdamW's for all its steps, times less",
+             "measured")  # fmt: skip
+    return ["", f"Energy, modelled. The goal is what fp32 AdamW has at its last step, {asked} as the mean of "
+            f"{len(base)} seeds, for {whole:.2f} J; a method has reached it at the first evaluation at which the mean "
+            "of its own, as many, is as good.", "", *markdown(heads, lines), *_why_not_measured(found)]  # fmt: skip
+
+
+def _why_not_measured(found: Finished) -> list[str]:
+    """What the runs say of their energy counters."""
+    records = [r for _, runs in found for r in runs]
+    reasons = {r.get("energy_note", "").partition("measured: ")[2] for r in records} - {""}
+    if any(r.get("energy_measured_joules") is not None and r.get("jobs") != 1 for r in records):
+        reasons = {"n/a: of runs side by side a counter gives the sum (--jobs 1 takes them one by one)"}
+    return ["", f"Measured: {'; '.join(sorted(reasons))}."] if reasons else []

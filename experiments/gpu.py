@@ -1,213 +1,247 @@
-"""On one GPU: the kernels' tests, bench.py and the full-size trainings, in pieces that can be done on different days.
+"""On one GPU: tests, benchmarks and trainings, in three parts that fit into a few minutes each.
 
-    python -m experiments.gpu tests         the kernels' tests, a file at a time
-    python -m experiments.gpu bench         bench.py: the kernels, then each training step
-    python -m experiments.gpu train         10.7 M weights on Tiny Shakespeare, a ViT on Imagenette: each tuned on a
-                                            held-out part, its winner trained with 3 seeds
-    python -m experiments.gpu report        redraw RESULTS.md
-    python -m experiments.gpu rehearsal     all of it at tiny sizes on this CPU, into a folder that is then removed
+    python -m experiments.gpu A               versions, kernel tests, bench.py kernels, steps of GFT and of AdamW
+    python -m experiments.gpu B --again tests a piece of A once more; then a profile, trainings of the 10.7 M model to
+                                              their end, GPT-2 small's shapes
+    python -m experiments.gpu C               a ViT on Imagenette at 160 x 160 pixels
+    python -m experiments.gpu A --rehearse    the same pieces at tiny sizes on this CPU
 
---minutes 7 ends after that time, status 75, and the same command goes on; 0 (the default) is no limit. A finished piece
-is a line of results/gpu/*.jsonl and is not done again: a test or a time until the code changes, a training ever. A
-training that was cut off goes on from its last checkpoint. Tables for people: results/gpu/*.txt.
+    --out DIR       the folder of all output (default results/gpu, of a rehearsal out/gpu)
+    --seconds N     when the part ends: what is running then is stopped, the rest is skipped (default: the sum of its
+                    pieces' limits)
+
+A part is a list of pieces. Each is a process with its own time limit; whatever happens to it, the next one runs. What
+it prints goes into DIR/PART.txt at once, and when it ends a line with its status and its last JSON line is added to
+DIR/PART.jsonl. `python -m experiments report` draws the table in RESULTS.md from these lines.
+
+Nothing is downloaded. Tiny Shakespeare and Imagenette are looked for in the folder that NANOGFT_DATA names.
 """
 
 import argparse
-import io
-import itertools
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-import bench
-from data.imagenette import CLASSES, FILE, FOLDER
-from experiments import steps
-from experiments.gpu_plan import ROWS, Piece, Plan
-from experiments.gpu_report import section, training_table
-from experiments.rows import SEEDS, Row, finals, tuning_cells
-from experiments.sweep import ROOT, Cell, Store, diverged
-from run.config import IMAGES
-from run.errors import DIVERGED, UserError
+from experiments.rows import markdown
+from experiments.sweep import ROOT, commit
 
 RESULTS = ROOT / "results" / "gpu"
-PARTS = ("tests", "bench", "train", "report", "rehearsal")
-UNFINISHED = 75  # EX_TEMPFAIL: the same command goes on
+GRACE = 10  # seconds between asking a piece to stop and killing it
+MISSING = "not measured"
+
+# The settings were chosen on a CPU: without dropout this model learns the text by heart, so longer runs end higher.
+TRAININGS = {
+    "AdamW": ("shakespeare_char_adamw", "--steps", "300", "--lr", "0.002"),
+    "GFT, momentum": ("shakespeare_char_memory", "--steps", "250", "--k", "0.3"),
+    "GFT, no momentum": ("shakespeare_char", "--steps", "300", "--k", "0.5"),
+}
+GPT2_BATCH = ("--batch_size", "4")
+GPT2 = {
+    "AdamW": ("gpt2_small_bench_adamw", *GPT2_BATCH),
+    "GFT, no momentum": ("gpt2_small_bench", *GPT2_BATCH),
+    "GFT, no momentum, update = backward": ("gpt2_small_bench", *GPT2_BATCH, "--update", "backward"),
+    "GFT, momentum": ("gpt2_small_bench", *GPT2_BATCH, "--momentum", "0.9"),
+}
+IMAGES = {
+    "AdamW": ("imagenette_adamw",),
+    "GFT, momentum": ("imagenette",),
+    "GFT, no momentum": ("imagenette", "--momentum", "0", "--k", "0.3"),
+}
+# Twenty steps under a rule without float arithmetic must end in the same weights on both backends.
+GAIN = ("shakespeare_char", "--rule", "gain", "--embedding_rule", "gain", "--steps", "20", "--compile", "false")
+TINY = ("--n_layer", "1", "--n_head", "2", "--d_model", "32", "--context", "16", "--batch_size", "4",
+        "--compile", "false", "--threads", "1", "--device", "cpu")  # fmt: skip
+TINY_RUN = (*TINY, "--data", "stdlib", "--tokenizer", "char", "--steps", "4", "--warmup", "0", "--eval_windows", "8")
 
 
-class OutOfTime(Exception):
-    """The minutes of this call are over; the same call goes on."""
+@dataclass(frozen=True)
+class Piece:
+    """One process: its name, what follows `python`, and the seconds it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
 
 
-class Deadline:
-    """When to stop: after `minutes`, or never with 0."""
+def parts(rehearse: bool = False) -> dict[str, list[Piece]]:
+    """The pieces of each part, the most important ones first."""
+    device = ("--device", "cpu", "--quick") if rehearse else ("--device", "cuda")
+    tests = ("tests/kernels", "--ignore", "tests/kernels/test_triton_compile.py", "-n", "7", "--dist", "loadfile")
+    tests = ("tests/kernels/test_tiles.py",) if rehearse else tests
 
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes if minutes else None
+    def train(name: str, arguments: Sequence[str], limit: float) -> Piece:
+        short = (*TINY_RUN, "--backend", "torch") if rehearse else ()
+        return Piece(name, ("train.py", *arguments, "--sample_tokens", "0", *short), limit)
 
-    def left(self) -> float | None:
-        """Seconds left, None if there is no limit. Raises OutOfTime."""
-        if self.end is None:
-            return None
-        if (seconds := self.end - time.monotonic()) <= 0:
-            raise OutOfTime
-        return seconds
+    def steps(name: str, arguments: Sequence[str], limit: float = 60) -> Piece:
+        return Piece(name, ("-m", "experiments.steps", *arguments, *(TINY if rehearse else ())), limit)
+
+    def characters(names: Sequence[str]) -> list[Piece]:
+        return [steps(f"step, 10.7 M: {name}", TRAININGS[name][:1]) for name in names]
+
+    return {
+        "A": [
+            Piece("versions", ("bench.py", "versions", "--json", *device), 60),
+            Piece("tests", ("-m", "pytest", "-q", "-rfE", "--tb=short", *tests), 130),
+            Piece("kernels", ("bench.py", "kernels", "--json", *device), 90),
+            *characters(("GFT, momentum", "AdamW", "GFT, no momentum")),
+        ],
+        "B": [
+            *(train(f"same weights: {backend}", (*GAIN, "--backend", backend), 60) for backend in ("triton", "torch")),
+            *(train(f"training: {name}", arguments, 120) for name, arguments in TRAININGS.items()),
+            steps("profile", ("--profile", *TRAININGS["GFT, momentum"][:1])),
+            *(steps(f"step, GPT-2 small: {name}", arguments) for name, arguments in GPT2.items()),
+        ],
+        "C": [train(f"images: {name}", arguments, 400) for name, arguments in IMAGES.items()],
+    }  # fmt: skip
 
 
-def run(command: Sequence[str], seconds: float | None) -> tuple[int, list[str]]:
-    """Run `python command`, showing its output; asked to stop after `seconds`. Returns status and lines of output.
+def run(piece: Piece, seconds: float, log) -> tuple[int, list[str]]:
+    """Run a piece, at most `seconds`; what it prints goes to the terminal and to `log` as it comes.
 
-    Raises OutOfTime if it was stopped.
+    Returns its exit status and its lines. A piece that is stopped has the negative number of the signal.
     """
-    arguments = [sys.executable, *command]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    stopped = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="nanogft-gpu-") as folder:
+        out = ("--out_dir", folder) if piece.command[0] == "train.py" else ()
+        process = subprocess.Popen(
+            [sys.executable, "-u", *piece.command, *out], cwd=ROOT, start_new_session=True, text=True,
+            encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        timers = [threading.Timer(seconds, _send, (process, signal.SIGINT)),
+                  threading.Timer(seconds + GRACE, _send, (process, signal.SIGKILL))]  # fmt: skip
+        for timer in timers:
+            timer.start()
+        lines = []
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+                log.flush()
+                lines.append(line.rstrip("\n"))
+            return process.wait(), lines
+        finally:
+            for timer in timers:
+                timer.cancel()
+            _send(process, signal.SIGKILL)  # what it started and left
 
-    def stop() -> None:
-        stopped.set()
-        process.send_signal(signal.SIGTERM)
 
-    timer = threading.Timer(seconds or 0, stop)
-    if seconds is not None:
-        timer.start()
-    lines = []
+def _send(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process and to all that it started."""
     try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line.rstrip("\n"))
-    finally:  # after Ctrl-C too: a training saves before it ends
-        timer.cancel()
-        status = process.wait()
-    if status and stopped.is_set():
-        raise OutOfTime
-    return status, lines
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
 
 
-def run_tests(plan: Plan, deadline: Deadline) -> int:
-    """Every file of kernel tests; returns 1 if one failed."""
-    done, outcomes, failed = plan.done("tests"), [], False
-    for path in sorted(ROOT.glob(plan.tests)):
-        piece = Piece(path.name, ("-m", "pytest", "-q", str(path.relative_to(ROOT))))
-        if done.get(piece) is None:
-            status, lines = run(piece.command, deadline.left())
-            if status:
-                failed = True
-                outcomes.append(f"{path.name}: FAILED, {lines[-1] if lines else f'status {status}'}")
-                continue
-            done.add(piece, {"outcome": lines[-1], "machine": bench.place(torch.device(plan.device))})
-        outcomes.append(f"{path.name}: {done.get(piece)['outcome']}")
-        plan.write("tests", "\n".join(outcomes))
-    plan.write("tests", "\n".join(outcomes))
-    print("\n".join(outcomes))
+def run_part(part: str, pieces: Sequence[Piece], out: Path, seconds: float) -> int:
+    """Run every piece; returns 1 if one of them failed or was skipped."""
+    end, failed = time.monotonic() + seconds, 0
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"{part}.txt").open("a", encoding="utf-8") as log, (out / f"{part}.jsonl").open("a") as results:
+        for piece in pieces:
+            begun = time.monotonic()
+            record = {"piece": piece.name, "command": piece.command, "commit": commit(), "status": "skipped"}
+            if (left := end - begun - GRACE) > 0:
+                print(f"\n== {piece.name}: {' '.join(piece.command)}", file=log, flush=True)
+                try:
+                    status, lines = run(piece, min(piece.limit, left), log)
+                    record |= {"status": status, "last": next((x for x in reversed(lines) if x.strip()), ""),
+                               "result": last_json(lines)}  # fmt: skip
+                except Exception as error:  # a piece must not stop the next one
+                    record |= {"status": f"{type(error).__name__}: {error}"}
+            record["seconds"] = round(time.monotonic() - begun, 1)
+            results.write(json.dumps(record) + "\n")
+            results.flush()
+            failed |= record["status"] != 0
+            print(f"== {piece.name}: status {record['status']}, {record['seconds']} s", flush=True)
     return int(failed)
 
 
-def run_bench(plan: Plan, deadline: Deadline) -> int:
-    """bench.py's kernels and each of its steps; returns 1 if a result was wrong or a step failed."""
-    done = plan.done("bench")
-    machine = bench.place(torch.device(plan.device))
-    kernels = Piece("kernels", ("bench.py", "kernels", "--json", "--device", plan.device, *plan.bench_options))
-    if done.get(kernels) is None:
-        status, lines = run(kernels.command, deadline.left())
-        if not lines or not lines[-1].startswith("{"):
-            raise UserError(f"bench.py kernels ended with status {status} and without its JSON")
-        done.add(kernels, {**json.loads(lines[-1]), "machine": machine})
-        plan.write("kernels", "\n".join(lines[:-1]))
-    status, rows = int(any(row["wrong"] for row in done.get(kernels)["kernels"])), []
-    for step in plan.step_cells:
-        arguments = (*step.arguments, "--device", plan.device)
-        piece = Piece(f"{step.model}: {step.method}", ("-m", "experiments.steps", *arguments))
-        named = {"model": step.model, "method": step.method}
-        if done.get(piece) is None:
-            failed, lines = run(piece.command, deadline.left())
-            if failed:
-                status = 1
-            else:
-                done.add(piece, {**named, "wrong": "", **json.loads(lines[-1]), "machine": machine})
-        rows.append(done.get(piece) or {**named, "wrong": f"status {failed}"})
-        tables = "\n\n".join(f"{what}\n{steps.step_table(rows, what)}" for what in ("step", "memory"))
-        plan.write("steps", tables)
-    print(tables)
-    return status
+def last_json(lines: Sequence[str]) -> dict | None:
+    """The last line that is a JSON object."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:  # cut off
+                continue
+    return None
 
 
-def run_training(plan: Plan, cell: Cell, store: Store, deadline: Deadline) -> None:
-    """Train one cell, or go on with it, and keep its result."""
-    if store.get(cell) is not None:
-        return
-    folder = plan.out / cell.key()
-    resume = ("--resume",) if (folder / "last.json").exists() else ()
-    status, lines = run(("train.py", *cell.arguments(), "--out_dir", str(folder), *resume), deadline.left())
-    if status == DIVERGED:  # as it would again
-        store.add(cell, diverged(cell.resolved()))
-    elif status:
-        raise UserError(f"`train.py {' '.join(cell.arguments())}` ended with status {status}; the same command goes on")
-    else:
-        store.add(cell, json.loads(lines[-1]))
-    shutil.rmtree(folder)
+def read(folder: Path) -> dict[str, dict]:
+    """The newest record of every piece that went well."""
+    found = {}
+    for path in sorted(folder.glob("[ABC].jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["status"] == 0:
+                found[record["piece"]] = record
+    return found
 
 
-def run_train(plan: Plan, deadline: Deadline) -> int:
-    """Tune every row on the held-out part, then train its winner with each seed on the part that is reported."""
-    store = plan.trainings()
-    for row in plan.rows:
-        for cell in tuning_cells(row, **plan.short):
-            run_training(plan, cell, store, deadline)
-    for seed in plan.seeds:
-        for row in plan.rows:
-            for cell in finals(row, store, (seed,), **plan.short):
-                run_training(plan, cell, store, deadline)
-    plan.write("train", training_table(plan))
-    print(training_table(plan))
-    return 0
+def section(folder: Path) -> list[str]:
+    """The GPU's part of RESULTS.md: "not measured" where there is no result."""
+    found = read(folder)
+    results = {name: record["result"] for name, record in found.items() if record["result"]}
+    versions = results.get("versions")
+    where = "{device}, torch {torch}, triton {triton}".format(**versions) if versions else "not measured yet"
+    hashes = [results.get(f"same weights: {b}", {}).get("weights_sha256") for b in ("triton", "torch")]
+    rows = [
+        ("kernel tests", found["tests"]["last"] if "tests" in found else MISSING),
+        ("20 steps under `gain`: the same weights on both backends",
+         MISSING if None in hashes else "yes" if hashes[0] == hashes[1] else "no"),
+        *_kernels(results.get("kernels")),
+    ]  # fmt: skip
+    for model, names in (("10.7 M", TRAININGS), ("GPT-2 small", GPT2)):
+        base = results.get(f"step, {model}: AdamW")
+        rows += [(f"a step, {model}, {n}", _step(results.get(f"step, {model}: {n}"), base)) for n in names]
+    rows += [(f"Tiny Shakespeare, 10.7 M weights, loss, {n}", _training(results.get(f"training: {n}"), "val_loss"))
+             for n in TRAININGS]  # fmt: skip
+    rows += [(f"Imagenette, ViT, accuracy, {n}", _training(results.get(f"images: {n}"), "accuracy")) for n in IMAGES]
+    return ["## On a GPU", "", f"`make gpu` ({where})", "", *markdown(("what", "measured"), rows), ""]
 
 
-def few_images(path: Path) -> None:
-    """An archive as Imagenette's, of grey squares: ten in each class to train on, one to validate."""
-    path.parent.mkdir(parents=True)
-    with tarfile.open(path, "w:gz") as archive:
-        for n, (split, wordnet_id) in enumerate(itertools.product(["train"] * 10 + ["val"], CLASSES)):
-            picture = io.BytesIO()
-            Image.new("L", (32, 32), 2 * n).save(picture, "JPEG")
-            member = tarfile.TarInfo(f"{FOLDER}/{split}/{wordnet_id}/{n}.JPEG")
-            member.size = picture.tell()
-            picture.seek(0)
-            archive.addfile(member, picture)
+def _kernels(result: dict | None) -> list[tuple[str, str]]:
+    """What bench.py measured of each kernel: against its floor, and against the usual way."""
+    if result is None:
+        return [("kernels against their floors", MISSING)]
+    lines = []
+    for row in result["kernels"]:
+        text = "wrong"
+        if not row["wrong"]:
+            usual = [f"{s / row['seconds']:.2f}x the speed of {name}" for name, s in row["usual_seconds"].items()]
+            text = ", ".join([f"{1e6 * row['seconds']:.1f} us", f"{row['of_floor']:.2f} of the floor", *usual])
+        lines.append((f"{row['kernel']}, {' x '.join(map(str, row['shape']))}", text))
+    return lines
 
 
-def rehearse() -> int:
-    """Every part at tiny sizes on the CPU, each twice: the second time there must be nothing left to do."""
-    tiny = {"n_layer": 1, "n_head": 2, "d_model": 32, "batch_size": 4, "steps": 6, "warmup": 0, "eval_every": 3,
-            "save_every": 3, "eval_windows": 8, "compile": "false", "threads": 1}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="gpu-rehearsal-") as name:
-        folder = Path(name)
-        few_images(folder / FILE.path)
+def _step(result: dict | None, base: dict | None) -> str:
+    """Time and memory of a step, beside AdamW's."""
+    if result is None:
+        return MISSING
+    speed, memory = result["tokens_per_second"], result["peak_memory_bytes"]
+    text = f"{1000 * result['step_seconds']:.2f} ms, {speed:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+    if base is None:
+        return text
+    speed, memory = speed / base["tokens_per_second"], memory / base["peak_memory_bytes"]
+    return f"{text} ({speed:.2f}x the speed, {memory:.2f}x the memory of AdamW)"
 
-        def few(row: Row) -> Row:
-            text = row.cells[0].resolved().data not in IMAGES
-            data = {"data": "stdlib", "context": 16} if text else {"data_dir": folder, "image_side": 32, "patch": 8}
-            return Row(row.name, row.target, tuple(cell.with_(**data) for cell in row.cells[:2]))
 
-        plan = Plan(folder, folder / "out", "cpu", "tests/kernels/test_triton_philox.py", ("--quick",), steps.QUICK_STEPS,
-                    [few(row) for row in ROWS], SEEDS[:1], tiny)  # fmt: skip
-        for attempt in ("first", "second"):
-            for part in (run_tests, run_bench, run_train):
-                begun = time.monotonic()
-                if status := part(plan, Deadline(0)):
-                    return status
-                print(f"rehearsal: {part.__name__}, {attempt} time, {time.monotonic() - begun:.1f} s", flush=True)
-        print("\n".join(section(plan)))
-    return 0
+def _training(result: dict | None, key: str) -> str:
+    """What a training ended at, and the energy it took where the card counts it."""
+    if result is None:
+        return MISSING
+    joules = result["energy_measured_joules"]
+    text = f"{result[key]:.4f} after {result['steps']:,} steps, {result['seconds']:.0f} s"
+    return f"{text}, {joules:.0f} J" if joules else text
 
 
 def main(argv: list[str]) -> int:
@@ -215,30 +249,18 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--minutes", type=float, default=0, help="end after this time (0: no limit)")
+    parser.add_argument("part", choices=("A", "B", "C"))
+    parser.add_argument("--again", nargs="*", default=[], metavar="PIECE", help="pieces of part A to run first")
+    parser.add_argument("--out", type=Path, help="the folder of all output")
+    parser.add_argument("--seconds", type=float, help="when the part ends")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     options = parser.parse_args(argv)
-    try:
-        if options.part == "rehearsal":
-            return rehearse()
-        if options.part == "report":
-            from experiments.__main__ import report
-
-            report()
-            return 0
-        if not torch.cuda.is_available():
-            raise UserError("torch finds no CUDA GPU here; `make gpu-rehearsal` does the same at tiny sizes on a CPU")
-        part = {"tests": run_tests, "bench": run_bench, "train": run_train}[options.part]
-        return part(Plan(RESULTS), Deadline(options.minutes))
-    except OutOfTime:
-        print(f"not finished after {options.minutes:g} minutes; the same command goes on from here", file=sys.stderr)
-        return UNFINISHED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print("\nstopped; finished pieces are kept, the same command goes on", file=sys.stderr)
-        return 130
+    chosen = parts(options.rehearse)
+    if unknown := set(options.again) - {piece.name for piece in chosen["A"]}:
+        parser.error(f"--again {unknown.pop()!r}: part A has {', '.join(piece.name for piece in chosen['A'])}")
+    pieces = [piece for piece in chosen["A"] if piece.name in options.again] + chosen[options.part]
+    out = options.out or (ROOT / "out" / "gpu" if options.rehearse else RESULTS)
+    return run_part(options.part, pieces, out, options.seconds or GRACE + sum(GRACE + p.limit for p in pieces))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a config at every combination of values, and show what came of it as a table and a plot.
 
     python -m experiments sweep shakespeare_char_small --k 0.3,0.5 --bits 4,6 --seeds 1,2,3
-    python -m experiments sweep mnist --bits 6 --memory none,int8 --steps 1000 --jobs 2
+    python -m experiments sweep mnist --bits 6 --momentum 0,0.9 --steps 1000 --jobs 2
     python -m experiments sweep shakespeare_char_small --int_layers "all;attention,mlp;mlp"
 
 CONFIG is a name from configs/ or a path; every key of `python train.py --help` can be given, with one value or several
@@ -24,23 +24,24 @@ from statistics import mean
 from typing import Any
 
 from experiments.plots import Panel, draw
+from experiments.rows import markdown
 from experiments.sweep import ROOT, Cell, Store, badness, drawn, run_cells, show_quality
 from run.config import FIELDS, IMAGES
-from run.errors import UserError
-from run.keys import convert, key, number, read_argv, refuse
+from run.errors import UserError, refuse
+from run.keys import convert, key, read_argv
 
 RESULTS = ROOT / "results" / "sweeps"
-TAKEN = {"seed": "--seeds 1,2,3", "resume": "the same command again goes on",
-         "out_dir": "runs are not kept, --out is the plot"}  # fmt: skip
+TAKEN = {"seed": "write --seeds 1,2,3", "resume": "the same command again goes on",
+         "out_dir": "runs are not kept, --out is the plot", "print_config": "train.py prints a config"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Options:
     """What is about the sweep and not about a run."""
 
-    seeds: str = key("1", "sweep", "seeds, separated by commas")
-    jobs: int = key(2, "sweep", "runs side by side", low=1, high=256)
-    out: str = key("", "sweep", "the plot's file")
+    seeds: str = key("1", "seeds, separated by commas", group="sweep")
+    jobs: int = key(2, "runs side by side", (1, 256))
+    out: str = key("", "the plot's file")
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,23 @@ class Sweep:
 def parse(argv: Sequence[str]) -> tuple[Sweep, Options]:
     """The sweep a command line asks for. Raises UserError(code=2) naming every problem."""
     own = {f.name: f for f in fields(Options)}
-    config, given, flags, problems = read_argv(argv, FIELDS | own)
-    if config is None:
-        problems.append("no config named; write `python -m experiments sweep CONFIG --key value,value`")
-    problems += [f"--{k}: a sweep has this in its own hands; {remedy}" for k, remedy in TAKEN.items() if k in given]
-    problems += [f"--{flag}: not of a sweep" for flag in flags]
-    options = {}
-    for k, f in own.items():
+    given, words = read_argv(argv, FIELDS | own, "-m experiments sweep", "")
+    problems = [] if len(words) == 1 else ["name one config: `python -m experiments sweep CONFIG --key value,value`"]
+    values, options = {}, {}
+    for k, text in {"seeds": "1", **given}.items():
         try:
-            options[k] = convert(f, number(f, given.pop(k, str(f.default))))
+            if k in TAKEN:
+                problems.append(f"--{k}: a sweep sets this itself; {TAKEN[k]}")
+            elif k in ("jobs", "out"):
+                options[k] = convert(own[k], text)
+            elif k in own or k in FIELDS:
+                values[k] = once(FIELDS["seed" if k == "seeds" else k], split(text))
+            else:
+                values[k] = (text,)  # an unknown key, which the config refuses
         except ValueError as error:
-            problems.append(f"--{k}: {error}")
+            problems.append(f"--{k} {text}: {error}")
     refuse(problems)
-    values = {k: once(FIELDS[k], split(text)) for k, text in given.items()}
-    sweep = Sweep(config, values, once(FIELDS["seed"], split(options["seeds"])))
-    if empty := [k for k, values in (sweep.values | {"seeds": sweep.seeds}).items() if "" in values or not values]:
-        refuse([f"--{k}: an empty value; write values between commas, as in --k 0.3,0.5" for k in empty])
+    sweep = Sweep(words[0], seeds=values.pop("seeds"), values=values)
     for _, cells in sweep.points():
         cells[0].resolved()
     return sweep, Options(**options)
@@ -98,10 +100,12 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def once(f: Field, texts: Sequence[str]) -> tuple[str, ...]:
-    """Each value of f once, in its first spelling: 0.10 is 0.1."""
+    """Each value of f once, in its first spelling: 0.10 is 0.1. Raises ValueError for an empty or forbidden one."""
+    if "" in texts:
+        raise ValueError("an empty value; write values between commas, as in --k 0.3,0.5")
     first: dict[Any, str] = {}
     for text in texts:
-        first.setdefault(number(f, text), text)
+        first.setdefault(convert(f, text), text)
     return tuple(first.values())
 
 
@@ -111,16 +115,15 @@ def table(sweep: Sweep, store: Store) -> str:
     rows = [(shown, runs) for shown, runs in rows if runs]
     measure = "val loss, last step" if rows[0][1][0].get("accuracy") is None else "accuracy, last step"
     best = min(mean(badness(r) for r in runs) for _, runs in rows)
-    heads = [*sweep.swept, measure, "seeds", "flips per weight and step", "seconds"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for shown, runs in rows:
         text = show_quality(runs)
         whole = [r for r in runs if not r.get("diverged")]
         rest = ("", "") if not whole else (f"{mean(r['flips_per_weight_per_step'] for r in whole):.4f}",
                                            f"{mean(r['seconds'] for r in whole):.0f}")  # fmt: skip
         text = f"**{text}**" if mean(badness(r) for r in runs) == best and len(rows) > 1 else text
-        lines.append(f"| {' | '.join((*shown.values(), text, str(len(runs)), *rest))} |")
-    return "\n".join(lines)
+        lines.append((*shown.values(), text, str(len(runs)), *rest))
+    return "\n".join(markdown([*sweep.swept, measure, "seeds", "flips per weight and step", "seconds"], lines))
 
 
 def panel(sweep: Sweep, store: Store) -> Panel:

@@ -1,6 +1,6 @@
 """Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
 
-Integer layers have 6 bits and no memory. The character model (300 steps of 24 windows) is judged by its loss, the ViT
+Integer layers have 6 bits and no momentum. The character model (300 steps of 24 windows) is judged by its loss, the ViT
 (Imagenette, 64 x 64 pixels, two epochs) by its accuracy too: short runs, to compare choices. Nothing is tuned here: k
 is that of the config, the learning rate that of AdamW's own row, on the text 24e-3 brought to batches of 24, for every
 choice. State is what AdamW keeps for its layers.
@@ -12,7 +12,7 @@ the text and a point on the images, leaving the first layer to it nothing.
 
 from statistics import mean
 
-from experiments.rows import Row, finished_groups, make_row, train_groups
+from experiments.rows import Finished, Row, grouped_tables, make_row, markdown, train_groups
 from experiments.sweep import Store, show_quality, spread
 
 LM = {"steps": 300, "batch_size": 24, "lr": 0.016, "lr_end": 0.0, "warmup": 30, "weight_decay": 0.1}
@@ -24,8 +24,8 @@ CHOICES = ("all", "{first},attention,mlp", "attention,mlp,head", "attention,mlp"
 def group(config: str, first: str, common: dict) -> tuple[Row, ...]:
     """Rows of a net whose first layers are of kind `first`: every choice, and all in fp32."""
     choices = [choice.format(first=first) for choice in CHOICES]
-    rows = [make_row(choice, "", config, common | {"int_layers": choice}, {}) for choice in choices]
-    return (*rows, make_row("none (AdamW)", "", config, common | {"method": "adamw"}, {}))
+    rows = [make_row(choice, config, common | {"int_layers": choice}, {}) for choice in choices]
+    return (*rows, make_row("none (AdamW)", config, common | {"method": "adamw"}, {}))
 
 
 GROUPS = {
@@ -41,17 +41,17 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
 
 def table(store: Store, threads: int = 1) -> str:
     """A table for each net as markdown, of the choices that are in the store."""
-    lines = []
-    for title, _, found in finished_groups(GROUPS, store, threads):
-        images = found[0][1][0].get("accuracy") is not None
-        heads = ["integer layers", "val loss, last step", *(["accuracy, last step"] if images else []), "seeds",
-                 "weights changed, share of all in a step", "integer weights, bytes", "float weights, bytes",
-                 "optimizer state, bytes"]  # fmt: skip
-        lines += ["", f"### {title}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for row, runs in found:
-            cells = [row.name.replace(",", ", "), spread([r["val_loss"] for r in runs]),
-                     *([show_quality(runs)] if images else []), str(len(runs)),
-                     f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f}",
-                     *(f"{runs[0][key]:,}" for key in BYTES)]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines).strip() or "Nothing is finished yet."
+    return grouped_tables(GROUPS, store, threads, _lines)
+
+
+def _lines(found: Finished) -> list[str]:
+    images = found[0][1][0].get("accuracy") is not None
+    heads = ["integer layers", "val loss, last step", *(["accuracy, last step"] if images else []), "seeds",
+             "weights changed, share of all in a step", "integer weights, bytes", "float weights, bytes",
+             "optimizer state, bytes"]  # fmt: skip
+    return markdown(heads, [
+        (row.name.replace(",", ", "), spread([r["val_loss"] for r in runs]), *([show_quality(runs)] if images else []),
+         str(len(runs)), f"{mean(r['flips_per_weight_per_step'] for r in runs):.3f}",
+         *(f"{runs[0][key]:,}" for key in BYTES))
+        for row, runs in found
+    ])  # fmt: skip

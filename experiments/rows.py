@@ -4,7 +4,7 @@ A row that has one cell needs no tuning: what it says is known from another tabl
 another one reaches (`enough`) takes, of its cells that are as good on the held-out part, the one of least energy.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,26 +13,29 @@ from experiments.sweep import Cell, Store, badness, best_of, run_cells, show_qua
 SEEDS = (1, 2, 3)
 # What the tables show elsewhere, or what says nothing about the result.
 HIDDEN = {"eval_on", "seed", "threads", "method", "bits", "sample_tokens", "eval_every"}
+NOTHING_YET = "Nothing is finished yet."
 # Overrides of a quick run.
 QUICK = {"steps": 8, "warmup": 0, "batch_size": 16, "compile": "false", "n_layer": 1, "n_head": 2, "d_model": 32,
          "eval_windows": 20}  # fmt: skip
-USUAL = {"shakespeare_char_small": ("--steps", "500")}  # and what every row of a config has
+USUAL = {"shakespeare_char_small": ("--steps", "500")}  # an override that every row of a config has
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its name, the target it has, and the cells its settings are chosen from."""
+    """A row of the table: its name, and the cells its settings are chosen from."""
 
     name: str
-    target: str  # must and aim
     cells: tuple[Cell, ...]
     tuned_with: tuple[tuple[str, object], ...] = ()  # overrides while tuning: long runs are tuned on shorter ones
     enough: Cell | None = None  # whose loss (of images accuracy) on the held-out part is enough
 
 
-def make_row(name: str, target: str, config: str, common: dict, *choices: dict, **more: Any) -> Row:
+Finished = Sequence[tuple[Row, list[dict]]]  # rows with the results of their winner, one a seed
+
+
+def make_row(name: str, config: str, common: dict, *choices: dict, **more: Any) -> Row:
     """A row of `config` with `common` settings and one of `choices` each."""
-    return Row(name, target, tuple(Cell(name, config).with_(**common | choice) for choice in choices), **more)
+    return Row(name, tuple(Cell(name, config).with_(**common | choice) for choice in choices), **more)
 
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
@@ -107,23 +110,32 @@ def finished(
             yield row, runs
 
 
-def finished_groups(
-    groups: Mapping[str, Sequence[Row]], store: Store, threads: int
-) -> Iterator[tuple[str, Sequence[Row], list[tuple[Row, list[dict]]]]]:
-    """Title, rows, and the finished ones with their results, of every table that has any."""
+def grouped_tables(
+    groups: Mapping[str, Sequence[Row]], store: Store, threads: int, lines_of: Callable[[Finished], list[str]]
+) -> str:
+    """For every group with finished rows its title as a heading, then `lines_of` these rows, as markdown."""
+    lines = []
     for title, rows in groups.items():
         if found := list(finished(rows, store, threads=threads)):
-            yield title, rows, found
+            lines += ["", f"### {title}", "", *lines_of(found)]
+    return "\n".join(lines).strip() or NOTHING_YET
 
 
 def tuning_table(store: Store) -> str:
     """Every cell tried while tuning, with what it reached on the held-out part."""
     tuned = [r for r in store.done.values() if r["eval_on"] == "tune"]
     measures = dict.fromkeys("loss" if r.get("accuracy") is None else "accuracy" for r in tuned)
-    lines = [f"| row | settings | {' or '.join(measures)} on the held-out part |", "|---|---|---|"]
-    for record in tuned:
-        lines.append(f"| {record['label']} | {settings(record)} | {show_quality([record])} |")
-    return "\n".join(lines)
+    heads = ["row", "settings", f"{' or '.join(measures)} on the held-out part"]
+    return "\n".join(markdown(heads, [(r["label"], settings(r), show_quality([r])) for r in tuned]))
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in markdown."""
+    return [_line(heads), "|---" * len(heads) + "|", *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def settings(record: dict) -> str:

@@ -1,9 +1,10 @@
 """Training steps on random tokens: time, and the peak of memory. bench.py shows them.
 
     python -m experiments.steps shakespeare_char --bits 4      any config, any key of train.py; prints one line of JSON
+    python -m experiments.steps --profile shakespeare_char     what five steps spend their time on
 
 A step is train.py's own, compiled if the config's run would be. Each is measured in a process of its own, because a
-peak of memory is a process's; on a GPU it is that of the steps alone, without compiling and tuning.
+peak of memory is a process's; on a GPU it is that of the steps alone, without compiling.
 """
 
 import json
@@ -39,22 +40,21 @@ class Step:
 
 
 CHARACTERS, GPT2, SMALLEST = "characters, 10.7 M weights", "GPT-2 small, 124 M weights", "characters, 0.8 M weights"
-RIVAL = "AdamW, bf16"
-IN_BACKWARD = ("--flip_at", "backward")
+BASELINE = "AdamW, bf16"
 FULL_STEPS = (
-    Step(CHARACTERS, RIVAL, ("shakespeare_char_adamw",)),
-    Step(CHARACTERS, "GFT, no memory", ("shakespeare_char",)),
-    Step(CHARACTERS, "GFT, int8 memory", ("shakespeare_char_memory",)),
-    Step(GPT2, RIVAL, ("gpt2_small_bench_adamw",)),
-    Step(GPT2, "GFT, no memory", ("gpt2_small_bench",)),
-    Step(GPT2, "GFT, no memory, flips in backward", ("gpt2_small_bench", *IN_BACKWARD)),
-    Step(GPT2, "GFT, int8 memory", ("gpt2_small_bench", "--memory", "int8")),
+    Step(CHARACTERS, BASELINE, ("shakespeare_char_adamw",)),
+    Step(CHARACTERS, "GFT, no momentum", ("shakespeare_char",)),
+    Step(CHARACTERS, "GFT, momentum", ("shakespeare_char_memory",)),
+    Step(GPT2, BASELINE, ("gpt2_small_bench_adamw",)),
+    Step(GPT2, "GFT, no momentum", ("gpt2_small_bench",)),
+    Step(GPT2, "GFT, no momentum, update = backward", ("gpt2_small_bench", "--update", "backward")),
+    Step(GPT2, "GFT, momentum", ("gpt2_small_bench", "--momentum", "0.9")),
 )
 AS_WRITTEN = ("--compile", "false")
 SMALL_STEPS = (
-    Step(SMALLEST, RIVAL, ("shakespeare_char_small_adamw", "--precision", "bf16", *AS_WRITTEN)),
-    Step(SMALLEST, "GFT, no memory", ("shakespeare_char_small", *AS_WRITTEN)),
-    Step(SMALLEST, "GFT, int8 memory", ("shakespeare_char_small", "--memory", "int8", *AS_WRITTEN)),
+    Step(SMALLEST, BASELINE, ("shakespeare_char_small_adamw", "--precision", "bf16", *AS_WRITTEN)),
+    Step(SMALLEST, "GFT, no momentum", ("shakespeare_char_small", *AS_WRITTEN)),
+    Step(SMALLEST, "GFT, momentum", ("shakespeare_char_small", "--momentum", "0.9", *AS_WRITTEN)),
 )
 TINY = ("--n_layer", "1", "--n_head", "2", "--d_model", "32", "--context", "16", "--batch_size", "4")
 QUICK_STEPS = tuple(Step("one small layer", s.method, (*s.arguments, *TINY)) for s in SMALL_STEPS[:2])
@@ -111,24 +111,20 @@ def bench_steps(steps: Sequence[Step], device: torch.device) -> list[dict]:
     return rows
 
 
-def step_table(rows: Sequence[dict], what: str) -> str:
-    """Time ("step") or peak memory ("memory") of each step beside its model's AdamW, for people."""
-    columns = f"{'ms a step':>9}{'tokens/s':>11}" if what == "step" else f"{'peak, MiB':>9}"
-    lines = [f"{'model':28}{'method':36}{columns}   against AdamW"]
+def step_table(rows: Sequence[dict]) -> str:
+    """Time and peak memory of each step beside its model's AdamW, for people."""
+    lines = [f"{'model':28}{'method':38}{'ms a step':>9}{'tokens/s':>11}{'peak, MiB':>11}   against AdamW"]
     for row in rows:
-        start = f"{row['model']:28}{row['method']:36}"
+        start = f"{row['model']:28}{row['method']:38}"
         if row["wrong"]:
             lines.append(f"{start}FAILED, so no number")
             continue
-        rivals = [r for r in rows if (r["model"], r["method"]) == (row["model"], RIVAL) and not r["wrong"]]
-        if what == "step":
-            numbers = f"{1000 * row['step_seconds']:9.2f}{row['tokens_per_second']:11.0f}"
-            ratios = [f"{row['tokens_per_second'] / r['tokens_per_second']:.2f}x its speed" for r in rivals]
-        else:
-            numbers = f"{row['peak_memory_bytes'] / 2**20:9.0f}"
-            ratios = [f"{row['peak_memory_bytes'] / r['peak_memory_bytes']:.2f}x its memory" for r in rivals]
-        compiled = [] if row["environment"]["compile"] else ["not compiled"]
-        lines.append(f"{start}{numbers}   {', '.join(ratios + compiled)}")
+        base = [r for r in rows if (r["model"], r["method"]) == (row["model"], BASELINE) and not r["wrong"]]
+        notes = [f"{row['tokens_per_second'] / r['tokens_per_second']:.2f}x its speed, "
+                 f"{row['peak_memory_bytes'] / r['peak_memory_bytes']:.2f}x its memory" for r in base]  # fmt: skip
+        notes += [] if row["environment"]["compile"] else ["not compiled"]
+        lines.append(f"{start}{1000 * row['step_seconds']:9.2f}{row['tokens_per_second']:11.0f}"
+                     f"{row['peak_memory_bytes'] / 2**20:11.0f}   {', '.join(notes)}")  # fmt: skip
     return "\n".join(lines)
 
 

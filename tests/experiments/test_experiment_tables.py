@@ -15,7 +15,7 @@ def result(cell) -> dict:
     """A run that takes no time: less loss, and more accuracy, for small k and lr and for seed 1."""
     cfg = cell.resolved()
     value = 0.1 * (cfg.k if cfg.method == "gft" else cfg.lr) + 0.01 * cfg.seed
-    state = {"gft": cfg.memory == "int8", "signsgd": 0, "sgd": 4}.get(cfg.method, 8)
+    state = {"gft": cfg.momentum > 0, "signsgd": 0, "sgd": 4}.get(cfg.method, 8)
     pictures = cfg.data in ("mnist", "imagenette")
     whole = cfg.method == "gft"
     return {
@@ -79,10 +79,12 @@ def test_rows_are_tuned_on_the_held_out_part_and_judged_on_the_other(module, ran
 
 def test_images_table(ran, run_quietly, tmp_path):
     text = run_quietly(images, Store(tmp_path / "r.jsonl"))
-    assert ("| AdamW, fp32 | 97.99 ± 1.00 % | 3 | +0.00 |  | 8 | 1.0000 | 4,000 | 8,000 | "
+    assert ("| AdamW, fp32 | 97.99 ± 1.00 % | 3 | +0.00 | 8 | 1.0000 | 4,000 | 8,000 | "
             "batch_size 256, lr 0.001, steps 4700 |") in text
-    assert ("| 6 bits, int8 memory | 97.50 ± 1.00 % | 3 | -0.49 | 98.0 / 98.6 | 4 | 0.0250 | 750 | 1,000 | "
-            "batch_size 1024, k 0.05, rule balanced, steps 2350 |") in text
+    assert ("| 6 bits, momentum | 97.50 ± 1.00 % | 3 | -0.49 | 4 | 0.0250 | 750 | 1,000 | "
+            "batch_size 1024, k 0.05, momentum 0.9, rule balanced, steps 2350 |") in text
+    assert "| 6 bits, no momentum | 96.50 ± 1.00 % | 3 |" in text and "momentum 0 " not in text
+    assert "crop_min 1.0" not in text and "crop_min 1.0" in images.tuning_table(Store(tmp_path / "r.jsonl"))
 
 
 def test_images_are_chosen_by_accuracy_and_an_unfinished_row_is_left_out(tmp_path):
@@ -116,13 +118,13 @@ def test_alternatives_count_state_energy_and_the_way_to_adamws_loss(ran, run_qui
         {line.split("|")[1].strip(): line.split("|") for line in part.splitlines() if line.startswith("| ")}
         for part in lm.split("Energy")[:2]
     )
-    names = ("AdamW", "SGD, momentum 0.9", "signSGD", "GFT, 6 bits", "GFT, 6 bits, int8 memory")
+    names = ("AdamW", "SGD, momentum 0.9", "signSGD", "GFT, 6 bits", "GFT, 6 bits, momentum")
     assert [methods[name][5].strip() for name in names] == ["12.00", "8.00", "4.00", "1.00", "2.00"]
     cells = {name: [part.strip() for part in row[2:7]] for name, row in energy.items()}
     assert cells["AdamW"] == ["30000.00", "1.00x", "1500.00", "1.00x", "0.67x"]
     assert cells["AdamW, bf16"] == ["20000.00", "1.50x", "1000.00", "1.50x", "1.00x"]
     assert cells["GFT, 6 bits"] == ["10000.00", "3.00x", "not reached", "", ""]
-    assert cells["GFT, ternary, int8 memory"] == ["10000.00", "3.00x", "500.00", "3.00x", "2.00x"]
+    assert cells["GFT, ternary, momentum"] == ["10000.00", "3.00x", "500.00", "3.00x", "2.00x"]
     assert cells["Muon, bf16, as few as it takes"] == ["20000.00", "1.50x", "600.00", "2.50x", "1.67x"]
     assert "muon_lr 0.048, steps 300" in methods["Muon, bf16, as few as it takes"][8]
     assert "joules per million images" in mnist
@@ -197,7 +199,7 @@ def test_only_what_has_results_is_in_the_report(ran, tmp_path, monkeypatch, caps
 
 def test_enough_is_the_least_energy_that_is_as_good(ran, tmp_path):
     store, goal = Store(tmp_path / "r.jsonl"), Cell("goal", "mnist").with_(steps=400)
-    row = make_row("r", "", "mnist", {}, {"steps": 100}, {"steps": 300}, {"steps": 200}, enough=goal)
+    row = make_row("r", "mnist", {}, {"steps": 100}, {"steps": 300}, {"steps": 200}, enough=goal)
     assert [c.resolved().steps for c in to_tune(row)] == [100, 300, 200, 400]
     for cell, accuracy in zip(to_tune(row), (0.90, 0.95, 0.94, 0.93), strict=True):
         store.add(cell, result(cell) | {"accuracy": accuracy})
@@ -219,7 +221,7 @@ def test_a_run_that_diverged_is_shown(module, ran, run_quietly, tmp_path):
 
 
 def test_a_quick_run_keeps_something_to_tune():
-    rows = [make_row(name, "", "mnist", {}, {"k": 0.1}, {"k": 0.2}, {"k": 0.3}) for name in "ab"]
+    rows = [make_row(name, "mnist", {}, {"k": 0.1}, {"k": 0.2}, {"k": 0.3}) for name in "ab"]
     assert [len(row.cells) for row in shortened(rows)] == [2, 1] and not to_tune(shortened(rows)[1])
 
 

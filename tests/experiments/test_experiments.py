@@ -114,7 +114,7 @@ def test_small_tunes_on_the_held_out_part_and_reports_on_the_other(tmp_path, mad
     finals = [c for c in made_up if c.resolved().eval_on == "val"]
     assert len(tuned) == sum(len(row.cells) for row in small.ROWS)
     assert len(finals) == 3 * len(small.ROWS) and {c.resolved().seed for c in finals} == {1, 2, 3}
-    row = next(r for r in small.ROWS if r.name == "GFT, 4 bits, no memory")
+    row = next(r for r in small.ROWS if r.name == "GFT, 4 bits, no momentum")
     winners = {c.resolved().k for c in finals if c.label == row.name}
     assert winners == {min(c.resolved().k for c in row.cells)}
     text = small.table(store)
@@ -134,7 +134,7 @@ def test_report_is_drawn_from_the_store(tmp_path, made_up, monkeypatch, capsys):
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     assert program.main(["speed"]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "python -m experiments speed" in text and "100.0" in text and "Not measured" in text
+    assert "python -m experiments speed" in text and "100.0" in text and "not measured" in text
     assert "(torch t, Processor 2 and Processor 3, 1 thread(s) a run" in text, "of runs that say where they were made"
     made_up.clear()
     assert program.main(["speed"]) == 0 and not made_up

@@ -95,15 +95,15 @@ def test_a_plot_has_a_line_for_each_combination_of_the_other_keys(ran, tmp_path,
 
 
 WRONG = {
-    "no config": ("--k 0.1,0.2", "no config named"),
-    "unknown key": ("mnist --kk 0.1", "unknown key --kk; did you mean --k"),
+    "no config": ("--k 0.1,0.2", "name one config"),
+    "unknown key": ("mnist --kk 0.1", "unknown key kk; did you mean k"),
     "seed": ("mnist --seed 1,2", "--seeds 1,2,3"),
     "out_dir": ("mnist --out_dir x", "--out is the plot"),
-    "jobs": ("mnist --jobs 0", "--jobs: must be a whole number from 1"),
-    "empty value": ("mnist --k 0.1,", "--k: an empty value"),
+    "jobs": ("mnist --jobs 0", "--jobs 0: must be a whole number from 1"),
+    "empty value": ("mnist --k 0.1,", "--k 0.1,: an empty value"),
     "bad value": ("mnist --bits 4,9", "must be a whole number from 1 to 8"),
-    "bad seed": ("mnist --seeds one", "--seed one"),
-    "flag": ("mnist --print-config", "not of a sweep"),
+    "bad seed": ("mnist --seeds one", "--seeds one: must be a whole number"),
+    "flag": ("mnist --print-config", "train.py prints a config"),
 }
 
 
