@@ -25,13 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from run.errors import UserError
 from run.keys import closest
 from sample import CHECKPOINTS, choose_device, emit, find_folder, out_of_memory
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -160,6 +159,8 @@ def classify(
 
     Of equally likely classes the one of the lower number goes first.
     """
+    import numpy as np
+
     images = images_of(files_of(paths, skip), classifier.side, classifier.channels, skip)
     while batch := list(islice(images, classifier.batch)):
         files, pixels = zip(*batch, strict=True)

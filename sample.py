@@ -21,13 +21,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.tokenizers import Tokenizer, tokenizer_from_json
 from run.errors import UserError
 from run.keys import closest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from data.tokenizers import Tokenizer
 
 CHECKPOINTS = ("last", "best", "previous")  # run.checkpoint.LOADED
 PREFILL = 512  # prompt tokens fed at once: memory grows with its square, not with the prompt's
@@ -217,6 +218,7 @@ def choose_device(wanted: str) -> tuple[str, str]:
 
 def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokenizer, str]:
     """The net, its tokenizer and a line that says which checkpoint they are; UserError if it cannot be used."""
+    from data.tokenizers import tokenizer_from_json
     from model import ModelConfig, make_net
     from run import checkpoint
     from run.config import from_dict

@@ -272,7 +272,7 @@ import sys, predict
 try:
     predict.main({words!r})
 finally:
-    print({{"torch", "PIL"}} & set(sys.modules), file=sys.stderr)
+    print({{"torch", "numpy", "PIL"}} & set(sys.modules), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("set()\n"), done.stderr
