@@ -1,16 +1,20 @@
 """Where and how a run computes: device, backend, compilation, threads; what was chosen and why."""
 
-import ctypes
 import os
 import platform
-import resource
+import sys
 from dataclasses import dataclass
 
 import torch
 
+from kernels import backend, fuse
 from run.config import Config
 from run.errors import UserError
-from kernels import backend, fuse
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 STEPS_WORTH_COMPILING = 300  # compiling takes about as long as it saves in that many small steps
 
@@ -85,7 +89,7 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if cfg.compile == "true":
         if missing:
             raise UserError(f"compile = true: {why_missing}; install g++ and Python's headers, or use --compile false")
-        if problem := fuse.trial():
+        if problem := fuse.trial(device):
             raise UserError(f"compile = true: torch.compile does not work here ({problem}); use --compile false")
         return True, "as asked"
     if cfg.compile == "false":
@@ -94,9 +98,9 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
         return False, f"because {why_missing}"
     if cfg.steps < STEPS_WORTH_COMPILING:
         return False, f"because {cfg.steps} steps are too few to earn it back"
-    if problem := fuse.trial():
+    if problem := fuse.trial(device):
         return False, f"because torch.compile does not work here ({problem})"
-    return True, "because a compiler is there (the first step takes a minute, later runs find its work cached)"
+    return True, "because torch.compile works here (the first step takes a minute, later runs find its work cached)"
 
 
 def keep_freed_memory() -> None:
@@ -104,6 +108,10 @@ def keep_freed_memory() -> None:
 
     Otherwise large tensors are mapped anew each time, and the kernel hands out (and clears) 15,000 pages a step.
     """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
@@ -118,22 +126,33 @@ def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device
     what a backward pass keeps of each token and layer. Systems that promise more memory than they have kill a process
     without a word, so this is asked before.
     """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if device.type != "cpu":
+    free = _free_bytes()
+    if free is None or device.type != "cpu":
         return
     weights = cfg.n_layer * (12 if cfg.model == "transformer" else 1) * cfg.d_model**2 + 2 * outputs * cfg.d_model
-    per_weight = (1 if cfg.memory == "none" else 2) if cfg.method == "gft" else 16
     tokens = cfg.batch_size // cfg.grad_accum * positions
     activations = cfg.n_layer * cfg.d_model * (40 if cfg.model == "transformer" else 4)
-    need = weights * per_weight + tokens * (activations + outputs * 8)
+    need = weights * _bytes_per_weight(cfg) + tokens * (activations + outputs * 8)
     if need > free:
         raise UserError(f"out of memory: this run needs at least {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
                         "free; a smaller --batch_size, --d_model or --n_layer needs less, and so does --grad_accum 2 "
                         "or more")  # fmt: skip
+
+
+def _bytes_per_weight(cfg: Config) -> int:
+    """Memory of a weight and what belongs to it, the least there is while a step is made."""
+    if cfg.method == "gft":
+        return 1 + (cfg.momentum > 0) + 4 * (cfg.update == "step")  # the weight, its momentum, its int32 votes
+    return {"signsgd": 8, "sgd": 12, "muon": 12}.get(cfg.method, 16)  # fp32: weight, gradient, moments
+
+
+def _free_bytes() -> int | None:
+    """Memory that can still be had, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def processor(device: torch.device) -> str:
@@ -147,12 +166,14 @@ def processor(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by torch on a GPU, by the process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory held so far: by torch on a GPU, by the process on a CPU; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resident_bytes() -> int | None:

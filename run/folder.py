@@ -1,0 +1,58 @@
+"""The folder of a run: which one it is, and the lock that keeps a second run out of it."""
+
+import glob
+import re
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from run import checkpoint
+from run.config import Config
+from run.errors import UserError
+
+
+def choose_folder(cfg: Config) -> tuple[Path, FileLock]:
+    """The run's folder, and its lock, which is held until it is released or the process ends.
+
+    Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no --out_dir of its own;
+    a resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
+    """
+    first = Path(cfg.out_dir or Path("out", cfg.name))
+    folders = [first] if cfg.out_dir else _numbered(first)
+    used = [folder for folder in folders if _has_run(folder)]
+    if cfg.resume and not used:
+        remedy = "start one without --resume, or name its --out_dir"
+        raise UserError(f"--resume {cfg.resume}: {first} holds no run; {remedy}")
+    for folder in used[-1:] if cfg.resume else [folder for folder in folders if folder not in used]:
+        if lock := _lock(folder):
+            return folder, lock
+        if cfg.out_dir or cfg.resume:
+            raise UserError(f"another run is writing into {folder}; wait for it, or choose another --out_dir")
+    raise UserError(f"{first} already holds a run; --resume goes on with it, another --out_dir starts anew")
+
+
+def _numbered(first: Path) -> list[Path]:
+    """first, first-2, first-3, ... up to one more than there is."""
+    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{glob.escape(first.name)}-*"))
+    last = max([2, *(int(ending[1]) + 1 for ending in endings if ending)])
+    return [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, last + 1))]
+
+
+def _lock(folder: Path) -> FileLock | None:
+    """The lock of `folder`, which is made if need be; None if another run holds it. Raises UserError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:  # the second where a file system has no locks
+        raise UserError(
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}; "
+            "make it a writable folder or choose another --out_dir"
+        ) from None
+    return lock
+
+
+def _has_run(folder: Path) -> bool:
+    return any(checkpoint.exists(folder, name) for name in checkpoint.LOADED)

@@ -1,0 +1,158 @@
+"""What a run computes with: what is chosen and why, memory, and systems that are not POSIX."""
+
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import backend, fuse
+from run import device as runtime
+from run.config import Config, load
+from run.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Fusing and the backend, which `choose` sets for the process, as the test found them."""
+    fusing = fuse.enabled()
+    yield
+    fuse.enable(fusing)
+    backend.use("auto")
+
+
+def chosen(*argv: str) -> runtime.Runtime:
+    return runtime.choose(load(["shakespeare_char_small", "--device", "cpu", *argv]))
+
+
+def test_compiling_is_chosen_with_a_reason(monkeypatch):
+    monkeypatch.setattr(fuse, "compiler", lambda: None)
+    without = chosen()
+    assert not without.compile and any("no C++ compiler" in reason for reason in without.reasons)
+    with pytest.raises(UserError, match="--compile false"):
+        chosen("--compile", "true")
+    monkeypatch.setattr(fuse, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(fuse, "trial", lambda device: "")
+    assert chosen().compile and fuse.enabled()
+    assert not chosen("--steps", "20").compile
+    monkeypatch.setattr(fuse, "trial", lambda device: "CppCompileError: no omp.h")
+    broken = chosen()
+    assert not broken.compile and any("no omp.h" in reason for reason in broken.reasons)
+    with pytest.raises(UserError, match="no omp.h.*--compile false"):
+        chosen("--compile", "true")
+
+
+def test_the_trial_compiles_for_the_device_in_use(monkeypatch):
+    """A CUDA run needs no C++ compiler, and none is run for it."""
+    tried = []
+    monkeypatch.setattr(fuse, "compiler", lambda: None)
+    monkeypatch.setattr(fuse, "trial", lambda device: tried.append(torch.device(device).type) or "")
+    assert runtime._compile(Config(compile="true"), torch.device("cuda"))[0]
+    assert runtime._compile(Config(), torch.device("cuda"))[0]
+    monkeypatch.setattr(fuse, "compiler", lambda: "/usr/bin/g++")
+    assert runtime._compile(Config(), CPU)[0]
+    assert runtime._compile(Config(compile="false"), CPU) == (False, "as asked")
+    assert not runtime._compile(Config(steps=20), CPU)[0]
+    assert tried == ["cuda", "cuda", "cpu"]
+
+
+def test_the_trial_works_here():
+    if fuse.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert fuse.trial(CPU) == ""
+
+
+def test_a_backend_or_device_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(backend, "problem", lambda: "this GPU is sm_75 and the kernels need sm_80 or newer")
+    with pytest.raises(UserError, match="sm_75.*--backend torch"):
+        chosen("--backend", "triton")
+    assert chosen("--compile", "false").backend == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU here; use --device cpu"):
+        chosen("--device", "cuda")
+
+
+def test_environment_is_what_repetition_is_promised_within():
+    environment = chosen("--compile", "false").environment()
+    assert set(environment) == {"torch", "device", "processor", "backend", "compile", "threads"}
+    assert environment["device"] == "cpu" and environment["compile"] is False and environment["processor"]
+
+
+def test_memory_is_measured():
+    resident, peak = runtime.resident_bytes(), runtime.peak_memory_bytes(CPU)
+    assert 2**25 < peak < 2**40 and (resident is None or resident <= peak * 1.05)
+
+
+def test_what_cannot_fit_is_refused(monkeypatch):
+    cfg = Config(d_model=1024, n_layer=10, batch_size=1)
+    weights = 10 * 12 * 1024**2
+    monkeypatch.setattr(runtime, "_free_bytes", lambda: int(5.5 * weights))
+    runtime.check_memory(cfg, 64, 1, CPU)
+    with pytest.raises(UserError, match="out of memory: this run needs at least .* GiB are free; a smaller"):
+        runtime.check_memory(replace(cfg, momentum=0.9), 64, 1, CPU)
+    runtime.check_memory(replace(cfg, momentum=0.9, update="backward"), 64, 1, CPU)
+    with pytest.raises(UserError, match="out of memory"):
+        runtime.check_memory(replace(cfg, method="adamw"), 64, 1, CPU)
+    runtime.check_memory(replace(cfg, method="adamw"), 64, 1, torch.device("cuda"))
+    monkeypatch.setattr(runtime, "_free_bytes", lambda: None)
+    runtime.check_memory(replace(cfg, method="adamw"), 64, 1, CPU)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, 5), ({"momentum": 0.9}, 6), ({"update": "backward"}, 1), ({"update": "backward", "momentum": 0.9}, 2),
+    ({"method": "adamw"}, 16), ({"method": "ste"}, 16), ({"method": "muon"}, 12), ({"method": "signsgd"}, 8),
+])  # fmt: skip
+def test_bytes_of_a_weight(settings, expected):
+    assert runtime._bytes_per_weight(replace(Config(), **settings)) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is set where it is glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: a tensor as large as the one freed before costs no new pages."""
+    program = """
+import resource, torch
+from run import device as runtime
+runtime.keep_freed_memory()
+for _ in range(20):  # until holes of the right size are there
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # 4 x 64 MiB in fresh pages of 4 KiB would be 65,536
+
+
+WITHOUT_POSIX = """
+import sys
+import torch
+for name in ("fcntl", "resource", "termios", "triton"):
+    sys.modules[name] = None
+from pathlib import Path
+sys.platform = "darwin"
+from run import checkpoint, curve, device, folder, meter, progress
+from run.config import Config
+chosen = device.choose(Config(compile="false"))
+assert chosen.backend == "torch" and device.peak_memory_bytes(chosen.device) is None
+device.check_memory(Config(), 65, 64, chosen.device)
+path, lock = folder.choose_folder(Config(out_dir=sys.argv[1]))
+checkpoint.save(path, "last", {"w": torch.zeros(3)}, {"step": 1})
+assert checkpoint.load(path, "last")[1] == {"step": 1}
+lock.release()
+print(chosen.reasons[1])
+"""
+
+
+def test_nothing_needs_posix(tmp_path):
+    """Modules that Windows lacks are made impossible to import."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX, str(tmp_path / "o")], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "backend: torch, because triton is not installed here (it exists for Linux)\n"
