@@ -135,8 +135,6 @@ import sys
 import torch
 for name in ("fcntl", "resource", "termios", "triton"):
     sys.modules[name] = None
-from pathlib import Path
-sys.platform = "darwin"
 from run import checkpoint, curve, device, folder, meter, progress
 from run.config import Config
 chosen = device.choose(Config(compile="false"))
