@@ -24,12 +24,12 @@ from collections import defaultdict
 from run.config import Config
 from run.meter import Reading
 from run.workload import Attention, Layer, Net, Recipe, net_of
-from kernels.memory import MEMORY_TILE
+from kernels.momentum import MOMENTUM_TILE
 from kernels.scores import NEWTON_SCHULZ_STEPS, SINKHORN_ROUNDS
 from kernels.tiles import tile_grid
 
 PARTS = ("embedding", "forward", "delta", "votes", "norms", "attention", "loss", "rounding", "philox",
-         "orthogonalisation", "selection", "memory", "update")  # fmt: skip
+         "orthogonalisation", "selection", "momentum", "update")  # fmt: skip
 ON_CHIP_BYTES = 256 * 1024  # about the shared memory and registers of one GPU core
 
 # Picojoules. 45 nm: Horowitz, "Computing's energy problem", ISSCC 2014; bf16 is not in it and takes fp16's values.
@@ -193,14 +193,14 @@ def _votes(c: Counts, la: Layer, r: Recipe) -> None:
 
 
 def _flips(c: Counts, la: Layer, r: Recipe) -> None:
-    """Vote memory, the rule's scores, the selection and the moves of one layer; random words among them."""
+    """Momentum, the rule's scores, the selection and the moves of one layer; random words among them."""
     n, score_bytes = la.size, 4
-    if r.memory == "int8":
+    if r.momentum:
         # M = beta M + V, V + beta M; the stored byte is scaled, divided, dithered, rounded and clipped.
-        tiles = _tiles(la.shape, MEMORY_TILE)
-        c.add("memory", fp32_mul=3 * n, fp32_add=3 * n, special=tiles, bytes=(1 + 4 + 4 + 1) * n + 8 * tiles)
-        c.add("rounding", fp32_mul=2 * n, fp32_add=4 * n, int32_add=2 * n, bytes=4 * 2 * MEMORY_TILE * tiles)
-        _draw(c, 2 * MEMORY_TILE * tiles)
+        tiles = _tiles(la.shape, MOMENTUM_TILE)
+        c.add("momentum", fp32_mul=3 * n, fp32_add=3 * n, special=tiles, bytes=(1 + 4 + 4 + 1) * n + 8 * tiles)
+        c.add("rounding", fp32_mul=2 * n, fp32_add=4 * n, int32_add=2 * n, bytes=4 * 2 * MOMENTUM_TILE * tiles)
+        _draw(c, 2 * MOMENTUM_TILE * tiles)
     rule = r.embedding_rule if la.embedding else r.rule
     if rule == "spectral":
         side = r.ortho_tile
@@ -214,7 +214,7 @@ def _flips(c: Counts, la: Layer, r: Recipe) -> None:
 
     # Legal moves: the moved weight, compared. Radix selection: four digits of the key, each taken and counted; then
     # every key against the threshold and the count of ties. The move, clipped on both sides.
-    side = r.select_tile
+    side = r.topk_tile
     drawn = _tiles(la.shape, side) * side**2 if side else n
     spilled = 0 if 4 * (side**2 or n) <= ON_CHIP_BYTES else (1 + 4 + 1) * 4 * n
     c.add("selection", int8_add=2 * n, int32_add=(4 * 2 + 2) * n, bytes=(score_bytes + 1) * n + spilled)

@@ -27,10 +27,10 @@ class Recipe:
     rule: str = "spectral"
     embedding_rule: str = "balanced"
     ortho_tile: int = 128
-    select_tile: int = 64
+    topk_tile: int = 64
     flip_prob: str = "one"
     flip_gamma: float = 1.0
-    memory: str = "none"
+    momentum: float = 0.0
     delta: str = "int8"
     delta_scale: str = "step"
     precision: str = "fp32"

@@ -133,11 +133,11 @@ def test_selection_and_moves():
     assert ops(c, "selection") == {"int8_add": 12, "int32_add": 60, "bytes": 30}
     assert ops(c, "update") == {"int8_add": 18, "bytes": 6}
     # A whole layer of 300 * 300 weights (360,000 bytes of keys) is off the chip: keys written once, read 5 times.
-    large = only(Layer(300, 300, 5), rule="gain", select_tile=0)
+    large = only(Layer(300, 300, 5), rule="gain", topk_tile=0)
     assert ops(large, "selection")["bytes"] == 90_000 * (4 + 1 + 6 * 4)
     # p = (s / largest)^2: a division and a power (2 specials), a maximum and a comparison; 6 words of 4 bytes.
     assert only(LINEAR, rule="gain", flip_prob="score").of("special", "selection") == 0
-    drawn = only(LINEAR, rule="gain", flip_prob="score", flip_gamma=2.0, select_tile=0)
+    drawn = only(LINEAR, rule="gain", flip_prob="score", flip_gamma=2.0, topk_tile=0)
     assert ops(drawn, "selection") == {"int8_add": 12, "int32_add": 60, "fp32_mul": 6, "fp32_add": 12, "special": 12,
                                        "bytes": 54}  # fmt: skip
 
@@ -145,10 +145,10 @@ def test_selection_and_moves():
 def test_random_words():
     # 5 rows, 2 columns, one tile.
     assert ops(only(LINEAR, rule="gain"), "philox") == {"philox": 5 + 2 + 1, "bytes": 4 * 8}
-    # Memory: 64 + 64 for its one tile. Drawn flips: a whole tile of 64 * 64.
-    assert only(LINEAR, rule="gain", memory="int8").of("philox") == 8 + 128
+    # Momentum: 64 + 64 for its one tile. Drawn flips: a whole tile of 64 * 64.
+    assert only(LINEAR, rule="gain", momentum=0.9).of("philox") == 8 + 128
     assert only(LINEAR, rule="gain", flip_prob="score").of("philox") == 8 + 4096
-    assert only(LINEAR, rule="gain", flip_prob="score", select_tile=0).of("philox") == 8 + 6
+    assert only(LINEAR, rule="gain", flip_prob="score", topk_tile=0).of("philox") == 8 + 6
     # 65 x 130 weights are 2 x 3 tiles of 64.
     assert only(Layer(130, 65, 5), rule="gain").of("philox") == 5 + 65 + 6
     # Rows are drawn once for all layers: 9 samples, 9 rows, 4 + 3 columns, 2 tiles; for fp32 only the samples.
@@ -156,10 +156,10 @@ def test_random_words():
     assert count_net(mlp([5, 4, 3], 9, int_layers=()), Recipe("adamw")).of("philox") == 9
 
 
-def test_vote_memory():
-    c = only(LINEAR, rule="gain", memory="int8")
+def test_momentum():
+    c = only(LINEAR, rule="gain", momentum=0.9)
     # 6 weights: M 1 byte, V 4, evidence 4, M 1, and a scale of 4 read and written; 1 tile.
-    assert ops(c, "memory") == {"fp32_mul": 18, "fp32_add": 18, "special": 1, "bytes": 60 + 8}
+    assert ops(c, "momentum") == {"fp32_mul": 18, "fp32_add": 18, "special": 1, "bytes": 60 + 8}
     plain = ops(only(LINEAR, rule="gain"), "rounding")
     more = {o: n - plain[o] for o, n in ops(c, "rounding").items()}
     assert more == {"fp32_mul": 12, "fp32_add": 24, "int32_add": 12, "bytes": 512}
@@ -198,11 +198,11 @@ def test_what_stays_on_the_chip(monkeypatch):
     assert traffic(24, "orthogonalisation", rule="balanced") == 48
     # Six passes, each a norm (4 bytes a number) and a scaling (read and written).
     assert traffic(23, "orthogonalisation", rule="balanced") == 6 * 6 * 12
-    assert traffic(24, "selection", rule="gain", select_tile=0) == 30
-    assert traffic(23, "selection", rule="gain", select_tile=0) == 30 + 6 * 24
+    assert traffic(24, "selection", rule="gain", topk_tile=0) == 30
+    assert traffic(23, "selection", rule="gain", topk_tile=0) == 30 + 6 * 24
     # A tile's keys are 4 bytes of its side squared, whatever of it is used.
-    assert traffic(256, "selection", rule="gain", select_tile=8) == 30
-    assert traffic(255, "selection", rule="gain", select_tile=8) == 30 + 6 * 24
+    assert traffic(256, "selection", rule="gain", topk_tile=8) == 30
+    assert traffic(255, "selection", rule="gain", topk_tile=8) == 30 + 6 * 24
     monkeypatch.undo()
     assert energy.ON_CHIP_BYTES == 262_144
 
