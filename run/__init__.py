@@ -1,1 +1,1 @@
-"""What any training repository needs: settings, checkpoints, devices, logging, what a step costs. Nothing of the method."""
+"""What any training repository needs: settings, checkpoints, devices, logging, the cost of a step. Not the method."""

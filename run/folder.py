@@ -39,7 +39,7 @@ def _numbered(first: Path) -> list[Path]:
 
 
 def _lock(folder: Path) -> FileLock | None:
-    """The lock of `folder`, which is made if need be; None if another run holds it. Raises UserError if it cannot be."""
+    """The lock of `folder`, which is made if need be; None if another run holds it. Raises UserError if it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock")

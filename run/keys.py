@@ -1,6 +1,6 @@
 """Typed settings: each key is one dataclass field, declared with `key(...)`. Nothing here is about training.
 
-The check of a value (`convert`), the words of an error (`rule`), and the command line with its help (`read_argv`) follow
+The check of a value (`convert`), the words of an error (`rule`) and the command line with its help (`read_argv`) follow
 from that declaration.
 """
 

@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import statistics
 import sys
 import time
+import unicodedata
+from collections import deque
 from pathlib import Path
 
 from run.curve import read_metrics
@@ -43,44 +47,62 @@ class Metrics:
 
 
 class Progress:
-    """One line about the run: redrawn on a terminal, printed every so often elsewhere."""
+    """One line about the run: redrawn on a terminal, printed every so often elsewhere.
 
-    def __init__(self, steps: int, step: int, per_step: int, unit: str):
+    `seconds` is what a resumed run had trained before, as its records count on from there.
+    """
+
+    def __init__(self, steps: int, step: int, per_step: int, unit: str, seconds: float = 0.0):
         self.steps, self.per_step, self.unit = steps, per_step, unit
         self.first, self.begun = step, time.monotonic()
         self.shown = self.begun
-        self.val_loss: float | None = None
-        self.accuracy: float | None = None
-        self.monitor: dict[str, float] | None = None
+        self.step, self.seconds = step, seconds
+        self.paces: deque[float] = deque(maxlen=1000)  # seconds a step, between one record and the next
+        self.latest: dict = {}
         self.terminal = sys.stdout.isatty()
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a training step: the median between records, the first of which may include compilation.
+
+        What lies between steps, evaluations and samples, is not counted. None before there is a record.
+        """
+        paces = list(self.paces)
+        return statistics.median(paces[1:] or paces) if paces else None
+
     def show(self, record: dict) -> None:
-        """Show the record of a step."""
-        self.val_loss = record.get("val_loss", self.val_loss)
-        self.accuracy = record.get("accuracy", self.accuracy)
-        self.monitor = record.get("monitor", self.monitor)
-        now = time.monotonic()
-        evaluated = "val_loss" in record
+        """Show a record: "step", "loss", "flips" per weight, "seconds" of training so far, and after an evaluation
+        "val_loss", "accuracy" and "monitor"."""
+        self.paces.append((record["seconds"] - self.seconds) / (record["step"] - self.step))
+        self.step, self.seconds = record["step"], record["seconds"]
+        self.latest |= record
+        evaluated, now = "val_loss" in record, time.monotonic()
         if not self.terminal and not evaluated and now - self.shown < QUIET_SECONDS:
             return
         self.shown = now
-        done = record["step"] - self.first
-        pace = (now - self.begun) / done
-        left = int(pace * (self.steps - record["step"]))
-        flips = f"flips {record['flips']:.3f}  " if record["flips"] < 1 else ""
-        val = f"val {self.val_loss:.3f}  " if self.val_loss is not None else ""
-        val += f"right {self.accuracy:.1%}  " if self.accuracy is not None else ""
-        text = (f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.3f}  {val}{flips}"
-                f"{self.per_step / pace:,.0f} {self.unit}/s  {left // 60}:{left % 60:02d} left")  # fmt: skip
         if self.terminal:
-            print("\r\x1b[K" + text, end="\n" if evaluated else "", flush=True)
+            columns = shutil.get_terminal_size().columns
+            print("\r\x1b[K" + cut(self._text(now), columns - 1), end="\n" if evaluated else "", flush=True)
         else:
-            print(text, flush=True)
-        if evaluated and self.monitor:
-            m = self.monitor
+            print(self._text(now), flush=True)
+        if evaluated and "monitor" in self.latest:
+            m = self.latest["monitor"]
             self.line(f"    weights at the limit {m['at_limit']:.1%}, at zero {m['zeros']:.1%}; "
                       f"moves undone {m['undone']:.0%}; delta saturated {m['saturation']:.2%}; "
                       f"dead rows {m['dead_rows']:.1%}")  # fmt: skip
+
+    def _text(self, now: float) -> str:
+        latest = self.latest
+        left = int((now - self.begun) / (self.step - self.first) * (self.steps - self.step))
+        speed = self.per_step / self.step_seconds if self.step_seconds else 0.0
+        parts = [
+            f"step {self.step:>{len(str(self.steps))}}/{self.steps}", f"loss {latest['loss']:.3f}",
+            f"val {latest['val_loss']:.3f}" if "val_loss" in latest else "",
+            f"right {latest['accuracy']:.1%}" if "accuracy" in latest else "",
+            f"flips {latest['flips']:.3f}" if latest["flips"] < 1 else "",
+            f"{speed:,.0f} {self.unit}/s", f"{left // 60}:{left % 60:02d} left",
+        ]  # fmt: skip
+        return "  ".join(part for part in parts if part)
 
     def line(self, text: str) -> None:
         """Print a line of its own."""
@@ -89,3 +111,13 @@ class Progress:
     def text(self, sample: str) -> None:
         """Print a sample, set off from the progress lines."""
         self.line("\n".join("    | " + line for line in sample.splitlines()))
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of `text` that fits into so many columns of a terminal: wide characters take two, accents none."""
+    used = 0
+    for at, c in enumerate(text):
+        used += 0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        if used > columns:
+            return text[:at]
+    return text
