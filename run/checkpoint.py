@@ -34,7 +34,7 @@ from torch import Tensor
 
 from run.errors import UserError
 
-FORMAT, VERSION = "nanogft-checkpoint", 1
+FORMAT, VERSION = "nanogft-checkpoint", 2
 SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
 LEFTOVER = re.compile(r"(last|best|previous)(-\d{8}(-\d+)?\.safetensors|\.json)\.tmp")
 REMEDIES = {
@@ -129,6 +129,36 @@ def group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
+def flatten(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Nested dicts of tensors and numbers, as in an optimizer's state_dict()["state"], as one dict of named tensors.
+
+    {0: {"step": 3.0, "m": t}} becomes {"0.step": tensor(3.0), "0.m": t}; numbers are float64 or int64 tensors of no
+    dimension. Raises TypeError for anything else, None and texts included: they belong into meta.
+    """
+    tensors = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            tensors |= join(**{str(key): flatten(value)})
+        elif isinstance(value, (Tensor, int, float)):
+            exact = {float: torch.float64, int: torch.int64}.get(type(value))
+            tensors[str(key)] = torch.as_tensor(value, dtype=exact)
+        else:
+            raise TypeError(f"{key}: a {type(value).__name__} is neither a tensor nor a number")
+    return tensors
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+    """What `flatten` was given: whole numbers are integer keys again, numbers stay tensors of no dimension."""
+    state: dict[Any, Any] = {}
+    for path, tensor in tensors.items():
+        inner = state
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = tensor
+    return state
+
+
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes in the order of the names: equal only for bit-identical weights."""
     digest = hashlib.sha256()
@@ -221,8 +251,8 @@ def _record(head: Path) -> dict[str, Any]:
         raise UserError(f'{head} is not a checkpoint of this program: "format" is {seen!r}, not {FORMAT!r}.')
     if record.get("version") != VERSION:
         raise UserError(
-            f"{head} has format version {record.get('version')!r} and this program reads version {VERSION}: "
-            "use the version of the program that wrote it."
+            f"{head} was written by format version {record.get('version')}; this program reads {VERSION}: "
+            "use the version of the program that wrote it, or train again in another --out_dir."
         )
     seen, expected = _content_sha256(record), record.get("content_sha256")
     if seen != expected:

@@ -78,6 +78,46 @@ def test_join_and_group():
     assert checkpoint.group(joined, "model") == {"a.b": one}
 
 
+def test_the_state_of_an_optimizer_comes_back(tmp_path):
+    """Resumed from a file, AdamW makes the same steps as one that went on."""
+    def made() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    def step(net, optimizer):
+        net(torch.ones(3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net, optimizer = made()
+    step(net, optimizer)
+    state = optimizer.state_dict()["state"]
+    saved = checkpoint.join(model=net.state_dict(), optimizer=checkpoint.flatten(state))
+    checkpoint.save(tmp_path, "last", saved, {"step": 1})
+    tensors, _ = checkpoint.load(tmp_path, "last")
+    again, resumed = made()
+    again.load_state_dict(checkpoint.group(tensors, "model"))
+    state = checkpoint.unflatten(checkpoint.group(tensors, "optimizer"))
+    resumed.load_state_dict({"state": state, "param_groups": resumed.state_dict()["param_groups"]})
+    for _ in range(3):
+        step(net, optimizer)
+        step(again, resumed)
+    assert checkpoint.weights_sha256(again.state_dict()) == checkpoint.weights_sha256(net.state_dict())
+
+
+def test_flatten_keeps_numbers_exactly():
+    state = {0: {"step": 3, "decay": 0.1, "m": torch.ones(2)}, "rng": {"seed": {"high": 2**62 + 1}}, "on": True}
+    flat = checkpoint.flatten(state)
+    assert sorted(flat) == ["0.decay", "0.m", "0.step", "on", "rng.seed.high"]
+    assert flat["0.decay"].item() == 0.1 and flat["rng.seed.high"].item() == 2**62 + 1 and flat["on"].item() is True
+    back = checkpoint.unflatten(flat)
+    assert back[0]["m"] is state[0]["m"] and back[0]["step"].dtype == torch.int64 and back.keys() == state.keys()
+    for foreign in (None, "text", [1.0]):
+        with pytest.raises(TypeError, match="x: a .* is neither a tensor nor a number"):
+            checkpoint.flatten({"x": foreign})
+
+
 def test_previous_is_the_last_but_one_and_older_files_go(tmp_path):
     for step in (100, 200, 300):
         save(tmp_path, step)
@@ -122,8 +162,8 @@ def edit_step(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 200', '"step": 999'), encoding="utf-8")
 
 
-def other_version(path: Path) -> None:
-    path.write_text(path.read_text(encoding="utf-8").replace('"version": 1', '"version": 2'), encoding="utf-8")
+def old_version(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace('"version": 2', '"version": 1'), encoding="utf-8")
 
 
 DAMAGE = {
@@ -137,7 +177,7 @@ DAMAGE = {
     "json edited": ("head", edit_step, "damaged or was edited"),
     "json of another program": ("head", lambda path: path.write_text('{"format": "pt"}'), "\"format\" is 'pt'"),
     "json without format": ("head", lambda path: path.write_text("[1, 2]"), "\"format\" is 'list'"),
-    "json of another version": ("head", other_version, "version 2 and this program reads version 1"),
+    "json of an old version": ("head", old_version, "was written by format version 1; this program reads 2: use the"),
     "json missing": ("head", Path.unlink, "is missing"),
 }
 
@@ -251,7 +291,7 @@ def test_weights_sha256_depends_on_everything_but_order():
 CRASHES = r'''
 import os, random, resource, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1] + "/tests")
+sys.path.insert(0, sys.argv[1] + "/tests/run")
 from run import checkpoint
 from run.errors import UserError
 from test_checkpoint import assert_holds, save
