@@ -1,27 +1,36 @@
-"""Kernels and training steps against their ceilings, and against the same work done the usual way.
+"""Kernels and training steps against what the machine can do at best, and against the same work done the usual way.
 
-    python bench.py                                 kernels, then training steps, then the peak memory of a step
-    python bench.py kernels --json                  one section of the three; the last line is a JSON object
-    python bench.py --quick --device cpu            a few small cases in seconds, to see that it works
+    python bench.py                          kernels, then training steps
+    python bench.py kernels --json           one section; the last line is a JSON object
+    python bench.py startup                  seconds until --help, a mistyped key, and one step have been answered
+    python bench.py start-to-end             seconds from `python train.py` to its end, to the loss that nanoGPT's own
+                                             config for a CPU reaches; compilers' caches are empty
+    python bench.py --quick --device cpu     a few small cases in seconds, to see that it works
 
 A GPU is given the sizes of real training and the Triton kernels; a CPU small sizes and the torch backend.
 
-A time is the median of many calls, warm, on random data, several sets of inputs taking turns so that together they
-outgrow the cache. On a GPU it is the GPU's own: CUDA events, the calls queued before the first one runs. Ceilings are
-measured on the spot: operations of a large torch product, int8 and bf16; bytes read plus written of a large copy. A
-kernel's floor is the larger of operations / int8 ceiling and bytes / copy ceiling, bytes being the least its inputs and
-outputs allow; "of floor" is floor / time, 1 where nothing is lost. A kernel whose result is not its reference's gets no
-time, and the exit status is 1. Steps are those of experiments/steps.py.
+A kernel's time is the median of many calls, warm, on random data; several sets of inputs take turns, so that together
+they outgrow the cache. On a GPU it is the GPU's own: CUDA events, the calls queued before the first one runs. Ceilings
+are measured first: operations of a large int8 and bf16 product, bytes read plus written of a large copy. A kernel's
+floor is the larger of operations / int8 ceiling and bytes / copy ceiling, bytes being the least that its inputs and
+outputs allow; "of floor" is floor / time, 1 where nothing is lost. A kernel whose result differs from the torch
+backend's, or that raises, is named and not timed; the others go on, and the exit status is 1.
+
+Steps are those of experiments/steps.py, each in a process of its own.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,14 +38,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.steps import FULL_STEPS, QUICK_STEPS, SMALL_STEPS, bench_steps, step_table
-from kernels import backend, contribution, contribution_flip, flip, int8_matmul, quantize, rmsnorm
-from kernels.philox import Stream, dither_words, integers
-from kernels.tiles import tile_grid
+from kernels import backend
+from kernels.flip import Streams, UpdateRule, flip
+from kernels.int8_matmul import int8_matmul, int8_product
+from kernels.learn import learn
+from kernels.quantize_delta import absmax, quantize_delta
+from kernels.rmsnorm_backward import rmsnorm_backward
+from kernels.rmsnorm_quantize import rmsnorm_quantize
+from kernels.votes import accumulate_votes
 
-SECTIONS = ("kernels", "step", "memory")
-ACT_RANGE, BITS, K = 6.0, 6, 0.25
+ROOT = Path(__file__).resolve().parent
+ACT_RANGE, K = 6.0, 0.25
 # Scores of the spectral rule are float: where two nearly tie, another order of summation may choose the other weight.
-SPECTRAL_DIFFERENCE = 0.005  # the largest share of weights in which kernel and reference may differ
+SPECTRAL_DIFFERENCE = 0.02  # the largest share of weights in which two backends may differ
 
 
 @dataclass(frozen=True)
@@ -46,18 +60,17 @@ class Sizes:
     products: tuple[tuple[int, int, int], ...]  # tokens, in, out
     rows: tuple[int, int]  # tokens, width
     learn: tuple[int, int, int]  # tokens, out, in
-    vocabulary: int
     ceiling: int  # side of the product that measures a ceiling
     copied: int  # bytes
     seconds: float  # spent on each time
 
 
-FULL = Sizes(((4096, 4096, 4096), (16384, 768, 3072)), (65536, 768), (65536, 768, 3072), 50_304, 8192, 2**31, 0.3)
-SMALL = Sizes(((512, 512, 512), (2048, 128, 512)), (4096, 128), (2048, 128, 512), 512, 1024, 2**27, 0.2)
-QUICK = Sizes(((64, 128, 64),), (128, 64), (128, 64, 128), 65, 128, 2**22, 0.01)
+FULL = Sizes(((4096, 4096, 4096), (16384, 768, 3072)), (65536, 768), (65536, 768, 3072), 8192, 2**31, 0.3)
+SMALL = Sizes(((512, 512, 512), (2048, 128, 512)), (4096, 128), (2048, 128, 512), 1024, 2**27, 0.2)
+QUICK = Sizes(((64, 128, 64),), (128, 64), (128, 64, 128), 128, 2**22, 0.01)
 
 
-class Clock:
+class Timer:
     """Random inputs on a device, and the median time of calls on them."""
 
     def __init__(self, device: torch.device, budget: float):
@@ -66,17 +79,21 @@ class Clock:
         cuda = device.type == "cuda"
         self.cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size if cuda else 2**24
 
-    def int8(self, *shape: int, largest: int = 127) -> Tensor:
+    def integers(self, *shape: int, largest: int = 127, dtype: torch.dtype = torch.int8) -> Tensor:
         """Uniform in [-largest, largest]."""
-        return torch.randint(-largest, largest + 1, shape, generator=self.random, device=self.device, dtype=torch.int8)
+        return torch.randint(-largest, largest + 1, shape, generator=self.random, device=self.device, dtype=dtype)
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal."""
         return torch.randn(shape, generator=self.random, device=self.device).to(dtype)
 
-    def int32(self, *shape: int) -> Tensor:
-        """Uniform in (-10,000, 10,000)."""
-        return torch.randint(-9999, 10000, shape, generator=self.random, device=self.device, dtype=torch.int32)
+    def number(self, value: float) -> Tensor:
+        """A float32 scalar."""
+        return torch.tensor(value, device=self.device)
+
+    def rng(self) -> Tensor:
+        """A seed, a step and no rows, as kernels read them."""
+        return torch.tensor([1, 0, 0], device=self.device)
 
     def sets(self, make: Callable[[], tuple]) -> list[tuple]:
         """Sets of inputs that together outgrow the cache: 3 to 16 of them."""
@@ -120,27 +137,35 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Usual:
+    """The usual way to do a kernel's work: `run`, and how its inputs are made from a set of the kernel's."""
+
+    run: Callable
+    convert: Callable[..., tuple] = lambda *inputs: inputs
+
+
+@dataclass(frozen=True)
 class Case:
-    """A kernel at one size: what it does at least, how it is called, and the same work done the usual way."""
+    """A kernel at one size: `run` on inputs that `make` makes, and the operations and bytes it needs at least."""
 
     name: str
     shape: tuple[int, ...]
     operations: int
     bytes: int
+    make: Callable[[], tuple]
     run: Callable
-    reference: Callable
-    sets: list[tuple]
-    usual: dict[str, tuple[Callable, list[tuple]]] = field(default_factory=dict)
-    allowed: float = 0.0  # the share of elements in which result and reference may differ
+    usual: dict[str, Usual] = field(default_factory=dict)
+    moves: bool = False  # run changes weights by its first input, whose opposite then undoes the moves
+    allowed: float = 0.0  # the share of elements in which two backends may differ
 
 
-def wrong(case: Case) -> str:
-    """How the kernel's results, or what it made of its inputs, differ from the reference's; "" if they do not."""
-    ours, theirs = ([t.clone() if isinstance(t, Tensor) else t for t in case.sets[0]] for _ in range(2))
+def wrong(case: Case, inputs: tuple) -> str:
+    """How the kernel's results, or what it makes of its inputs, differ from the torch backend's; "" if they do not."""
+    ours, theirs = ([t.clone() if isinstance(t, Tensor) else t for t in inputs] for _ in range(2))
     got, before = case.run(*ours), backend.chosen()
     backend.use("torch")
     try:
-        expected = case.reference(*theirs)
+        expected = case.run(*theirs)
     finally:
         backend.use(before)
     results = [r if isinstance(r, tuple) else (r,) for r in (got, expected)]
@@ -150,92 +175,104 @@ def wrong(case: Case) -> str:
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"result {number} is {a.dtype} {tuple(a.shape)} and should be {b.dtype} {tuple(b.shape)}"
         if (count := int((a != b).sum())) > case.allowed * a.numel():
-            return f"result {number} is not the reference's in {count:,} of {a.numel():,} values"
+            return f"result {number} differs from the torch backend's in {count:,} of {a.numel():,} values"
     return ""
 
 
-def product_cases(c: Clock, sizes: Sizes) -> Iterator[Case]:
+def product_cases(t: Timer, sizes: Sizes) -> list[Case]:
     """y = X W^T forward; D W backward."""
-    scale = torch.tensor(0.01, device=c.device)
+    found, scale = [], t.number(0.01)
+    int_mm = {"torch._int_mm": Usual(lambda x, w, _: torch._int_mm(x, w.t()))}
     for tokens, inner, outer in sizes.products:
-        operations, read = 2 * tokens * inner * outer, tokens * inner + inner * outer
-        sets = c.sets(lambda: (c.int8(tokens, inner), c.int8(outer, inner, largest=31), scale))
-        usual = {
-            "torch._int_mm": (lambda x, w, _: torch._int_mm(x, w.t()), sets),
-            "bf16 matmul": (lambda x, w: x @ w.t(), [(x.bfloat16(), w.bfloat16()) for x, w, _ in sets]),
-        }
-        yield Case("int8_matmul", (tokens, inner, outer), operations, read + 4 * tokens * outer,
-                   int8_matmul.int8_matmul, int8_matmul.int8_matmul_torch, sets, usual)  # fmt: skip
-    sets = [(c.int8(tokens, outer), w) for _, w, _ in sets]
-    usual = {"bf16 matmul": (torch.matmul, [(d.bfloat16(), w.bfloat16()) for d, w in sets])}
-    yield Case("int8_product", (tokens, outer, inner), operations, tokens * outer + inner * outer + 4 * tokens * inner,
-               int8_matmul.int8_product, int8_matmul.int8_product_torch, sets, usual)  # fmt: skip
+        halves = {"bf16 matmul": Usual(lambda x, w: x @ w.t(), lambda x, w, _: (x.bfloat16(), w.bfloat16()))}
+        found.append(Case(
+            "int8_matmul", (tokens, inner, outer), 2 * tokens * inner * outer,
+            tokens * inner + inner * outer + 4 * tokens * outer,
+            lambda m=tokens, k=inner, n=outer: (t.integers(m, k), t.integers(n, k, largest=31), scale),
+            int8_matmul, int_mm | halves,
+        ))  # fmt: skip
+    halves = {"bf16 matmul": Usual(torch.matmul, lambda d, w: (d.bfloat16(), w.bfloat16()))}
+    found.append(Case(
+        "int8_product", (tokens, outer, inner), 2 * tokens * inner * outer,
+        tokens * outer + inner * outer + 4 * tokens * inner,
+        lambda: (t.integers(tokens, outer), t.integers(outer, inner, largest=31)), int8_product, halves,
+    ))  # fmt: skip
+    return found
 
 
-def row_cases(c: Clock, sizes: Sizes) -> Iterator[Case]:
+def row_cases(t: Timer, sizes: Sizes) -> list[Case]:
     """What touches every element once: quantizers and the norm's backward."""
     tokens, width = sizes.rows
-    area, scale = tokens * width, torch.tensor(1e-4, device=c.device)
-    written = 2 if backend.on_triton(scale) else 1  # the Triton kernels lay their result out for the votes too
-    for dtype in (torch.float32, torch.bfloat16):
-        sets = c.sets(lambda: (c.floats(tokens, width, dtype=dtype), ACT_RANGE))
-        usual = {"F.rms_norm": (lambda x, _: F.rms_norm(x, x.shape[-1:]), sets)}
-        yield Case(f"rmsnorm_quantize {str(dtype)[6:]}", sizes.rows, 0, area * (dtype.itemsize + written) + 4 * tokens,
-                   quantize.rmsnorm_quantize, laid_out_twice(quantize.rmsnorm_quantize_torch), sets, usual)  # fmt: skip
-    rows = dither_words(1, 0, Stream.ROWS, tokens).to(c.device)[:, None]
-    columns = dither_words(1, 0, Stream.COLUMNS, width).to(c.device)
-    sets = c.sets(lambda: (c.floats(tokens, width), torch.tensor(5.0 / 127.0, device=c.device), rows, columns))
-    yield Case("quantize_delta", sizes.rows, 0, area * (4 + written),
-               quantize.quantize_delta, laid_out_twice(quantize.quantize_delta_torch), sets)  # fmt: skip
-    sets = c.sets(lambda: (c.int32(tokens, width), scale, c.floats(tokens, width), c.floats(tokens, 1).abs()))
-    yield Case("rmsnorm_backward", sizes.rows, 0, 12 * area + 4 * tokens,
-               rmsnorm.rmsnorm_backward, rmsnorm.rmsnorm_backward_torch, sets)  # fmt: skip
+    area, scale, sigma = tokens * width, t.number(1e-4), t.number(5.0 / 127.0)
+    norm = {"F.rms_norm": Usual(lambda x, _: F.rms_norm(x, x.shape[-1:]))}
+    return [
+        *(Case(
+            f"rmsnorm_quantize {str(dtype)[6:]}", sizes.rows, 0, area * (dtype.itemsize + 1) + 4 * tokens,
+            lambda dtype=dtype: (t.floats(tokens, width, dtype=dtype), ACT_RANGE), rmsnorm_quantize, norm,
+        ) for dtype in (torch.float32, torch.bfloat16)),
+        Case("absmax", sizes.rows, 0, 4 * area, lambda: (t.floats(tokens, width),), absmax,
+             {"abs().amax()": Usual(lambda x: x.abs().amax())}),
+        Case("quantize_delta", sizes.rows, 0, 5 * area,
+             lambda: (t.floats(tokens, width), sigma, t.rng(), 0), quantize_delta),
+        Case("rmsnorm_backward", sizes.rows, 0, 12 * area + 4 * tokens,
+             lambda: (t.integers(tokens, width, largest=9999, dtype=torch.int32), scale, t.floats(tokens, width),
+                      t.floats(tokens, 1).abs()),
+             rmsnorm_backward),
+    ]  # fmt: skip
 
 
-def laid_out_twice(quantizer: Callable) -> Callable[..., tuple]:
-    """The reference of a quantizer whose public function returns its int8 result once more, laid out for the votes."""
-
-    def plain(*inputs: Any) -> tuple:
-        result = quantizer(*inputs)
-        first, *others = result if isinstance(result, tuple) else (result,)
-        return first, first, *others
-
-    return plain
-
-
-def learn_cases(c: Clock, sizes: Sizes) -> Iterator[Case]:
-    """Votes, and the whole learning step of a layer, against a weight gradient in bf16 with AdamW."""
+def learn_cases(t: Timer, sizes: Sizes) -> list[Case]:
+    """Votes, and the whole learning step of a matrix, against a weight gradient in bf16 with AdamW."""
     tokens, outer, inner = shape = sizes.learn
     operations, read, area = 2 * tokens * outer * inner, tokens * (outer + inner), outer * inner
-    # Each operand is contiguous along the tokens, as the quantizers leave it and cuBLAS likes it.
-    columns = c.sets(lambda: (c.int8(outer, tokens), c.int8(inner, tokens)))
-    sets = [(d.t(), x.t()) for d, x in columns]
-    halves = [(d.bfloat16().contiguous(), x.bfloat16().contiguous()) for d, x in sets]
-    weight = torch.nn.Parameter(c.floats(outer, inner) * 0.02)
-    adamw = torch.optim.AdamW([weight], lr=1e-3, fused=True)
+    k, zero = torch.tensor(K, dtype=torch.float64, device=t.device), torch.zeros(1, dtype=torch.int64, device=t.device)
+    settings = (k, t.rng(), Streams(layers=zero, topk=0, first_tile=zero), t.number(0.0))
 
-    def gradient_step(d: Tensor, x: Tensor) -> None:
-        weight.grad = (d.t() @ x).float()
-        adamw.step()
+    def with_rule(update: Callable, rule: str) -> Callable[..., None]:
+        def run(*inputs: Tensor) -> None:
+            update(*inputs, *settings, UpdateRule(rule))
 
-    product = {"torch._int_mm": (lambda d, x: torch._int_mm(d, x.t()), columns)}
-    usual = product | {"bf16 weight gradient": (lambda d, x: d.t() @ x, halves)}
-    yield Case("votes", shape, operations, read + 4 * area, contribution.votes, contribution.votes_torch, sets, usual)
+        return run
 
-    # Every set is used with its votes and with their opposite: moves undo each other and stay legal.
-    weights = [c.int8(outer, inner, largest=31) for _ in sets]
-    inputs = [(d * sign, x, w) for sign in (1, -1) for (d, x), w in zip(sets, weights, strict=True)]
-    usual = product | {"bf16 weight gradient, fused AdamW": (gradient_step, halves)}
-    for rule, allowed in (("spectral", SPECTRAL_DIFFERENCE), ("gain", 0.0)):
-        yield Case(f"contribution_flip {rule}", shape, operations, read + 2 * area, learner(rule),
-                   learner(rule), inputs, usual, allowed)  # fmt: skip
-    if backend.on_triton(weights[0]):
-        yield Case("votes, then flip spectral", shape, operations, read + 10 * area, learner("spectral", fused=False),
-                   learner("spectral"), inputs, usual, SPECTRAL_DIFFERENCE)  # fmt: skip
-    voted = [(contribution.votes(d, x), w) for d, x, w in inputs]
-    ranked = [(v.float().view(-1, 4096), w.view(-1, 4096)) for v, w in voted]
-    yield Case("flip gain", (outer, inner), 0, 6 * area, learner("gain"), learner("gain"), voted,
-               {"torch.topk + scatter": (topk_scatter, ranked)})  # fmt: skip
+    def operands() -> tuple[Tensor, Tensor]:
+        return t.integers(tokens, outer), t.integers(tokens, inner)
+
+    def weight() -> Tensor:
+        return t.integers(1, outer, inner, largest=31)
+
+    # cuBLAS multiplies int8 only where both operands are contiguous along the tokens.
+    product = {"torch._int_mm": Usual(lambda d, x: torch._int_mm(d, x.t()),
+                                      lambda d, x, *_: (d.t().contiguous(), x.t().contiguous()))}  # fmt: skip
+    gradient = {"bf16 weight gradient": Usual(lambda d, x: d.t() @ x, lambda d, x, *_: (d.bfloat16(), x.bfloat16()))}
+    adamw = {"bf16 weight gradient, fused AdamW": Usual(gradient_step, gradient_inputs)}
+    topk = {"torch.topk + scatter": Usual(topk_scatter, topk_inputs)}
+    cases = [Case("accumulate_votes", shape, operations, read + 8 * area,
+                  lambda: (*operands(), torch.zeros(outer, inner, dtype=torch.int32, device=t.device), t.rng()),
+                  accumulate_votes, product | gradient)]  # fmt: skip
+    for rule, allowed in (("gain", 0.0), ("spectral", SPECTRAL_DIFFERENCE)):
+        cases.append(Case(f"learn {rule}", shape, operations, read + 2 * area, lambda: (*operands(), weight()),
+                          with_rule(learn, rule), product | adamw, moves=True, allowed=allowed))  # fmt: skip
+        cases.append(Case(f"flip {rule}", (outer, inner), 0, 6 * area,
+                          lambda: (t.integers(1, outer, inner, largest=9999, dtype=torch.int32), weight()),
+                          with_rule(flip, rule), topk, moves=True, allowed=allowed))  # fmt: skip
+    return cases
+
+
+def gradient_inputs(d: Tensor, x: Tensor, weight: Tensor, *_: Tensor) -> tuple:
+    """A set for `gradient_step`: operands in bf16, a float weight and its optimizer."""
+    parameter = torch.nn.Parameter(weight[0].float() * 0.02)
+    return d.bfloat16(), x.bfloat16(), parameter, torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+
+
+def gradient_step(d: Tensor, x: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """What `learn` replaces: a weight gradient, and a step of AdamW."""
+    parameter.grad = (d.t() @ x).float()
+    optimizer.step()
+
+
+def topk_inputs(votes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A set for `topk_scatter`: as many weights in a row as in a tile."""
+    return votes.float().view(-1, 4096), weight.view(-1, 4096).clone()
 
 
 def topk_scatter(scores: Tensor, weight: Tensor) -> None:
@@ -244,68 +281,58 @@ def topk_scatter(scores: Tensor, weight: Tensor) -> None:
     weight.scatter_(1, chosen, (weight.gather(1, chosen) - scores.gather(1, chosen).sign()).to(torch.int8))
 
 
-def learner(rule: str, fused: bool | None = None) -> Callable[..., None]:
-    """A function of (d, x, weight) or of (votes, weight) that makes one matrix's learning step by `rule`."""
-
-    def learn(*given: Tensor) -> None:
-        *operands, weight = given
-        if backend.on_triton(weight):
-            votes = tuple(operands) if len(operands) > 1 else operands[0]
-            settings = {"rule": rule, "bits": BITS, "k": K, "seed": 1, "fused": fused if len(operands) > 1 else False}
-            contribution_flip.learn_step([contribution_flip.Matrix(weight)], [votes], **settings)
-            return
-        down, across = tile_grid(tuple(weight.shape), 64)
-        words = integers(1, 0, Stream.TOPK, down * across)
-        if len(operands) > 1:
-            contribution_flip.contribution_flip_torch(*operands, weight, words, rule=rule, bits=BITS, k=K)
-        else:
-            flip.flip_torch([weight], operands, words, bits=BITS, k=K)
-
-    return learn
+def all_cases(t: Timer, sizes: Sizes) -> list[Case]:
+    """Every kernel's cases."""
+    return [case for of in (product_cases, row_cases, learn_cases) for case in of(t, sizes)]
 
 
-def ceilings(c: Clock, sizes: Sizes) -> dict[str, float]:
+def ceilings(t: Timer, sizes: Sizes) -> dict[str, float]:
     """What the machine does at best: int8 and bf16 operations and copied bytes a second."""
     n, half = sizes.ceiling, sizes.copied // 2
-    pairs = [(c.int8(n, n), c.int8(n, n)) for _ in range(2)]
+    pairs = [(t.integers(n, n), t.integers(n, n)) for _ in range(2)]
     halves = [(a.bfloat16(), b.bfloat16()) for a, b in pairs]
-    buffers = [(torch.empty(half, dtype=torch.int8, device=c.device), c.int8(half)) for _ in range(2)]
+    buffers = [(torch.empty(half, dtype=torch.int8, device=t.device), t.integers(half)) for _ in range(2)]
     return {
-        "int8_operations_per_second": 2 * n**3 / c.median(lambda a, b: torch._int_mm(a, b.t()), pairs),
-        "bf16_operations_per_second": 2 * n**3 / c.median(lambda a, b: a @ b.t(), halves),
-        "copied_bytes_per_second": sizes.copied / c.median(lambda a, b: a.copy_(b), buffers),
+        "int8_operations_per_second": 2 * n**3 / t.median(lambda a, b: torch._int_mm(a, b.t()), pairs),
+        "bf16_operations_per_second": 2 * n**3 / t.median(lambda a, b: a @ b.t(), halves),
+        "copied_bytes_per_second": sizes.copied / t.median(lambda a, b: a.copy_(b), buffers),
     }
 
 
 def bench_kernels(device: torch.device, sizes: Sizes) -> dict:
     """Measure every case, printing a line for each: {"ceilings": ..., "kernels": [...]}."""
-    c = Clock(device, sizes.seconds)
-    top = ceilings(c, sizes)
+    t = Timer(device, sizes.seconds)
+    top = ceilings(t, sizes)
     print(f"kernels; ceilings: int8 {top['int8_operations_per_second'] / 1e12:.4g} Top/s, "
           f"bf16 {top['bf16_operations_per_second'] / 1e12:.4g} Tflop/s, "
           f"copy {top['copied_bytes_per_second'] / 1e9:.4g} GB/s")  # fmt: skip
-    print(f"{'kernel':27}{'shape':20}{'time':>12}{'Top/s':>9}{'GB/s':>9}{'of floor':>10}  "
+    print(f"{'kernel':27}{'shape':20}{'time':>12}{'Top/s':>10}{'GB/s':>10}{'of floor':>10}  "
           "the usual way: its time (times ours)")  # fmt: skip
     rows = []
-    for cases in (product_cases, row_cases, learn_cases):
-        for case in cases(c, sizes):
-            rows.append(row := measured(case, c, top))
-            print(kernel_line(row), flush=True)
+    for case in all_cases(t, sizes):
+        row = {"kernel": case.name, "shape": case.shape, "operations": case.operations, "bytes": case.bytes}
+        try:
+            row |= measured(case, t, top)
+        except Exception as error:  # one kernel must not stop the others
+            row["wrong"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        rows.append(row)
+        print(kernel_line(row), flush=True)
     return {"ceilings": top, "kernels": rows}
 
 
-def measured(case: Case, c: Clock, top: dict[str, float]) -> dict:
-    """A case's line as JSON; no time if its result is wrong."""
-    row = {"kernel": case.name, "shape": case.shape, "operations": case.operations, "bytes": case.bytes}
-    row["wrong"] = wrong(case)
-    if row["wrong"]:
-        return row
-    seconds = c.median(case.run, case.sets)
+def measured(case: Case, t: Timer, top: dict[str, float]) -> dict:
+    """What a case's line has besides its name; no time if its result is wrong."""
+    sets = t.sets(case.make)
+    if problem := wrong(case, sets[0]):
+        return {"wrong": problem}
+    usual = {name: t.median(way.run, [way.convert(*inputs) for inputs in sets]) for name, way in case.usual.items()}
+    if case.moves:
+        sets += [(-first, *others) for first, *others in sets]
+    seconds = t.median(case.run, sets)
     floor = max(case.operations / top["int8_operations_per_second"], case.bytes / top["copied_bytes_per_second"])
-    return row | {
-        "seconds": seconds, "operations_per_second": case.operations / seconds, "of_floor": floor / seconds,
-        "bytes_per_second": case.bytes / seconds,
-        "usual_seconds": {name: c.median(run, sets) for name, (run, sets) in case.usual.items()},
+    return {
+        "wrong": "", "seconds": seconds, "operations_per_second": case.operations / seconds,
+        "bytes_per_second": case.bytes / seconds, "of_floor": floor / seconds, "usual_seconds": usual,
     }  # fmt: skip
 
 
@@ -315,9 +342,55 @@ def kernel_line(row: dict) -> str:
     if row["wrong"]:
         return f"{start}  WRONG, so not timed: {row['wrong']}"
     usual = [f"{name} {1e6 * s:.1f} us ({s / row['seconds']:.2f}x)" for name, s in row["usual_seconds"].items()]
-    operations = f"{row['operations_per_second'] / 1e12:9.4g}" if row["operations"] else " " * 9
+    operations = f"{row['operations_per_second'] / 1e12:10.4g}" if row["operations"] else " " * 10
     return (f"{start}{1e6 * row['seconds']:9.1f} us{operations}"
-            f"{row['bytes_per_second'] / 1e9:9.4g}{row['of_floor']:10.2f}  {', '.join(usual)}")  # fmt: skip
+            f"{row['bytes_per_second'] / 1e9:10.4g}{row['of_floor']:10.2f}  {', '.join(usual)}")  # fmt: skip
+
+
+def timed_command(arguments: Sequence[str], expected: int = 0, **environment: str) -> tuple[float, str]:
+    """Seconds and output of `python ARGUMENTS`. Raises RuntimeError if its exit status is not `expected`."""
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+                          env={**os.environ, **environment})  # fmt: skip
+    seconds = time.perf_counter() - begun
+    if done.returncode != expected:
+        raise RuntimeError(f"{' '.join(arguments)} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+    return seconds, done.stdout
+
+
+CONFIG = "shakespeare_char_small"
+TINY_NET = ("--data", "stdlib", "--n_layer", "1", "--d_model", "32", "--context", "16", "--eval_windows", "8")
+
+
+def bench_startup(quick: bool) -> dict[str, float]:
+    """Seconds until train.py has answered: the median of three runs each (`quick`: one)."""
+    one_step = (CONFIG, "--steps", "1", "--compile", "false", *(TINY_NET if quick else ()))
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="nanogft-bench-") as folder:
+        for name, arguments, status in (("--help", ("--help",), 0), ("a mistyped key", (CONFIG, "--stepz", "5"), 2),
+                                        ("a mistyped config", ("shakespear",), 2),
+                                        ("one step, not compiled", one_step, 0)):  # fmt: skip
+            times = []
+            for number in range(1 if quick else 3):
+                out = ("--out_dir", str(Path(folder, str(number)))) if status == 0 and arguments is one_step else ()
+                times.append(timed_command(("train.py", *arguments, *out), status)[0])
+            found[name] = statistics.median(times)
+            print(f"{name:27}{found[name]:8.2f} s", flush=True)
+    return found
+
+
+def bench_start_to_end(quick: bool) -> dict[str, float]:
+    """Seconds of one training run as a person starts it, and its loss. The compilers' caches are empty."""
+    steps = ("--steps", "2", *TINY_NET) if quick else ("--steps", "160")
+    with tempfile.TemporaryDirectory(prefix="nanogft-bench-") as folder:
+        caches = {name: str(Path(folder, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        seconds, output = timed_command(
+            ("train.py", CONFIG, "--momentum", "0.9", "--k", "0.5", *steps, "--batch_size", "24", "--out_dir",
+             str(Path(folder, "out"))), **caches)  # fmt: skip
+    final = json.loads(output.splitlines()[-1])
+    print(f"loss {final['val_loss']:.4f} in {seconds:.1f} s, start to end, of which {final['seconds']:.1f} s of steps; "
+          "nanoGPT's own config for a CPU ends at 1.88")  # fmt: skip
+    return {"seconds": seconds, "training_seconds": final["seconds"], "val_loss": final["val_loss"]}
 
 
 def place(device: torch.device) -> dict:
@@ -331,10 +404,14 @@ def place(device: torch.device) -> dict:
     }  # fmt: skip
 
 
+SECTIONS = ("kernels", "step", "startup", "start-to-end", "versions")
+
+
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status: 1 if a result was wrong, 2 for arguments it does not know."""
     parser = argparse.ArgumentParser("bench.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"any of {', '.join(SECTIONS)}; none: all")
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=f"any of {', '.join(SECTIONS)}; none: kernels and step")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -343,7 +420,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"section {unknown[0]!r}: it must be one of {', '.join(SECTIONS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    device, sections = torch.device(options.device), options.sections or SECTIONS
+    device, sections = torch.device(options.device), options.sections or SECTIONS[:2]
     chosen = "quick" if options.quick else "full" if device.type == "cuda" else "small"
     sizes, steps = {"quick": (QUICK, QUICK_STEPS), "full": (FULL, FULL_STEPS), "small": (SMALL, SMALL_STEPS)}[chosen]
     result: dict[str, Any] = {**place(device), "sizes": chosen}
@@ -351,10 +428,13 @@ def main(argv: list[str]) -> int:
     print(f"{result['device']}; torch {result['torch']}, triton {result['triton']}; backend {result['backend']}{why}")
     if "kernels" in sections:
         result |= bench_kernels(device, sizes)
-    if {"step", "memory"} & set(sections):
+    if "step" in sections:
         result["steps"] = bench_steps(steps, device)
-        for section in [s for s in ("step", "memory") if s in sections]:
-            print(f"\n{section}\n{step_table(result['steps'], section)}", flush=True)
+        print(f"\n{step_table(result['steps'])}", flush=True)
+    if "startup" in sections:
+        result["startup"] = bench_startup(options.quick)
+    if "start-to-end" in sections:
+        result["start_to_end"] = bench_start_to_end(options.quick)
     if options.json:
         print(json.dumps(result))
     return int(any(row["wrong"] for row in [*result.get("kernels", ()), *result.get("steps", ())]))

@@ -3,31 +3,38 @@
     python -m experiments.steps shakespeare_char --bits 4      any config, any key of train.py; prints one line of JSON
     python -m experiments.steps --profile shakespeare_char     what five steps spend their time on
 
-A step is train.py's own, compiled if the config's run would be. Each is measured in a process of its own, because a
+The loop is train.py's own, compiled if the config's run would be. Each measurement has a process of its own, because a
 peak of memory is a process's; on a GPU it is that of the steps alone, without compiling.
 """
 
+import dataclasses
 import json
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
 import train
+from data.text_task import TextTask
 from experiments.sweep import ROOT
-from run import device as runtime
-from run.config import load
+from run.config import Config, load
+from run.device import choose
 from run.errors import UserError
-from data.tasks import TextTask
+from run.progress import Metrics
+from run.stop import Stop
 
 PADDED_VOCABULARY = {"char": 65, "gpt2": 50_304}  # GPT-2's 50,257 and some that never occur, as nanoGPT has them
+WARM_UP, MEASURED = {"cuda": 10, "cpu": 2}, {"cuda": 50, "cpu": 10}  # steps
+PROFILED = 5
+NEVER = 10**9
+BYTES = ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "votes_bytes", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ BASELINE = "AdamW, bf16"
 FULL_STEPS = (
     Step(CHARACTERS, BASELINE, ("shakespeare_char_adamw",)),
     Step(CHARACTERS, "GFT, no momentum", ("shakespeare_char",)),
-    Step(CHARACTERS, "GFT, momentum", ("shakespeare_char_memory",)),
+    Step(CHARACTERS, "GFT, momentum", ("shakespeare_char_momentum",)),
     Step(GPT2, BASELINE, ("gpt2_small_bench_adamw",)),
     Step(GPT2, "GFT, no momentum", ("gpt2_small_bench",)),
     Step(GPT2, "GFT, no momentum, update = backward", ("gpt2_small_bench", "--update", "backward")),
@@ -60,36 +67,66 @@ TINY = ("--n_layer", "1", "--n_head", "2", "--d_model", "32", "--context", "16",
 QUICK_STEPS = tuple(Step("one small layer", s.method, (*s.arguments, *TINY)) for s in SMALL_STEPS[:2])
 
 
-def cell(argv: Sequence[str], seconds: float = 5.0) -> dict:
-    """Time training steps of a config on random tokens. Raises UserError for what train.py would refuse."""
+class RandomText(TextTask):
+    """Windows of random tokens. `at` has what is to be done before a step, by its number."""
+
+    def __init__(self, cfg: Config, at: Mapping[int, Callable[[], None]]):
+        vocabulary = PADDED_VOCABULARY.get(cfg.tokenizer, cfg.vocab_size)
+        tokens = np.random.default_rng(1).integers(0, vocabulary, 2**20, dtype=np.uint16)
+        super().__init__(cfg, SimpleNamespace(train=tokens, val=tokens, name="random", source="NumPy", sha256="",
+                                              tokenizer=SimpleNamespace(vocab_size=vocabulary)))  # fmt: skip
+        self.at = at
+
+    def prepare(self, step: int, device: torch.device) -> None:
+        """Does what is to be done before this step."""
+        self.at.get(step, lambda: None)()
+        super().prepare(step, device)
+
+    def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
+        """Random tokens teach nothing."""
+        return {"val_loss": 0.0}
+
+
+def run_steps(argv: Sequence[str], profile: torch.profiler.profile | None = None) -> dict:
+    """Train a config on random tokens for a few steps; `profile` sees five of them. Returns what train.py would print
+    at the end. Raises UserError for what train.py would refuse.
+    """
     cfg = load(argv, "-m experiments.steps")
-    chosen = runtime.choose(cfg)
-    vocabulary = PADDED_VOCABULARY.get(cfg.tokenizer, cfg.vocab_size)
-    tokens = np.random.default_rng(1).integers(0, vocabulary, 2**20, dtype=np.uint16)
-    tokenizer = SimpleNamespace(vocab_size=vocabulary)
-    data = SimpleNamespace(train=tokens, val=tokens, tokenizer=tokenizer, name="random", source="NumPy", sha256="")
-    run = train.Run(cfg, TextTask(cfg, data), chosen, Path())
-    forward = torch.compile(run.net, dynamic=False) if chosen.compile else run.net
-    loss_of = torch.compile(run.task.loss, dynamic=False) if chosen.compile else run.task.loss
-    cuda, times, warm = chosen.device.type == "cuda", [], 8 if chosen.device.type == "cuda" else 1
-    while len(times) < warm + 5 or sum(times[warm:]) < seconds and len(times) < warm + 50:
-        if cuda and len(times) == warm:  # compiling and tuning needed more than a step does
-            torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
-        train.take_step(run, forward, loss_of)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    typical = statistics.median(times[warm:])
-    return {
-        "arguments": list(argv), "weights": run.weights, "step_seconds": typical,
-        "tokens_per_second": run.task.per_step / typical, "environment": chosen.environment(),
-        "peak_memory_bytes": runtime.peak_memory_bytes(chosen.device),
-    }  # fmt: skip
+    on = choose(cfg)  # as for all the steps of the config: it decides whether to compile by their number
+    kind = on.device.type
+    first = WARM_UP[kind]
+    at = {first: torch.cuda.reset_peak_memory_stats} if kind == "cuda" else {}
+    if profile is not None:
+        at = {first: profile.start, first + PROFILED: profile.stop}
+    cfg = dataclasses.replace(
+        cfg, steps=first + MEASURED[kind], warmup=0, log_every=10 if kind == "cuda" else 1, sample_tokens=0,
+        eval_every=NEVER, save_every=NEVER, monitor_every=NEVER,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="nanogft-steps-") as folder:
+        run = train.Run(cfg, RandomText(cfg, at), on, Path(folder))
+        run.save = lambda name: None
+        return train.train(run, Metrics(Path(folder, "metrics.jsonl"), 0), Stop())
+
+
+def measure(argv: Sequence[str]) -> dict:
+    """Time and memory of a config's step. Raises UserError for what train.py would refuse."""
+    found = run_steps(argv)
+    shown = ("weights", "step_seconds", "tokens_per_second", "environment", *BYTES)
+    return {"arguments": list(argv)} | {key: found[key] for key in shown}
+
+
+def profile(argv: Sequence[str]) -> dict:
+    """Print what five steps of a config spend their time on. Returns how often a step calls the CUDA runtime."""
+    seen = torch.profiler.profile()
+    run_steps(argv, seen)
+    averages = seen.key_averages()
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(averages.table(sort_by=order, row_limit=40, max_name_column_width=80))
+    return {event.key: event.count / PROFILED for event in averages if event.key.startswith("cu")}
 
 
 def run_cell(arguments: Sequence[str]) -> dict:
-    """`cell` in a process of its own: a peak of memory is a process's. Raises UserError with its error."""
+    """`measure` in a process of its own. Raises UserError with its error."""
     command = [sys.executable, "-m", "experiments.steps", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -129,9 +166,9 @@ def step_table(rows: Sequence[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure one step; returns the exit status."""
+    """Measure or profile one step; returns the exit status."""
     try:
-        print(json.dumps(cell(argv)))
+        print(json.dumps(profile(argv[1:]) if argv[:1] == ["--profile"] else measure(argv)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
