@@ -11,7 +11,7 @@ float parameter at all, unless `int_layers` leaves some kinds of layer in fp32.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
 from run.config import LAYER_KINDS, Config
-from gft.layers import IntEmbedding, IntLinear
+from gft.layers import Delta, IntEmbedding, IntLinear
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
@@ -39,8 +39,11 @@ class ModelConfig:
     context: int = 64
     method: str = "gft"
     bits: int = 6
-    init_spread: float = 0.33
+    init_std: float = 0.33
     act_range: float = 6.0
+    delta: str = "int8"
+    delta_bits: int = 8
+    delta_scale: str = "step"
     precision: str = "fp32"
     int_layers: tuple[str, ...] = LAYER_KINDS
     model: str = "transformer"  # or "mlp"
@@ -56,9 +59,8 @@ class ModelConfig:
     def from_config(cls, config: Config, vocab_size: int, image: tuple[int, int, int] | None = None) -> "ModelConfig":
         """Pick the model's keys out of a run.config.Config; vocab_size is the number of outputs,
         classes with images."""
-        keys = ("n_layer", "n_head", "d_model", "context", "method", "bits", "init_spread", "act_range",
-                "precision", "model", "patch")  # fmt: skip
-        own = {key: getattr(config, key) for key in keys}
+        taken = {f.name for f in fields(cls)} - {"vocab_size", "int_layers", "image"}
+        own = {key: getattr(config, key) for key in taken}
         return cls(vocab_size, **own, int_layers=config.integer_kinds, image=image)
 
 
@@ -67,6 +69,7 @@ class LayerFactory:
 
     def __init__(self, config: ModelConfig, seed: int):
         self.config, self.seed, self.made = config, seed, 0
+        self.delta = Delta(config.delta, config.delta_scale, config.delta_bits)
 
     def _next(self) -> int:
         self.made += 1
@@ -86,8 +89,8 @@ class LayerFactory:
         c = self.config
         if self._integer(kind):
             return IntLinear(
-                in_features, out_features, c.bits, gain, squared_relu, c.init_spread, c.act_range, self.seed,
-                self._next(),
+                in_features, out_features, c.bits, gain, squared_relu, c.init_std, c.act_range, self.seed,
+                self._next(), self.delta,
             )  # fmt: skip
         return FloatLinear(in_features, out_features, gain, squared_relu, self._latent_bits, self.seed, self._next())
 
@@ -95,7 +98,9 @@ class LayerFactory:
         """A table of unit-variance rows, of the kind the method asks for."""
         c = self.config
         if self._integer("embedding"):
-            return IntEmbedding(rows, width, c.bits, 1.0, c.init_spread, self.seed, self._next(), c.activations)
+            return IntEmbedding(
+                rows, width, c.bits, 1.0, c.init_std, self.seed, self._next(), c.activations, self.delta
+            )
         return FloatEmbedding(rows, width, self._latent_bits, self.seed, self._next())
 
 

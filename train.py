@@ -1,4 +1,4 @@
-"""Train a transformer of small integers, or one of its rivals, on text or images.
+"""Train a transformer of small integers, or a baseline, on text or images.
 
     python train.py shakespeare_char_small                    a config of configs/, or a path
     python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
@@ -8,80 +8,128 @@ Writes to out/NAME: last.json, best.json and their safetensors (run/checkpoint.p
 The last line of standard output is one JSON object.
 """
 
-import fcntl
-import glob
+import sys
+
+from run.config import Config, differences, from_dict, load, to_dict
+from run.errors import DIVERGED, UserError
+
+if __name__ == "__main__":
+    try:
+        load(sys.argv[1:], notes=False)  # --help and mistakes are answered here, before torch is imported
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+
 import json
 import math
 import os
-import re
 import shlex
-import signal
-import statistics
-import sys
 import time
+
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import data
+from data.task import Task
+from gft.baselines import SignSGD
+from gft.layers import IntEmbedding
+from gft.optimizer import FlipOptimizer, int_layers
+from model import ModelConfig, make_net
 from run import checkpoint, energy
-from run import device as runtime
-from run.config import Config, differences, from_dict, load, to_dict
+from run import device as machine
 from run.curve import draw
-from run.errors import DIVERGED, UserError
-from gft.learner import FlipLearner, make_learner
+from run.folder import choose_folder
 from run.meter import Meter
 from run.monitor import Monitor, warnings
 from run.progress import Metrics, Progress
-from model import ModelConfig, make_net
-from data.tasks import Task, load_task
+from run.schedule import Schedule
+from run.stop import Stop
+
+Optimizers = list[tuple[torch.optim.Optimizer, Schedule]]
 
 
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request; the second one ends at once."""
+def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
+    """One or two torch optimizers, each with its schedule: integer weights learn by flips, float weights by gradients.
 
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+    `tokens` are those of a step, whose votes are summed.
 
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+    adamw    torch.optim.AdamW on every weight; also on the float layers of a gft run that has some
+    muon     torch.optim.Muon on the matrices of the blocks, AdamW on embedding and head
+    sgd      torch.optim.SGD with momentum 0.9; signsgd moves every weight by lr against the sign of its gradient
+    ste      AdamW on latent weights, which the layers round (gft/baselines.py)
+    """
+    found: Optimizers = []
+    if integers := int_layers(net):
+        tables = [layer.weight for layer in integers if isinstance(layer, IntEmbedding)]
+        others = [layer.weight for layer in integers if not isinstance(layer, IntEmbedding)]
+        groups = [{"params": tables, "rule": cfg.embedding_rule}, {"params": others, "rule": cfg.rule}]
+        flips = FlipOptimizer(
+            [group for group in groups if group["params"]], lr=cfg.k, momentum=cfg.momentum, ortho_tile=cfg.ortho_tile,
+            topk_tile=cfg.topk_tile, step_size=cfg.step_size, flip_prob=cfg.flip_prob, flip_gamma=cfg.flip_gamma,
+            update=cfg.update, max_tokens=tokens,
+        )  # fmt: skip
+        found.append((flips, Schedule(flips, cfg.steps, cfg.k_end, cfg.k_schedule, cfg.k_warmup)))
+    floats = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
+    blocks = [p for name, p in floats.items() if cfg.method == "muon" and name.startswith("blocks.")]
+    others = [p for p in floats.values() if not any(p is block for block in blocks)]
+    if cfg.method == "sgd":
+        optimizer = torch.optim.SGD(others, lr=cfg.lr, momentum=0.9, fused=True)
+        # Decoupled, as AdamW's: SGD's own weight decay would be part of the gradient.
+        optimizer.register_step_pre_hook(lambda opt, *_: _decay(opt, cfg.weight_decay))
+    elif cfg.method == "signsgd":
+        optimizer = SignSGD(others, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    elif others:
+        betas = (0.9, cfg.beta2)
+        optimizer = torch.optim.AdamW(others, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    if others:
+        found.append((optimizer, Schedule(optimizer, cfg.steps, cfg.lr_end * cfg.lr, warmup=cfg.warmup)))
+    if blocks:
+        muon = torch.optim.Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95)
+        found.append((muon, Schedule(muon, cfg.steps, cfg.lr_end * cfg.muon_lr, warmup=cfg.warmup)))
+    return found
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.mul_(1 - group["lr"] * weight_decay)
 
 
 class Run:
-    """A run's net, learner and progress, and how they are saved and taken up again."""
+    """A run's net, optimizers and progress, and how they are saved and taken up again."""
 
-    def __init__(self, cfg: Config, task: Task, run: runtime.Runtime, out: Path):
-        self.cfg, self.task, self.run, self.out = cfg, task, run, out
+    def __init__(self, cfg: Config, task: Task, on: machine.Runtime, out: Path):
+        self.cfg, self.task, self.on, self.out, self.device = cfg, task, on, out, on.device
         try:
             net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed)
         except ValueError as error:
-            raise UserError(f"{error}: a larger --init_spread, or a wider net (--d_model)", 2) from None
-        self.net = net.to(run.device)
-        self.learner = make_learner(self.net, cfg)
+            raise UserError(f"{error}: a larger --init_std, or a wider net (--d_model)", 2) from None
+        self.net = net.to(on.device)
+        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions)
+        self.flip_optimizer = next((o for o, _ in self.optimizers if isinstance(o, FlipOptimizer)), None)
+        self.floats = sum(p.numel() for p in self.net.parameters() if p.is_floating_point())
+        self.weights = sum(p.numel() for p in self.net.parameters())
         self.step, self.changed, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
-        self.weights = sum(t.numel() for t in self.weight_tensors().values())
-
-    def weight_tensors(self) -> dict[str, Tensor]:
-        """The net's weights by name: int8 for gft, fp32 for the baselines."""
-        return {name: t for name, t in self.net.state_dict().items() if name.endswith("weight")}
+        # On the device: seed and step for the batches, and the flag of a loss that is not finite.
+        self.rng = torch.tensor([cfg.seed, 0], device=on.device)
+        self.found_inf = self.flip_optimizer.found_inf if self.flip_optimizer else torch.zeros((), device=on.device)
+        for optimizer, _ in self.optimizers:
+            optimizer.found_inf = self.found_inf
 
     def save(self, name: str) -> None:
         """Write checkpoint `name` ("last" or "best")."""
-        tensors = checkpoint.join(model=self.net.state_dict(), learner=self.learner.state())
+        states = {f"optimizer{i}": optimizer_tensors(o) for i, (o, _) in enumerate(self.optimizers)}
         meta = {
             "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.task.outputs, **self.task.saved(),
-            "environment": self.run.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
+            "environment": self.on.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
             "progress": {"changed": self.changed, "seconds": self.seconds, "losses": self.losses},
         }  # fmt: skip
-        checkpoint.save(self.out, name, tensors, meta)
+        checkpoint.save(self.out, name, checkpoint.join(model=self.net.state_dict(), **states), meta)
 
     def load(self, name: str) -> None:
         """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or other data."""
@@ -99,21 +147,25 @@ class Run:
             raise UserError(f"{where} was trained on the same file, but what is read from it has changed ("
                             f"{', '.join(other)}), as other versions of a decoder can bring about; go on where it was "
                             "begun, or start anew in another --out_dir")  # fmt: skip
-        now = self.run.environment()
+        now = self.on.environment()
         changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
         if changed:
             print(f"note: going on exactly is promised on one set-up only: {'; '.join(changed)}", file=sys.stderr)
         self.net.load_state_dict(checkpoint.group(tensors, "model"))
-        self.learner.load(checkpoint.group(tensors, "learner"))
         self.step = meta["step"]
+        self.rng[1] = self.step
+        for i, (optimizer, schedule) in enumerate(self.optimizers):
+            load_optimizer(optimizer, checkpoint.group(tensors, f"optimizer{i}"))
+            schedule.go_to(self.step)
         self.changed, self.seconds, self.losses = (meta["progress"][k] for k in ("changed", "seconds", "losses"))
 
-    def summary(self, found: dict[str, float], step_seconds: list[float]) -> dict:
-        """The final JSON object; `found` is what the last evaluation gave."""
-        cfg, state = self.cfg, self.net.state_dict()
-        integer = sum(t.nbytes for t in state.values() if t.dtype == torch.int8)
+    def summary(self, found: dict[str, float], typical: float | None) -> dict:
+        """The final JSON object; `found` is what the last evaluation gave, `typical` the seconds of a step."""
+        cfg, flips = self.cfg, self.flip_optimizer
+        layers = flips.layers if flips else []
+        integer = sum(layer.weight.nbytes for layer in layers)
         tokens, val_loss = self.task.per_step, found["val_loss"]
-        typical = statistics.median(step_seconds) if step_seconds else None
+        state, scales = state_bytes([optimizer for optimizer, _ in self.optimizers])
         return {
             "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
             "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
@@ -123,171 +175,205 @@ class Run:
             "accuracy": found.get("accuracy"), "top5": found.get("top5"),
             "weights": self.weights, "int_weight_bytes": integer,
             "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
-            "float_param_bytes": sum(p.nbytes for p in self.net.parameters()),
-            "optimizer_state_bytes": self.learner.state_bytes(), "scale_bytes": self.learner.scale_bytes(),
-            "peak_memory_bytes": runtime.peak_memory_bytes(self.run.device),
-            "weights_sha256": checkpoint.weights_sha256(self.weight_tensors()),
-            "environment": self.run.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
+            "float_param_bytes": 4 * self.floats, "optimizer_state_bytes": state,
+            "votes_bytes": flips.votes_bytes() if flips else 0,
+            "scale_bytes": scales + sum(layer.scale.nbytes for layer in layers),
+            "peak_memory_bytes": machine.peak_memory_bytes(self.device),
+            "weights_sha256": checkpoint.weights_sha256(dict(self.net.named_parameters())),
+            "environment": self.on.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
         }  # fmt: skip
 
 
-def check_loss(run: Run, loss: float) -> None:
-    """Raises UserError if the loss is not finite, before any weight has moved by it."""
-    if not math.isfinite(loss):
-        calmer = "--k" if run.cfg.method == "gft" else "--lr"
-        raise UserError(
-            f"the loss became {loss} at step {run.step + 1}, so this step was not made; checkpoints saved before are "
-            f"intact. Start anew with a lower {calmer} in another --out_dir", DIVERGED,
-        )  # fmt: skip
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state_dict, named parameter.key; its settings follow from the config."""
+    states = optimizer.state_dict()["state"].items()
+    return {f"{number}.{key}": tensor for number, state in states for key, tensor in state.items()}
 
 
-def take_step(run: Run, forward, loss_of) -> tuple[float, int]:
-    """One step over all its micro-batches. Returns the training loss in nats per token and the weights changed."""
-    cfg, device = run.cfg, run.run.device
-    tokens = run.task.per_step
-    half = cfg.precision == "bf16" and cfg.method != "gft"
-    total = 0.0
-    for x, y in run.task.batches(run.step, device):
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-            loss = loss_of(forward(x), y)
-        if cfg.flip_at == "backward":  # weights move in there
-            check_loss(run, loss.item())
-        (loss * run.learner.loss_scale(tokens)).backward()
-        total += loss.item()
-    check_loss(run, total)
-    changed = run.learner.step(run.step)
-    run.step += 1
-    run.changed += changed
-    return total / tokens, changed
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take what `optimizer_tensors` gave."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".", 1)
+        states.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
+    """Bytes that optimizers keep between steps: of state, and of scales."""
+    kept = [item for o in optimizers for state in o.state.values() for item in state.items() if item[0] != "rng"]
+    scales = sum(tensor.nbytes for name, tensor in kept if name in ("momentum_scale", "delta_history"))
+    return sum(tensor.nbytes for _, tensor in kept) - scales, scales
 
 
 def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
     """The loop, from run.step to the last step. Returns the summary, or None if it was stopped."""
-    cfg = run.cfg
+    cfg, task, device, rng, found_inf = run.cfg, run.task, run.device, run.rng, run.found_inf
     # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
-    forward = torch.compile(run.net, dynamic=False) if run.run.compile else run.net
-    loss_of = torch.compile(run.task.loss, dynamic=False) if run.run.compile else run.task.loss
-    monitor = None
-    if isinstance(run.learner, FlipLearner):
-        names = {layer.index: name for name, layer in run.net.named_modules() if layer in run.learner.optimizer.layers}
-        monitor = Monitor(run.learner.optimizer, names, cfg.monitor_every, cfg.seed)
-    progress = Progress(cfg.steps, run.step, run.task.per_step, run.task.unit)
-    said, resident, step_seconds, found = set(), [], [], {}
-    meter, first = Meter.on(run.run.device.type, run.run.device.index), run.step
-    meter.start()
+    net = torch.compile(run.net, dynamic=False) if run.on.compile else run.net
+    loss_of = torch.compile(task.loss, dynamic=False) if run.on.compile else task.loss
+    autocast = cfg.precision == "bf16" and cfg.method != "gft"
+    # delta is not divided by the number of tokens: its int8 scale follows it anyway.
+    loss_scale = 1.0 if cfg.method == "gft" else 1.0 / task.per_step
+    monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
+    log = Log(run, metrics, stop)
 
     while run.step < cfg.steps:
-        begun = time.perf_counter()
-        if monitor:
-            monitor.before(run.step)
-        loss, changed = take_step(run, forward, loss_of)
-        took = time.perf_counter() - begun
-        run.seconds += took
-        step_seconds.append(took)
-        meter.poll()
+        monitor.before_backward(run.step)
+        task.prepare(run.step, device)
+        for part in range(cfg.grad_accum):
+            x, y = task.batch_at(rng, part)
+            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+                loss = loss_of(net(x), y)
+            # From a loss that is not finite on, no step moves an integer weight, and AdamW's moves none; the host learns
+            # of it when it reads, and saves nothing any more.
+            torch.maximum(found_inf, (~torch.isfinite(loss)).float(), out=found_inf)
+            (loss * loss_scale).backward()
+            log.loss += loss.detach()
+        monitor.before_step()
+        for optimizer, schedule in run.optimizers:
+            optimizer.step()
+            schedule.step()
+        run.net.zero_grad()
+        rng[1] += 1
+        run.step += 1
+
+        if log.due():
+            log.write(monitor.report())
+        if stop.signal and run.step < cfg.steps:
+            return None
+    return log.finish()
+
+
+class Log:
+    """What is read from the device, said, evaluated and saved between steps. Other steps wait for nothing."""
+
+    def __init__(self, run: Run, metrics: Metrics, stop: Stop):
+        self.run, self.metrics, self.stop = run, metrics, stop
+        self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
+        self.meter = Meter.on(run.device.type, run.device.index)
+        self.first = self.last = run.step  # the step that this process began with, and that of the last read
+        self.begun, self.flips = time.perf_counter(), 0
+        self.loss = torch.zeros((), device=run.device)  # summed since the last read
+        self.found: dict[str, float] = {}
+        self.resident: list[int] = []
+        self.said: set[str] = set()
+        self.meter.start()
+
+    def due(self) -> bool:
+        """Whether this step is one to read after."""
+        run, cfg = self.run, self.run.cfg
+        every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every)
+        ends = run.step == cfg.steps or bool(self.stop.signal)
+        return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
+
+    def write(self, measured: dict) -> None:
+        """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the loss diverged."""
+        run, cfg = self.run, self.run.cfg
+        steps, loss = run.step - self.last, self.loss.item()  # waits for the device
+        self._check_finite(loss)
+        run.seconds += time.perf_counter() - self.begun
+        self.meter.poll()
+        flips = int(run.flip_optimizer.flips()) if run.flip_optimizer else 0
+        changed = flips - self.flips + steps * run.floats
+        run.changed += changed
         record = {
-            "step": run.step, "loss": round(loss, 5), "flips": changed / run.weights, "seconds": round(run.seconds, 4),
+            "step": run.step, "loss": round(loss / steps / run.task.per_step, 5),
+            "flips": changed / steps / run.weights, "seconds": round(run.seconds, 4), **measured,
         }  # fmt: skip
-        if monitor:
-            record |= monitor.report()
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
-            found = run.task.evaluate(run.net, run.run.device)
-            record |= {name: round(value, 5) for name, value in found.items()}
-            run.losses.append(found["val_loss"])
-        metrics.write(record)
-        progress.show(record)
+            self.found = run.task.evaluate(run.net, run.device)
+            record |= {name: round(value, 5) for name, value in self.found.items()}
+            run.losses.append(self.found["val_loss"])
+        self.metrics.write(record)
+        self.progress.show(record)
         if "val_loss" in record:
-            if shown := run.task.show(run.net):
-                progress.text(shown)
-            resident.append(runtime.resident_bytes() or 0)
-            chance = math.log(run.task.outputs)
-            for sign, text in warnings(run.losses, run.step / cfg.steps, chance, resident).items():
-                if sign not in said:
-                    said.add(sign)
-                    progress.line(f"warning: {text}")
-            if run.losses[-1] <= min(run.losses):
-                run.save("best")
-        if run.step % cfg.save_every == 0 or last or stop.signal:
+            self._evaluated()
+        if run.step % cfg.save_every == 0 or last or self.stop.signal:
             run.save("last")
-        if stop.signal and not last:
-            return None
-    if not step_seconds:  # resumed at the end
-        found = run.task.evaluate(run.net, run.run.device)
-    used = energy.summary(energy.count(cfg, run.task.outputs, run.task.image), run.step, meter.stop())
-    if first:
-        used["energy_note"] += f"; measured from step {first} on, where this process took the run up"
-    return run.summary(found, step_seconds[1:]) | used
+        self.loss.zero_()
+        self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
 
-
-def choose_folder(cfg: Config) -> tuple[Path, TextIO]:
-    """The run's folder, and its lock, which is held while the file is open.
-
-    Nothing saved is overwritten: a new run in a used folder is refused, or numbered if it has no --out_dir of its own;
-    a resumed one takes the newest of its name. Raises UserError if there is no such folder or another run holds it.
-    """
-    first = cfg.out_path
-    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{glob.escape(first.name)}-*"))
-    numbers = [2, *(int(ending[1]) + 1 for ending in endings if ending)]
-    numbered = [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, max(numbers) + 1))]
-    if cfg.out_dir:
-        numbered = [first]
-    if cfg.resume:
-        used = [folder for folder in numbered if _has_run(folder)]
-        if not used:
+    def _check_finite(self, loss: float) -> None:
+        run = self.run
+        if run.found_inf.item():
+            calmer = "--k" if run.cfg.method == "gft" else "--lr"
+            steps = f"step {run.step}" if run.step == self.last + 1 else f"one of the steps {self.last + 1} to {run.step}"
             raise UserError(
-                f"--resume {cfg.resume}: {first} holds no run; start one without --resume, or name its --out_dir"
-            )
-        return used[-1], _lock(used[-1])
-    for folder in numbered:
-        if not _has_run(folder):
-            try:
-                return folder, _lock(folder)
-            except BlockingIOError:  # a run that has not saved anything yet
-                if cfg.out_dir:
-                    raise
-    raise UserError(f"{first} already holds a run; --resume goes on with it, another --out_dir starts anew")
+                f"the loss became {loss} at {steps}, which was not made, nor was any after it; checkpoints saved before "
+                f"are intact. Start anew with a lower {calmer} in another --out_dir", DIVERGED,
+            )  # fmt: skip
+
+    def _evaluated(self) -> None:
+        """Show a sample and the curve, warn of known signs of failure, and keep the best net."""
+        run, task = self.run, self.run.task
+        if shown := sample_text(run.net, task, run.cfg):
+            self.progress.text(shown)
+        draw_curve(run)
+        self.resident.append(machine.resident_bytes() or 0)
+        chance = math.log(task.outputs)
+        for sign, text in warnings(run.losses, run.step / run.cfg.steps, chance, self.resident).items():
+            if sign not in self.said:
+                self.said.add(sign)
+                self.progress.line(f"warning: {text}")
+        if run.losses[-1] <= min(run.losses):
+            run.save("best")
+
+    def finish(self) -> dict:
+        """The summary of a run that has come to its end."""
+        run = self.run
+        if not self.found:  # resumed at the end
+            self.found = run.task.evaluate(run.net, run.device)
+        used = energy.summary(energy.count(run.cfg, run.task.outputs, run.task.image), run.step, self.meter.stop())
+        if self.first:
+            used["energy_note"] += f"; measured from step {self.first} on, where this process took the run up"
+        return run.summary(self.found, self.progress.step_seconds) | used
 
 
-def _lock(folder: Path) -> TextIO:
-    """An open file only one process can hold. Raises BlockingIOError if another one does,
-    UserError if it cannot be made."""
+def sample_text(net: nn.Module, task: Task, cfg: Config) -> str:
+    """`sample_tokens` tokens of the net's own text, drawn from the run's seed; nothing of images."""
+    if task.tokenizer is None or not cfg.sample_tokens:
+        return ""
+    from sample import decoded, generate, start_ids
+
+    tokens = generate(net, start_ids(task.tokenizer, ""), cfg.sample_tokens, 0.8, 0, 1.0, cfg.seed)
+    return "".join(decoded(task.tokenizer, tokens)).strip()
+
+
+def draw_curve(run: Run) -> None:
+    """Draw loss.png anew; a disk that does not take it is no reason to stop."""
+    title = f"{run.cfg.name}: {run.cfg.method}, {run.weights / 1e6:.2f} M weights"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
+        draw(run.out / "metrics.jsonl", run.out / "loss.png", title, run.task.unit.removesuffix("s"))
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror}; make it a writable folder or choose another --out_dir"
-        ) from None
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
-
-
-def _has_run(folder: Path) -> bool:
-    return any(checkpoint.exists(folder, name) for name in ("last", "best", "previous"))
+        print(f"note: {error.filename or 'loss.png'} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def python() -> str:
     """How to call this interpreter from here: by its path if it is that of a virtual environment not activated."""
     if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
         return "python"
-    return shlex.quote(os.path.relpath(os.path.join(sys.prefix, "bin", "python")))
+    return shlex.quote(os.path.relpath(sys.executable))
 
 
 def run_config(cfg: Config, argv: list[str]) -> int:
     """Train as cfg says; argv is what was typed. Returns the exit status."""
-    chosen = runtime.choose(cfg)
-    task = load_task(cfg)
-    runtime.check_memory(cfg, task.outputs, task.positions, chosen.device)
+    on = machine.choose(cfg)
+    task = data.load(cfg, named=any(word.partition("=")[0] == "--data" for word in argv))
+    cfg = task.cfg
+    machine.check_memory(cfg, task.outputs, task.positions, on.device)
     out, lock = choose_folder(cfg)
-    run = Run(cfg, task, chosen, out)
+    run = Run(cfg, task, on, out)
     stop = Stop()
     if cfg.resume:
         run.load(cfg.resume)
+    if task.notice:
+        print(task.notice)
     print(f"data: {task.about}")
-    print("\n".join(chosen.reasons))
+    print("\n".join(on.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
-          + (f", {cfg.bits} bits, rule {cfg.rule}, memory {cfg.memory}" if cfg.method == "gft" else ""))  # fmt: skip
+          + (f", {cfg.bits} bits, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))  # fmt: skip
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
     metrics = Metrics(out / "metrics.jsonl", run.step)
     if not cfg.resume:
@@ -298,15 +384,15 @@ def run_config(cfg: Config, argv: list[str]) -> int:
         print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
               f"go on: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
-    curve, title = out / "loss.png", f"{cfg.name}: {cfg.method}, {run.weights / 1e6:.2f} M weights"
     try:
-        draw(out / "metrics.jsonl", curve, title, run.task.unit.removesuffix("s"))
-        task.report(run.net, chosen.device, out)
+        task.report(run.net, on.device, out)
     except OSError as error:
-        print(f"note: {error.filename or curve} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"note: {error.filename or out} cannot be written: {error.strerror}", file=sys.stderr)
     print(f"checkpoint: {out / 'last.json'} (last step), {out / 'best.json'} (lowest validation loss)\n"
-          f"curve: {curve}\nmetrics: {out / 'metrics.jsonl'}")  # fmt: skip
+          f"curve: {out / 'loss.png'}\nmetrics: {out / 'metrics.jsonl'}")  # fmt: skip
     print(f"use: {python()} {task.usage(out)}")
+    if task.notice:
+        print(task.notice)
     print(json.dumps({key: None if value != value else value for key, value in summary.items()}, allow_nan=False))
     return 0
 

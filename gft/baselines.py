@@ -1,10 +1,11 @@
-"""The rivals' layers: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for method "ste"."""
+"""The baselines: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for "ste"; and signSGD."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gft.layers import initial_weight, largest_weight
+from gft.layers import initial_weight
+from kernels.topk import weight_limit
 
 
 class FloatLinear(nn.Module):
@@ -55,7 +56,21 @@ def fake_quantize(w: Tensor, bits: int | None) -> Tensor:
     """w on the grid of `bits` bits, with the gradient of w itself (straight-through); None returns w."""
     if bits is None:
         return w
-    q = largest_weight(bits)
+    q, _ = weight_limit(bits)
     grid = (w.abs().mean() if bits <= 2 else w.abs().amax() / q).detach()
     rounded = torch.where(w < 0, -1.0, 1.0) if bits == 1 else torch.round(w / grid).clamp(-q, q)
     return w + (rounded * grid - w).detach()
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Every weight moves by lr against the sign of its gradient (Bernstein et al. 2018); decay is decoupled. No state."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One step; closure is torch's and is not called."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])

@@ -1,227 +1,271 @@
-"""FlipOptimizer: the step that moves integer weights.
+"""FlipOptimizer: the torch optimizer that moves integer weights.
 
-    opt = FlipOptimizer(model, k=0.5, steps=500)
-    loss.backward(); opt.step()
+    opt = FlipOptimizer(net.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=steps)
+    loss.backward(); opt.step(); scheduler.step()
 
-It finds the integer layers of any module, so it stands next to a torch.optim optimizer for the float layers
-of a hybrid net. Without `memory` it keeps nothing between steps but the step's number.
+`lr` is the paper's k, the share of the weights that may move in a step. Without `momentum` nothing is kept between steps
+but their number. Float parameters belong to a torch optimizer beside it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gft.clock import Clock
-from gft.layers import IntEmbedding, IntLayer
-from gft.rules import Rule, learn
-from run.schedule import KINDS as SCHEDULES
-from run.schedule import scheduled, step_size_at
-from kernels.backend import on_triton
-from kernels.contribution_flip import Matrix, learn_step, why_not
-from kernels.memory import MEMORY_TILE, remember_
-from kernels.philox import Stream, dither_words
-from kernels.scores import RULES
-from kernels.tiles import tile_grid
+from gft.layers import IntLayer, owner_of
+from kernels.flip import Streams, UpdateRule, flip
+from kernels.limits import MAX_REDUCTION, RULES
+from kernels.momentum import empty_momentum
+from kernels.tiles import tile_count
+
+RULE_KEYS = tuple(f.name for f in fields(UpdateRule) if f.name != "bits")  # bits are the layer's
+
+
+def int_layers(module: nn.Module) -> list[IntLayer]:
+    """The integer layers of a net, in the order of its modules."""
+    return [layer for layer in module.modules() if isinstance(layer, IntLayer)]
 
 
 @dataclass
-class LayerStep:
-    """What a watched layer did in a step: its votes (out, in) and the number of weights flipped."""
+class Stack:
+    """Layers of one group whose weights have one shape and one number of bits, so that one call moves them all.
 
-    layer: IntLayer
-    votes: Tensor
-    flips: int
-
-
-@dataclass
-class Group:
-    """Layers that learn by one rule at one width, and the tile at which each begins in the group's random words."""
-
-    rule: Rule
-    layers: list[IntLayer] = field(default_factory=list)
-    first_tiles: dict[int, int] = field(default_factory=dict)
-    tiles: int = 0
-
-    def add(self, layer: IntLayer) -> None:
-        """Append a layer."""
-        self.layers.append(layer)
-        self.first_tiles[layer.index] = self.tiles
-        self.tiles += self.rule.tiles(layer)
-
-
-class FlipOptimizer:
-    """Moves the integer weights of `model` by their votes.
-
-    rule, ortho_tile, select_tile, flip_prob, flip_gamma: see kernels/scores.py and kernels/flip.py; embedding_rule is
-    the rule of IntEmbedding layers. k falls from `k` to `k_end` over `steps` as `k_schedule` says ("linear",
-    "quadratic", "cosine", "constant"), after `k_warmup` steps of rise. step_size is the largest move in weight units at
-    the start; it falls to 1. memory "int8" keeps one byte per weight (kernels/memory.py), with decay beta. delta "sign"
-    lets only the sign of delta vote; delta_bits below 8 gives delta fewer levels; delta_scale "delayed" scales delta by
-    the largest maximum of the last 16 steps, so that micro-batches add up to exactly the one big batch; its first step
-    only measures. flip_at "backward" lets every layer learn as soon as its delta has passed, so that no operands are
-    held until the step: the same weights for less memory. A layer used twice in a step is then refused.
-
-    Raises ValueError if the model has no integer layer or a setting is unknown.
+    group is the number of their param group; flips int64 (L,) counts the moves of each since the optimizer was made.
     """
 
-    def __init__(
-        self, model: nn.Module, *, k: float = 0.5, k_end: float = 0.0, k_schedule: str = "linear", k_warmup: int = 0,
-        steps: int = 1000, rule: str = "spectral", embedding_rule: str = "balanced", ortho_tile: int = 128,
-        select_tile: int = 64, flip_prob: str = "one", flip_gamma: float = 1.0, step_size: int = 1,
-        memory: str = "none", beta: float = 0.9, delta: str = "int8", delta_scale: str = "step", seed: int = 1,
-        flip_at: str = "step", delta_bits: int = 8,
-    ):  # fmt: skip
-        known = {
-            "rule": (rule, RULES), "embedding_rule": (embedding_rule, RULES),
-            "flip_prob": (flip_prob, ("one", "score")),
-            "memory": (memory, ("none", "int8")), "delta": (delta, ("int8", "sign")),
-            "delta_scale": (delta_scale, ("step", "delayed")), "k_schedule": (k_schedule, SCHEDULES),
-            "flip_at": (flip_at, ("step", "backward")),
-        }  # fmt: skip
-        for name, (value, choices) in known.items():
-            if value not in choices:
-                raise ValueError(f"FlipOptimizer: {name} is {value!r}; it must be one of {', '.join(choices)}")
-        ranges = {
-            "k": (k, 0 <= k <= 1, "from 0 to 1"), "k_end": (k_end, 0 <= k_end <= 1, "from 0 to 1"),
-            "steps": (steps, steps >= 1, "at least 1"), "k_warmup": (k_warmup, k_warmup >= 0, "at least 0"),
-            "step_size": (step_size, step_size >= 1, "at least 1"), "beta": (beta, 0 <= beta < 1, "from 0 to below 1"),
-            "select_tile": (select_tile, select_tile >= 0, "at least 0"),
-            "ortho_tile": (ortho_tile, ortho_tile >= 0, "at least 0"),
-            "flip_gamma": (flip_gamma, flip_gamma > 0, "above 0"),
-            "delta_bits": (delta_bits, 2 <= delta_bits <= 8, "from 2 to 8"),
-        }  # fmt: skip
-        for name, (value, right, rule_text) in ranges.items():
-            if not right:
-                raise ValueError(f"FlipOptimizer: {name} is {value}; it must be {rule_text}")
-        self.layers = [m for m in model.modules() if isinstance(m, IntLayer)]
-        if not self.layers:
-            raise ValueError("FlipOptimizer: the model has no IntLinear or IntEmbedding layer to train")
-        self.k, self.k_end, self.k_schedule, self.k_warmup, self.steps = k, k_end, k_schedule, k_warmup, steps
-        self.start_size, self.memory, self.beta = step_size, memory, beta
-        self.clock = Clock(seed)
-        self.observer: Callable[[LayerStep], None] | None = None
-        hidden = Rule(rule, ortho_tile, select_tile, flip_prob, flip_gamma)
-        groups: dict[tuple[Rule, int], Group] = {}
-        self.group_of: dict[int, Group] = {}
-        for index, layer in enumerate(self.layers):
-            layer.index = index
-            layer.attach(self.clock)
-            layer.set_delta(delta, delta_scale, delta_bits)
-            own = replace(hidden, name=embedding_rule) if isinstance(layer, IntEmbedding) else hidden
-            group = groups.setdefault((own, layer.bits), Group(own))
-            group.add(layer)
-            self.group_of[layer.index] = group
-        self.groups = list(groups.values())
-        self.flips: list[Tensor] = []  # of the step, on the device
-        self.learned: set[int] = set()
-        for layer in self.layers:
-            layer.learn_now = self._learn_now if flip_at == "backward" else None
-        self.memories: dict[int, tuple[Tensor, Tensor]] = {}
-        if memory == "int8":
-            self.memories = {layer.index: self._empty_memory(layer) for layer in self.layers}
+    group: int
+    layers: list[IntLayer]
+    streams: Streams
+    flips: Tensor
 
-    @staticmethod
-    def _empty_memory(layer: IntLayer) -> tuple[Tensor, Tensor]:
-        down, across = tile_grid(tuple(layer.weight.shape), MEMORY_TILE)
-        scale = torch.zeros(down * across, 1, 1, device=layer.weight.device)
-        return torch.zeros_like(layer.weight), scale
+
+class FlipOptimizer(torch.optim.Optimizer):
+    """Moves int8 weights by the votes of the backward passes since the last step.
+
+    params are int8 weights of IntLinear and IntEmbedding layers, or groups of them, as for any torch optimizer. `lr`, a
+    float or a float64 tensor, is the share of weights selected, so that torch's schedulers drive it. Of each group:
+
+    rule, ortho_tile              how votes become scores (kernels/scores.py)
+    topk_tile                     side of the tiles in which the share is taken, 0 for whole matrices
+    momentum                      0, or the decay of an int8 momentum of votes, one byte a weight (kernels/momentum.py)
+    step_size                     the largest move in units
+    flip_prob, flip_gamma         "one", or "score": a selected weight moves with p = (score / largest)^gamma
+    update                        "step", or "backward": moves are made inside the backward pass, so that votes never
+                                  reach memory; a weight may then be used once between two steps
+    max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
+
+    Where `found_inf`, float32 () on the device, is not 0, a step changes no weight and no state.
+    Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
+    """
+
+    _step_supports_amp_scaling = True  # so that a GradScaler reaches `step`, which says that it is not needed
+
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 0.5, *, rule: str = "spectral", ortho_tile: int = 128,
+        topk_tile: int = 64, momentum: float = 0.0, step_size: int = 1, flip_prob: str = "one", flip_gamma: float = 1.0,
+        update: str = "step", max_tokens: int = MAX_REDUCTION,
+    ):  # fmt: skip
+        self.layers: list[IntLayer] = []
+        self.stacks: list[Stack] = []
+        defaults = {
+            "lr": lr, "rule": rule, "ortho_tile": ortho_tile, "topk_tile": topk_tile, "momentum": momentum,
+            "step_size": step_size, "flip_prob": flip_prob, "flip_gamma": flip_gamma, "update": update,
+            "max_tokens": max_tokens,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Each weight's layer gets a buffer for votes, its state and its random streams."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_settings(group)
+            layers = [_layer_of(group, place) for place in range(len(group["params"]))]
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._adopt(len(self.param_groups) - 1, layers)
+
+    def _adopt(self, number: int, layers: list[IntLayer]) -> None:
+        """Make the layers of group `number` ready to train, and stack those of one shape."""
+        group = self.param_groups[number]
+        device, in_backward = layers[0].weight.device, group["update"] == "backward"
+        if not hasattr(self, "found_inf"):
+            self.found_inf = torch.zeros((), device=device)
+        if in_backward:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
+        first, tile, alike = len(self.layers), 0, {}
+        for layer in layers:
+            place = len(self.layers)
+            layer.first_column = sum(other.delta_width for other in self.layers)
+            self.layers.append(layer)
+            if group["momentum"] and "momentum" not in self.state[layer.weight]:
+                self.state[layer.weight]["momentum"], self.state[layer.weight]["momentum_scale"] = empty_momentum(layer.weight)
+            layer.start_voting(None if in_backward else torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32)
+            kind = (layer.weight.shape, layer.bits) if group["topk_tile"] and not in_backward else place
+            alike.setdefault(kind, []).append((layer, place, tile))
+            tile += tile_count(tuple(layer.weight.shape), group["topk_tile"]) if group["topk_tile"] else 0
+        for members in alike.values():
+            stacked, places, tiles = zip(*members, strict=True)
+            streams = Streams(
+                torch.tensor(places, device=device), first if group["topk_tile"] else places[0],
+                torch.tensor(tiles, device=device),
+            )  # fmt: skip
+            flips = torch.zeros(len(stacked), dtype=torch.int64, device=device)
+            self.stacks.append(Stack(number, list(stacked), streams, flips))
+        self._learn_in_backward()
+
+    def _learn_in_backward(self) -> None:
+        """Tell the layers of groups with update = "backward" how they learn."""
+        for stack in self.stacks:
+            group, layer = self.param_groups[stack.group], stack.layers[0]
+            if group["update"] != "backward":
+                continue
+            state, rule = self.state[layer.weight], self._rule(stack)
+            layer.learning = (
+                group["lr"], self.found_inf, stack.streams.layers, stack.streams.first_tile, stack.flips,
+                torch.zeros((), dtype=torch.bool), state.get("momentum"), state.get("momentum_scale"),
+                stack.streams.topk, rule.rule, rule.bits, rule.ortho_tile, rule.topk_tile, rule.momentum,
+                rule.step_size, rule.flip_prob, rule.flip_gamma,
+            )  # fmt: skip
+
+    def _rule(self, stack: Stack) -> UpdateRule:
+        group = self.param_groups[stack.group]
+        return UpdateRule(bits=stack.layers[0].bits, **{key: group[key] for key in RULE_KEYS})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Move weights by the votes of the backward passes since the last step, and clear the votes.
+
+        Nothing is read on the host where Triton kernels run, so a step can be captured in a CUDA graph (with `lr` a
+        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler: delta has a scale of its own.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("FlipOptimizer: integer layers need no GradScaler; call loss.backward() and opt.step()")
+        for stack in self.stacks:
+            if self.param_groups[stack.group]["update"] == "step":
+                self._flip(stack)
+        _advance(self.layers, self.found_inf)
+        self._learn_in_backward()
+        return loss
+
+    def _flip(self, stack: Stack) -> None:
+        """The step of one stack."""
+        layers, rule, lr = stack.layers, self._rule(stack), self.param_groups[stack.group]["lr"]
+        device = layers[0].weight.device
+        k = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
+        weights = [layer.weight for layer in layers]
+        kept = [[self.state[w][name] for w in weights] for name in ("momentum", "momentum_scale") if rule.momentum]
+        votes, weight, momentum = _stacked([layer.votes for layer in layers]), _stacked(weights), map(_stacked, kept)
+        own, changed = [weights, *kept], [weight, *momentum]
+        stack.flips += flip(votes, weight, k, layers[0].rng, stack.streams, self.found_inf, rule, *changed[1:])
+        if len(layers) > 1:
+            for theirs, ours in zip(own, changed, strict=True):
+                torch._foreach_copy_(theirs, list(ours.unbind()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop votes of backward passes that no step has used; `set_to_none` is torch.optim's and changes nothing."""
-        for layer in self.layers:
-            layer.forget()
+        """Drop votes of backward passes that no step has used; `set_to_none` is torch's and changes nothing."""
+        _clear(self.layers)
+        self._learn_in_backward()
 
     @torch.no_grad()
-    def step(self) -> int:
-        """Flip weights by the votes of the backward passes since the last step. Returns the number of flips."""
-        for group in self.groups:
-            self._learn(group, group.layers)
+    def flips(self) -> Tensor:
+        """Moves made since the optimizer was: int64 () on the device."""
+        return torch.stack([stack.flips.sum() for stack in self.stacks]).sum()
+
+    def votes_bytes(self) -> int:
+        """Bytes of votes while a step is being made: 4 or 8 per weight, 0 with update = "backward"."""
+        return sum(layer.votes.nbytes for layer in self.layers if layer.votes is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with what each layer needs to go on exactly: its step and, if it has one, its delayed scale."""
         for layer in self.layers:
-            layer.finish_step()
-        flips, self.flips, self.learned = self.flips, [], set()
-        self.clock.advance(self.clock.step + 1)
-        return int(torch.cat(flips).sum()) if flips else 0
+            self.state[layer.weight].update(layer.kept_state())
+        return super().state_dict()
 
-    @torch.no_grad()
-    def _learn_now(self, layer: IntLayer) -> None:
-        """The step of one layer, called in its backward pass."""
-        if layer.index in self.learned:
-            raise ValueError(
-                f"FlipOptimizer: integer layer {layer.index} had a second backward pass in one step, and flip_at = "
-                "backward moved its weights in the first; take flip_at = step for micro-batches and for layers used "
-                "twice"
-            )
-        self.learned.add(layer.index)
-        self._learn(self.group_of[layer.index], [layer])
-        layer.drop_votes()
-
-    def _learn(self, group: Group, layers: list[IntLayer]) -> None:
-        """Flip weights of a group's layers and note how many, without waiting for a GPU to have counted them."""
-        layers = [layer for layer in layers if layer.has_votes()]
-        if not layers:
-            return
-        k = scheduled(self.k, self.k_end, self.k_schedule, self.clock.step, self.steps, self.k_warmup)
-        size = step_size_at(self.start_size, self.clock.step, self.steps)
-        first_tiles, index = [group.first_tiles[layer.index] for layer in layers], group.layers[0].index
-        observed = self.observer is not None and any(layer.watched for layer in layers)
-        if on_triton(layers[0].weight) and not why_not(group.rule.select_tile, group.rule.flip_prob):
-            places = zip(layers, first_tiles, strict=True)
-            matrices = [Matrix(la.weight, la.index, first, self.memories.get(la.index)) for la, first in places]
-            # The fused kernel never writes votes down; who wants to see them makes it two kernels, which flip alike.
-            votes = [None if observed or isinstance(la, IntEmbedding) else la.operands() for la in layers]
-            votes = [layer.take_votes() if v is None else v for layer, v in zip(layers, votes, strict=True)]
-            rule = group.rule
-            flips = learn_step(
-                matrices, votes, rule=rule.name, bits=layers[0].bits, k=k, step_size=size, ortho_tile=rule.ortho_tile,
-                select_tile=rule.select_tile, seed=self.clock.seed, step=self.clock.step, index=index, beta=self.beta,
-            )  # fmt: skip
-        else:
-            votes = [layer.take_votes() for layer in layers]
-            evidence = [self._remember(la, v) for la, v in zip(layers, votes, strict=True)] if self.memories else votes
-            flips = torch.tensor(learn(group.rule, layers, evidence, first_tiles, index, k, size, self.clock))
-        self.flips.append(flips)
-        if observed:
-            for row in zip(layers, votes, flips.tolist(), strict=True):
-                self.observer(LayerStep(*row))
-
-    def _remember(self, layer: IntLayer, votes: Tensor) -> Tensor:
-        stored, scale = self.memories[layer.index]
-        streams = (Stream.MEMORY_ROWS + 16 * layer.index, Stream.MEMORY_COLUMNS + 16 * layer.index)
-        n = scale.numel() * MEMORY_TILE
-        rows, columns = (dither_words(self.clock.seed, self.clock.step, s, n).to(stored.device) for s in streams)
-        return remember_(stored, scale, votes, self.beta, rows, columns)
-
-    def state_bytes(self) -> int:
-        """Bytes of state per weight kept between steps: 0, or one per weight with the int8 memory."""
-        return sum(stored.numel() * stored.element_size() for stored, _ in self.memories.values())
-
-    def scale_bytes(self) -> int:
-        """Bytes of scales kept between steps: of memory tiles and of delayed deltas (layer scales are the layers')."""
-        histories = [layer.delta_history for layer in self.layers if layer.delta_history is not None]
-        return sum(t.numel() * t.element_size() for t in [s for _, s in self.memories.values()] + histories)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that must be saved to go on exactly: the step, the delayed scales and the memory if there are any."""
-        state = {"step": torch.tensor(self.clock.step)}
-        for layer in self.layers:
-            if layer.delta_history is not None:
-                state[f"delta_history.{layer.index}"] = layer.delta_history
-        for index, (stored, scale) in self.memories.items():
-            state[f"memory.{index}"], state[f"memory_scale.{index}"] = stored, scale
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the state of `state_dict`. Raises ValueError if it is that of another model or memory setting."""
-        own = self.state_dict()
-        if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
-            raise ValueError("FlipOptimizer: this state has other layers or another memory setting than the optimizer")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, into the tensors that are there. Raises ValueError if it is that of other layers or
+        of another momentum setting."""
+        self.state_dict()
+        own = [self.state[p] for group in self.param_groups for p in group["params"]]
+        given = [state_dict["state"].get(i, {}) for i in range(len(own))]
+        shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (own, given)]
+        if len(state_dict["state"]) != len(own) or shapes[0] != shapes[1]:
+            raise ValueError("FlipOptimizer: this state has other layers or another momentum setting than the optimizer")
+        super().load_state_dict(state_dict)
+        for layer, state in zip([owner_of(p) for group in self.param_groups for p in group["params"]], own, strict=True):
+            for name, tensor in state.items():
+                tensor.copy_(self.state[layer.weight][name])
+            self.state[layer.weight] = state
         self.zero_grad()
-        for index, (stored, scale) in self.memories.items():
-            stored.copy_(state[f"memory.{index}"])
-            scale.copy_(state[f"memory_scale.{index}"])
-        for layer in self.layers:
-            if layer.delta_history is not None:
-                layer.take_history(state[f"delta_history.{layer.index}"])
-        self.clock.advance(int(state["step"]))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "stacks"):  # a copy, of which torch keeps groups and state alone
+            self.layers, self.stacks = [], []
+            for number, group in enumerate(self.param_groups):
+                self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """(L, ...): a copy of several, a view of one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _clear(layers: list[IntLayer]) -> None:
+    """Votes and their scales to 0."""
+    torch._foreach_zero_([layer.votes_scale for layer in layers])
+    if votes := [layer.votes for layer in layers if layer.votes is not None]:
+        torch._foreach_zero_(votes)
+
+
+def _advance(layers: list[IntLayer], found_inf: Tensor) -> None:
+    """To the next step: the step's number, no rows seen, no votes, histories of delta one further."""
+    rngs = [layer.rng for layer in layers]
+    torch._foreach_mul_(rngs, [rngs[0].new_tensor([1, 1, 0])] * len(rngs))
+    torch._foreach_add_(rngs, [rngs[0].new_tensor([0, 1, 0])] * len(rngs))
+    _clear(layers)
+    if histories := [layer.delta_history for layer in layers if layer.delta_history is not None]:
+        old = torch.stack(histories)
+        moved = torch.nan_to_num(torch.cat([torch.zeros_like(old[:, :1]), old[:, :-1]], dim=1), nan=0.0, posinf=0.0)
+        kept = torch.cat([torch.zeros_like(old[:, :1]), old[:, 1:]], dim=1)
+        torch._foreach_copy_(histories, list(torch.where(found_inf > 0, kept, moved).unbind()))
+
+
+def _layer_of(group: dict[str, Any], place: int) -> IntLayer:
+    """The layer of a group's parameter. Raises ValueError, naming the parameter, if it is no integer weight."""
+    p = group["params"][place]
+    name = group["param_names"][place] if "param_names" in group else f"number {place} of the group"
+    if p.dtype != torch.int8:
+        raise ValueError(f"FlipOptimizer: parameter {name} is {p.dtype}; it moves int8 weights only, so give this one to "
+                         "a torch optimizer such as AdamW")  # fmt: skip
+    try:
+        return owner_of(p)
+    except ValueError as error:
+        raise ValueError(f"FlipOptimizer: parameter {name}: {error}") from None
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    """Raises ValueError naming a setting of the group that is unknown or out of range."""
+    choices = {"rule": RULES, "flip_prob": ("one", "score"), "update": ("step", "backward")}
+    for name, known in choices.items():
+        if group[name] not in known:
+            raise ValueError(f"FlipOptimizer: {name} is {group[name]!r}; it must be one of {', '.join(known)}")
+    ranges = {
+        "lr": (isinstance(group["lr"], Tensor) or 0 <= group["lr"] <= 1, "from 0 to 1"),
+        "momentum": (0 <= group["momentum"] < 1, "from 0 to below 1"),
+        "step_size": (group["step_size"] >= 1, "at least 1"),
+        "topk_tile": (group["topk_tile"] >= 0, "at least 0"),
+        "ortho_tile": (group["ortho_tile"] >= 0, "at least 0"),
+        "flip_gamma": (group["flip_gamma"] > 0, "above 0"),
+    }
+    for name, (right, rule) in ranges.items():
+        if not right:
+            raise ValueError(f"FlipOptimizer: {name} is {group[name]}; it must be {rule}")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, on_triton, tl, triton
+from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -87,17 +87,23 @@ def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
 # For torch
 
 
-@torch.library.custom_op("nanogft::words", mutates_args=())
-def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
-    """Words start .. start + count - 1 of the step for `stream`: int64 (count,) below 2^32, on rng's device.
+@torch.library.custom_op("nanogft::words_torch", mutates_args=())
+def words_torch(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """`words_from` in torch. It reads `rng` on the host."""
+    seed, step = rng[:2].tolist()
+    return torch.from_numpy(words(seed, step, stream, count, start).astype(np.int64)).to(rng.device)
 
-    Nothing is read on the host where Triton kernels run. (The torch backend on a GPU waits for `rng`.)
-    """
-    if not on_triton(rng):
-        seed, step = rng[:2].tolist()
-        return torch.from_numpy(words(seed, step, stream, count, start).astype(np.int64)).to(rng.device)
+
+@words_torch.register_fake
+def _(rng, stream, count, start=0):
+    return rng.new_empty(count)
+
+
+@operator("words")
+def words_triton(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """`words_from` on a GPU."""
     out = torch.empty(count, dtype=torch.int64, device=rng.device)
-    _words_kernel[(triton.cdiv(count, WORDS_BLOCK),)](
+    wrap_triton(_words_kernel)[(triton.cdiv(count, WORDS_BLOCK),)](
         out=out,
         rng=rng,
         stream=stream,
@@ -108,9 +114,12 @@ def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
     return out
 
 
-@words_from.register_fake
-def _(rng, stream, count, start=0):
-    return rng.new_empty(count)
+def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+    """Words start .. start + count - 1 of the step for `stream`: int64 (count,) below 2^32, on rng's device.
+
+    Where Triton kernels run, nothing is read on the host.
+    """
+    return (words_triton if on_triton(rng) else words_torch)(rng, stream, count, start)
 
 
 def uniform_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
@@ -185,3 +194,9 @@ def _words_kernel(out, rng, stream, start, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = philox_words(tl.load(rng), tl.load(rng + 1), stream, start + place)
     tl.store(out + place, word.to(tl.int64), mask=place < count)
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """What `python -m kernels.check philox` compiles."""
+    signature = {"out": "*i64", "rng": "*i64", "stream": "i32", "start": "i32", "count": "i32"}
+    return [LaunchConfig("words", _words_kernel, signature, {"BLOCK": WORDS_BLOCK})]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels.backend import jit, tl
-from kernels.tiles import stack_tiles, unstack_tiles
+from kernels.fuse import fused
+from kernels.limits import RULES
+from kernels.tiles import from_tiles, to_tiles
 
-RULES = ("contribution", "gain", "balanced", "spectral")
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 SINKHORN_ROUNDS = 3
@@ -79,26 +80,34 @@ def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
         x = torch.baddbmm(x, polynomial, x, beta=a)
 
 
-def score(rule: str, votes: list[Tensor], weights: list[Tensor], ortho_tile: int) -> list[Tensor]:
-    """Signed scores of matrices that learn by one rule, scored in one batch where they are small.
+def score(rule: str, votes: Tensor, weight: Tensor, ortho_tile: int) -> Tensor:
+    """Signed scores of a stack of matrices: integers for gain and contribution of integer votes, else float32.
 
-    votes integer or float32 (out, in), weights int8 of the same shapes; ortho_tile is the side of spectral's tiles,
-    0 for whole matrices. Returns one (out, in) each: integers for gain and contribution of integer votes, else float32.
-    Raises ValueError for an unknown rule.
+    votes integer or float32 (L, out, in), weight int8 (L, out, in); ortho_tile is the side of spectral's tiles, 0 for
+    whole matrices. Returns (L, out, in). Raises ValueError for an unknown rule.
     """
     if rule == "gain":
-        return [gain(v) for v in votes]
+        return gain(votes)
     if rule == "contribution":
-        return [contribution(v, w) for v, w in zip(votes, weights, strict=True)]
+        return contribution(votes, weight)
     if rule == "balanced":
-        return [balanced(v) for v in votes]
+        return balanced(votes)
     if rule != "spectral":
         raise ValueError(f"score: got rule {rule!r}; known are {', '.join(RULES)}")
-    dtype = dot_dtype(votes[0].device)
+    dtype = dot_dtype(votes.device)
     if ortho_tile == 0:
-        return [orthogonalise(v.to(torch.float32), dtype) for v in votes]
-    scored = orthogonalise(stack_tiles(votes, ortho_tile, torch.float32), dtype)
-    return unstack_tiles(scored, [tuple(v.shape) for v in votes], torch.float32)
+        return orthogonalise(votes.to(torch.float32), dtype)
+    return _from_tiles(orthogonalise(_to_float_tiles(votes, ortho_tile), dtype), tuple(votes.shape[1:]))
+
+
+@fused(dynamic=False)
+def _to_float_tiles(votes: Tensor, side: int) -> Tensor:
+    return to_tiles(votes.to(torch.float32), side)
+
+
+@fused(dynamic=False)
+def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
+    return from_tiles(tiles, shape).contiguous()
 
 
 @jit
@@ -124,3 +133,15 @@ def contribution_tile(v, w):
         v = v.to(tl.int64)
         wide = w.to(tl.int64)
     return tl.where((wide * v > 0) | (w == 0), v * tl.where(w == 0, 1, tl.abs(w.to(tl.int32))).to(v.dtype), 0)
+
+
+@jit
+def score_block(v, w, RULE: tl.constexpr):
+    """Scores of a block in a kernel: v and w (M, N); the rule is "gain", "contribution" or "spectral" (M = N)."""
+    if RULE == "spectral":
+        s = orthogonalise_tile(v.to(tl.float32))
+    elif RULE == "contribution":
+        s = contribution_tile(v, w)
+    else:
+        s = v
+    return s

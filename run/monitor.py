@@ -2,9 +2,8 @@
 
     flips         flips per weight in the step
     at_limit      share of weights at -Q or Q              zeros       share of weights at 0
-    saturation    share of int8 delta at +-127 (the largest alone is 1 element; a clipped scale is many); 0 for signs
-    dead_rows     share of output rows no vote reached
-    undone        of the moves of a sample of weights since the last report, the share that took back the move before
+    dead_rows     share of output rows that no vote reached (not measured with update = "backward")
+    undone        of the moves of a sample of weights, the share that took back the move seen before
 
 The warnings are for what the paper reports as signs of failure: an early plateau, a collapse when bits are
 few, memory that grows.
@@ -13,92 +12,68 @@ few, memory that grows.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gft.layers import IntLayer
-from gft.optimizer import FlipOptimizer, LayerStep
 from kernels.philox import Stream, uniform
 
-SAMPLE = 1024  # weights per layer whose moves are followed
+SAMPLE = 1024  # weights per layer whose moves are compared
 PLATEAU_EVALUATIONS, PLATEAU_FALL = 4, 0.003
 COLLAPSE_RISE = 0.25
 GROWTH_SHARE, GROWTH_BYTES = 0.25, 64 * 2**20
 
 
 class Monitor:
-    """Follows the layers of a FlipOptimizer; `report` is due every `every` steps."""
+    """Looks at the integer layers of a net in every `every`-th step; the other steps cost nothing."""
 
-    def __init__(self, optimizer: FlipOptimizer, names: dict[int, str], every: int, seed: int):
-        self.optimizer, self.names, self.every = optimizer, names, every
-        self.rows: dict[str, dict[str, float]] = {}
-        self.due = False
-        self.followed = _Followed(optimizer.layers, seed)
-        optimizer.observer = self._observe
+    def __init__(self, net: nn.Module, every: int, seed: int):
+        self.layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, IntLayer)}
+        self.every = every
+        self.sample = {name: self._places(layer, i, seed) for i, (name, layer) in enumerate(self.layers.items())}
+        self.before: dict[str, Tensor] = {}  # weights at the start of the step
+        self.dead_rows: dict[str, float] = {}
+        self.moved: dict[str, Tensor] = {}  # the direction in which each sampled weight was last seen to move
 
-    def before(self, step: int) -> None:
+    @staticmethod
+    def _places(layer: IntLayer, index: int, seed: int) -> Tensor:
+        n = layer.weight.numel()
+        places = uniform(seed, 0, Stream.MONITOR + 16 * index, min(SAMPLE, n)) * n
+        return places.long().to(layer.weight.device)
+
+    def before_backward(self, step: int) -> None:
         """Call before the backward pass of `step`."""
-        self.due = (step + 1) % self.every == 0
-        for layer in self.optimizer.layers:
-            layer.watched = self.due
+        due = (step + 1) % self.every == 0
+        self.before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()} if due else {}
 
-    def _observe(self, done: LayerStep) -> None:
-        layer, weight = done.layer, done.layer.weight
-        self.rows[self.names[layer.index]] = {
-            "flips": done.flips / weight.numel(),
-            "at_limit": _share(weight.abs() == layer.q),
-            "zeros": _share(weight == 0),
-            "saturation": layer.saturation,
-            "dead_rows": _share((done.votes == 0).all(dim=1)),
-        }
+    def before_step(self) -> None:
+        """Call between the backward pass and the optimizer's step."""
+        voting = {name: self.layers[name].votes for name in self.before if self.layers[name].votes is not None}
+        self.dead_rows = {name: _share((votes == 0).all(dim=1)) for name, votes in voting.items()}
 
     def report(self) -> dict[str, dict]:
-        """Call after every step. Measurements, if it was a due one: "layers", and "monitor", their mean; else empty."""
-        self.followed.update()
-        layers, self.rows = self.rows, {}
-        if not layers:
+        """Call after the step. Measurements, if it was a due one: "layers", and "monitor", their mean; else empty."""
+        if not self.before:
             return {}
-        for index, share in self.followed.take_undone().items():
-            if self.names[index] in layers:
-                layers[self.names[index]]["undone"] = share
-        keys = next(iter(layers.values())).keys()
-        mean = {key: round(sum(row[key] for row in layers.values()) / len(layers), 5) for key in keys}
-        rounded = {name: {key: round(value, 5) for key, value in row.items()} for name, row in layers.items()}
-        return {"monitor": mean, "layers": rounded}
+        rows = {name: self._look(name, self.layers[name]) for name in self.before}
+        self.before = {}
+        keys = next(iter(rows.values())).keys()
+        mean = {key: round(sum(row[key] for row in rows.values()) / len(rows), 5) for key in keys}
+        return {"monitor": mean, "layers": rows}
 
-
-class _Followed:
-    """The last moves of some weights of every layer, side by side in one vector: it costs every step."""
-
-    def __init__(self, layers: list[IntLayer], seed: int):
-        self.layers = layers
-        self.at = []
-        for layer in layers:
-            n = layer.weight.numel()
-            at = uniform(seed, 0, Stream.MONITOR + 16 * layer.index, min(SAMPLE, n)) * n
-            self.at.append(at.long().to(layer.weight.device))
-        self.value = self._values()
-        self.last = torch.zeros_like(self.value)
-        self.moves = torch.zeros_like(self.value, dtype=torch.int32)
-        self.undone = torch.zeros_like(self.moves)
-
-    def _values(self) -> Tensor:
-        return torch.cat([la.weight.view(-1)[at] for la, at in zip(self.layers, self.at, strict=True)]).to(torch.int16)
-
-    def update(self) -> None:
-        now = self._values()
-        direction = torch.sign(now - self.value)
-        self.moves += direction.abs()
-        self.undone += direction * self.last == -1
-        self.last = torch.where(direction != 0, direction, self.last)
-        self.value = now
-
-    def take_undone(self) -> dict[int, float]:
-        sizes = [len(at) for at in self.at]
-        counts = zip(self.layers, self.moves.split(sizes), self.undone.split(sizes), strict=True)
-        shares = {la.index: int(undone.sum()) / max(int(moves.sum()), 1) for la, moves, undone in counts}
-        self.moves.zero_()
-        self.undone.zero_()
-        return shares
+    def _look(self, name: str, layer: IntLayer) -> dict[str, float]:
+        weight, at = layer.weight, self.sample[name]
+        change = weight.to(torch.int16) - self.before[name].to(torch.int16)
+        moved = torch.sign(change.view(-1)[at])
+        last = self.moved.get(name, torch.zeros_like(moved))
+        self.moved[name] = torch.where(moved != 0, moved, last)
+        moves = int((moved * last != 0).sum())
+        found = {
+            "flips": _share(change != 0), "at_limit": _share(weight.abs() == layer.q), "zeros": _share(weight == 0),
+            "undone": int((moved * last < 0).sum()) / max(moves, 1),
+        }  # fmt: skip
+        if name in self.dead_rows:
+            found["dead_rows"] = self.dead_rows[name]
+        return {key: round(value, 5) for key, value in found.items()}
 
 
 def _share(mask: Tensor) -> float:
@@ -121,12 +96,12 @@ def warnings(losses: list[float], progress: float, chance: float, resident: list
             found["plateau"] = (
                 f"early plateau: the validation loss fell by {fall:.3f} in the last {PLATEAU_EVALUATIONS} evaluations "
                 f"with {1 - progress:.0%} of the run to go; try a smaller k (flips undo each other), a larger batch "
-                "or --memory int8"
+                "or --momentum 0.9"
             )
     if last > best + COLLAPSE_RISE or (progress >= 0.2 and last > 0.97 * chance):
         found["collapse"] = (
             f"collapse: the validation loss is {last:.3f}, its best was {best:.3f} and guessing gives {chance:.3f}; "
-            "few bits need a smaller k; try k / 4, more bits or --memory int8"
+            "few bits need a smaller k; try k / 4, more bits or --momentum 0.9"
         )
     if len(resident) > 3 and resident[-1] - resident[1] > max(GROWTH_BYTES, GROWTH_SHARE * resident[1]):
         found["memory"] = (

@@ -87,9 +87,9 @@ class Progress:
             print(self._text(now), flush=True)
         if evaluated and "monitor" in self.latest:
             m = self.latest["monitor"]
+            dead = f"; dead rows {m['dead_rows']:.1%}" if "dead_rows" in m else ""
             self.line(f"    weights at the limit {m['at_limit']:.1%}, at zero {m['zeros']:.1%}; "
-                      f"moves undone {m['undone']:.0%}; delta saturated {m['saturation']:.2%}; "
-                      f"dead rows {m['dead_rows']:.1%}")  # fmt: skip
+                      f"moves undone {m['undone']:.0%}{dead}")  # fmt: skip
 
     def _text(self, now: float) -> str:
         latest = self.latest

@@ -1,6 +1,8 @@
-"""How a quantity falls (or stays) over a run: the share of weights k, the step size, the learning rate."""
+"""How a learning rate (for FlipOptimizer the share k) falls over a run, as a torch scheduler."""
 
 import math
+
+import torch
 
 KINDS = ("linear", "quadratic", "cosine", "constant")
 
@@ -29,3 +31,32 @@ def scheduled(start: float, end: float, kind: str, step: int, steps: int, warmup
 def step_size_at(start: int, step: int, steps: int) -> int:
     """Largest move in weight units: falls linearly from `start`, rounded up, and is 1 at the end."""
     return max(1, -(-start * (steps - step) // steps))
+
+
+class Schedule(torch.optim.lr_scheduler.LRScheduler):
+    """`scheduled` for every group's lr, from what it is now to `end`; a group's step_size falls to 1 with it."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, steps: int, end: float = 0.0, kind: str = "linear", warmup: int = 0
+    ):
+        self.steps, self.end, self.kind, self.warmup = steps, end, kind, warmup
+        self.step_sizes = [group.get("step_size") for group in optimizer.param_groups]
+        for group in optimizer.param_groups:  # numbers, so that the schedule never waits for a GPU
+            group.setdefault("initial_lr", float(group["lr"]))
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The lr of every group at the present step."""
+        return [scheduled(lr, self.end, self.kind, self.last_epoch, self.steps, self.warmup) for lr in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """On to the next step."""
+        super().step(epoch)
+        for group, start in zip(self.optimizer.param_groups, self.step_sizes, strict=True):
+            if start is not None:
+                group["step_size"] = step_size_at(start, self.last_epoch, self.steps)
+
+    def go_to(self, step: int) -> None:
+        """Set the lr of `step`, as when a run is taken up again."""
+        self.last_epoch = step - 1
+        self.step()

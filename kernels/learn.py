@@ -1,0 +1,172 @@
+"""The whole learning step of a matrix inside the backward pass: int8 operands in, int8 weights changed in place.
+
+    V = D^T X  ->  (momentum)  ->  scores S  ->  top-k of legal moves in every tile  ->  W
+
+Votes never reach memory: a program sums those of its block over all tokens in registers and does what kernels/flip.py
+does there; both are made of the same device functions and agree exactly. Memory: T*(in + out) + 2*out*in bytes, twice
+out*in more with momentum; 2*T*in*out int8 operations, and for spectral 30*ortho_tile*out*in of fp16.
+
+A weight may be used once between two steps: a second pass would move it by votes that knew the weight before the first.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.embedding import accumulate_embedding_votes
+from kernels.flip import (
+    Streams,
+    UpdateRule,
+    block_side,
+    capability_of,
+    check_update,
+    flip,
+    flip_torch,
+    learning_configs,
+    unscored_reason,
+    unsupported_reason,
+    warps_of,
+)
+from kernels.limits import MAX_REDUCTION
+from kernels.momentum import MOMENTUM_TILE, momentum_block
+from kernels.philox import Stream
+from kernels.scores import score_block
+from kernels.topk import topk_block, weight_limit
+from kernels.votes import accumulate_votes, votes_block, votes_torch
+
+TOKENS = 64  # of one step through the operands
+
+
+def learn_torch(
+    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`learn` in torch: votes, then what `flip` does."""
+    return flip_torch(votes_torch(d, x)[None], weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+
+
+@jit
+def _learn_kernel(
+    d, x, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream, out, inner, tokens,
+    d_row, d_column, x_row, x_column, beta, step_size,
+    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
+    SIDE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One block of the matrix."""
+    if tl.load(stop) != 0:
+        return
+    across = tl.cdiv(inner, SIDE)
+    row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
+    rows, columns = row.to(tl.int64) + tl.arange(0, SIDE), column.to(tl.int64) + tl.arange(0, SIDE)
+    v = votes_block(d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS)
+    pointers = rows[:, None] * inner + columns[None, :]
+    inside = (rows < out)[:, None] & (columns < inner)[None, :]
+    if MOMENTUM:
+        v = momentum_block(
+            v, momentum, momentum_scale, pointers, inside, row, column, out, inner, rng, tl.load(layers), beta, 64
+        )  # fmt: skip
+    w = tl.load(weight + pointers, mask=inside, other=0)
+    s = score_block(v, w, RULE)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, stream, tl.load(first_tile), Q, UNIT, TOPK)
+    moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
+    tl.store(weight + pointers, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
+    tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
+
+
+def learn(
+    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Learn from one batch: d int8 (T, out), x int8 (T, in) of any stride; weight int8 (1, out, in) changes in place.
+
+    The other arguments, and what is returned and raised, are those of `flip`.
+    """
+    _, out, inner = check_update((1, d.shape[1], x.shape[1]), weight, rule, momentum, momentum_scale)
+    if len(d) != len(x) or len(d) == 0:
+        raise ValueError(f"learn: got {len(d)} rows of delta and {len(x)} of activations; they must agree, and not be 0")
+    if not on_triton(weight):
+        return learn_torch(d, x, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+    if unsupported_reason(rule) or unscored_reason(rule, capability_of(weight)) or len(d) > MAX_REDUCTION:
+        votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=d.device)
+        accumulate_votes(d, x, votes[0], rng.clone())
+        return flip(votes, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+    side = block_side(rule)
+    flips = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    q, unit = weight_limit(rule.bits)
+    _learn_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side),)](
+        d=d,
+        x=x,
+        weight=weight,
+        momentum=momentum,
+        momentum_scale=momentum_scale,
+        flips=flips,
+        k=k,
+        rng=rng,
+        layers=streams.layers,
+        first_tile=streams.first_tile,
+        stop=stop,
+        stream=Stream.TOPK + 16 * streams.topk,
+        out=out,
+        inner=inner,
+        tokens=len(d),
+        d_row=d.stride(0),
+        d_column=d.stride(1),
+        x_row=x.stride(0),
+        x_column=x.stride(1),
+        beta=rule.momentum,
+        step_size=rule.step_size,
+        RULE=rule.rule,
+        Q=q,
+        UNIT=unit,
+        MOMENTUM=momentum is not None,
+        TOPK=rule.topk_tile,
+        SIDE=side,
+        TOKENS=TOKENS,
+        enable_fp_fusion=False,
+        num_warps=warps_of(side),
+        num_stages=2,
+    )
+    return flips
+
+
+@torch.library.custom_op(
+    "nanogft::learn_in_backward", mutates_args=("weight", "flips", "used", "momentum", "momentum_scale")
+)
+def learn_in_backward(
+    d: Tensor, operand: Tensor, weight: Tensor, rng: Tensor, k: Tensor, stop: Tensor, layers: Tensor,
+    first_tile: Tensor, flips: Tensor, used: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None,
+    topk_stream: int, rule: str, bits: int, ortho_tile: int, topk_tile: int, beta: float, step_size: int,
+    flip_prob: str, flip_gamma: float,
+) -> None:  # fmt: skip
+    """`learn` as an operator that a compiled backward pass can call, for one weight int8 (out, in).
+
+    operand is X int8 (T, in), or the tokens int64 (T,) of an embedding. flips int64 (1,) grows by the moves made; used, a
+    bool on the CPU whatever the device, says that this weight has learned since the last step. Raises ValueError if it
+    has: the host knows that without waiting for the device.
+    """
+    if used.item():
+        raise ValueError(
+            'a weight was used twice in one step with update = "backward", which moved it after the first use; '
+            'take update = "step" for micro-batches and for layers used more than once'
+        )
+    used.fill_(True)
+    settings = UpdateRule(rule, bits, ortho_tile, topk_tile, beta, step_size, flip_prob, flip_gamma)
+    streams = Streams(layers, topk_stream, first_tile)
+    kept = (None, None) if momentum is None else (momentum[None], momentum_scale[None])
+    if operand.dtype == torch.int64:
+        votes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+        accumulate_embedding_votes(d, operand, votes)
+        flips += flip(votes[None], weight[None], k, rng, streams, stop, settings, *kept)
+    else:
+        flips += learn(d, operand, weight[None], k, rng, streams, stop, settings, *kept)
+
+
+@learn_in_backward.register_fake
+def _(*_):
+    return None
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """What `python -m kernels.check learn` compiles: the rules, with and without momentum."""
+    constants = {"TOKENS": TOKENS, "d_column": 1, "x_column": 1}
+    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants)

@@ -1,0 +1,182 @@
+"""Momentum of votes: one int8 byte per weight that remembers past votes.
+
+    M  <- beta M + V            in the votes' own units
+    the rule scores               V + beta M, with the new M (Nesterov's form)
+    stored as int8, one scale per tile of 64 x 64: scale = max|M| / 127, rounded up or down at random (`philox.dither`)
+
+`momentum_tile` is what kernels that flip do in registers: 2 bytes for each weight. `accumulate_momentum_` alone reads
+4 + 1 and writes 4 + 1 bytes for each: for rules that look at whole matrices.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.fuse import fused
+from kernels.philox import DITHER_BITS, Stream, dither, dither_at, dither_word, words_from
+from kernels.tiles import block_to_tiles, from_tiles, tile_count, tile_grid, tiles_to_block, to_tiles
+
+MOMENTUM_TILE = 64  # one scale per tile of this side
+SMALLEST_SCALE = 1e-36  # a momentum faded below this is empty; 1 / scale would overflow
+
+
+def empty_momentum(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for a weight int8 (out, in): the momentum int8 (out, in) and its scales float32 (tiles,)."""
+    scale = torch.zeros(tile_count(tuple(weight.shape), MOMENTUM_TILE), device=weight.device)
+    return torch.zeros_like(weight, requires_grad=False), scale
+
+
+# The torch reference
+
+
+@fused
+def momentum_step(
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, row_noise: Tensor, col_noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step, tile by tile: momentum int8 and votes integer (tiles, n, n), scale float32 (tiles,), noise int32
+    (tiles, n, 1) and (tiles, 1, n). Returns V + beta M float32, the new momentum int8, the new scale."""
+    v = votes.to(torch.float32)
+    m = beta * (momentum.to(torch.float32) * scale[:, None, None]) + v
+    top = m.abs().amax(dim=(1, 2))
+    new_scale = top / torch.full_like(top, 127.0)  # a GPU multiplies by 1 / 127 where the divisor is a Python number
+    new_scale = torch.where(new_scale > SMALLEST_SCALE, new_scale, 0.0)
+    inv_scale = torch.where(new_scale > 0, 1.0 / new_scale, 0.0)
+    rounded = torch.floor(m * inv_scale[:, None, None] + dither(row_noise, col_noise)).clamp(-127, 127)
+    return v + beta * m, rounded.to(torch.int8), new_scale
+
+
+def momentum_noise(rng: Tensor, layers: list[int], tiles: int) -> tuple[Tensor, Tensor]:
+    """Rounding noise for stacked momenta of `tiles` tiles each: int32 (L * tiles, n, 1) and (L * tiles, 1, n)."""
+    n = MOMENTUM_TILE
+
+    def draw(stream: int) -> Tensor:
+        words = [words_from(rng, stream + 16 * layer, tiles * n) for layer in layers]
+        return (torch.cat(words) >> (32 - DITHER_BITS)).to(torch.int32)
+
+    return draw(Stream.MOMENTUM_ROWS).view(-1, n, 1), draw(Stream.MOMENTUM_COLUMNS).view(-1, 1, n)
+
+
+def accumulate_momentum_torch_(
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: list[int]
+) -> Tensor:
+    """`accumulate_momentum_` in torch."""
+    shape = tuple(momentum.shape[1:])
+    evidence, new, new_scale = momentum_step(
+        to_tiles(momentum, MOMENTUM_TILE), scale.view(-1), to_tiles(votes, MOMENTUM_TILE), beta,
+        *momentum_noise(rng, layers, scale.shape[1]),
+    )  # fmt: skip
+    momentum.copy_(from_tiles(new, shape))
+    scale.copy_(new_scale.view_as(scale))
+    return from_tiles(evidence, shape)
+
+
+# The kernel
+
+
+@jit
+def momentum_tile(v, momentum, inside, scales, real, row_noise, col_noise, beta, SIDE: tl.constexpr):
+    """`momentum_step` for a block of whole momentum tiles in registers, in place. Returns V + beta M float32 (M, N).
+
+    v (M, N), zeros past the edge; momentum and inside: pointers and mask of its momentum (M, N); scales and real: those
+    of the scales (tiles,); noise int32 (tiles, SIDE). Multiplications and additions must not be contracted.
+    """
+    M: tl.constexpr = v.shape[0]
+    N: tl.constexpr = v.shape[1]
+    v = block_to_tiles(v.to(tl.float32), SIDE)
+    scale = tl.load(scales, mask=real, other=0.0)[:, None]
+    m = beta * (block_to_tiles(tl.load(momentum, mask=inside, other=0), SIDE).to(tl.float32) * scale) + v
+    new_scale = tl.div_rn(tl.max(tl.abs(m), 1), tl.full((v.shape[0],), 127.0, tl.float32))
+    new_scale = tl.where(new_scale > 1e-36, new_scale, 0.0)
+    divisor = tl.where(new_scale > 0, new_scale, 1.0)
+    inv_scale = tl.where(new_scale > 0, tl.div_rn(tl.full((v.shape[0],), 1.0, tl.float32), divisor), 0.0)
+    # M is formed again: kept since the maximum was taken, it would not fit into registers beside V.
+    m = beta * (block_to_tiles(tl.load(momentum, mask=inside, other=0, volatile=True), SIDE).to(tl.float32) * scale) + v
+    u = tl.reshape(dither_at(row_noise[:, :, None], col_noise[:, None, :]), v.shape)
+    # floor takes a negative subnormal for 0 on a GPU; m is whole votes, and its share of the maximum never that small.
+    rounded = tl.floor(m * inv_scale[:, None] + u)
+    rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0).to(tl.int8)
+    tl.store(momentum, tiles_to_block(rounded, M, N, SIDE), mask=inside)
+    tl.store(scales, new_scale, mask=real)
+    return tiles_to_block(v + beta * m, M, N, SIDE)
+
+
+@jit
+def momentum_block(v, momentum, scale, pointers, inside, row, column, out, inner, rng, layer, beta, SIDE: tl.constexpr):
+    """`momentum_tile` for the block whose first weight is (row, column) of one matrix (out, inner).
+
+    momentum and scale belong to that matrix; pointers (M, N) are the offsets of the block's weights in it.
+    """
+    M: tl.constexpr = v.shape[0]
+    N: tl.constexpr = v.shape[1]
+    tile = tl.arange(0, (M // SIDE) * (N // SIDE))
+    tile_row, tile_column = row // SIDE + tile // (N // SIDE), column // SIDE + tile % (N // SIDE)
+    real = (tile_row * SIDE < out) & (tile_column * SIDE < inner)
+    tile = tile_row * tl.cdiv(inner, SIDE) + tile_column
+    element = (tile[:, None] * SIDE + tl.arange(0, SIDE)[None, :]).to(tl.int64)
+    seed, step = tl.load(rng), tl.load(rng + 1)
+    row_noise = dither_word(seed, step, 4 + 16 * layer, element)  # Stream.MOMENTUM_ROWS
+    col_noise = dither_word(seed, step, 5 + 16 * layer, element)
+    return momentum_tile(v, momentum + pointers, inside, scale + tile, real, row_noise, col_noise, beta, SIDE)
+
+
+@jit
+def _momentum_kernel(
+    evidence, momentum, scale, votes, rng, layers, stop, out, inner, beta, SIDE: tl.constexpr
+):  # fmt: skip
+    """One tile of one matrix of the stack."""
+    if tl.load(stop) != 0:
+        return
+    place = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(inner, SIDE)
+    row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
+    rows, columns = (row + tl.arange(0, SIDE))[:, None], (column + tl.arange(0, SIDE))[None, :]
+    inside = (rows < out) & (columns < inner)
+    pointers = rows.to(tl.int64) * inner + columns
+    matrix = place * out * inner
+    v = tl.load(votes + matrix + pointers, mask=inside, other=0)
+    v = momentum_block(
+        v, momentum + matrix, scale + place * tl.cdiv(out, SIDE) * across, pointers, inside, row, column, out, inner,
+        rng, tl.load(layers + place), beta, SIDE,
+    )  # fmt: skip
+    tl.store(evidence + matrix + pointers, v, mask=inside)
+
+
+def accumulate_momentum_(
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor, stop: Tensor
+) -> Tensor:
+    """M <- beta M + V for a stack of matrices, in place. Returns the evidence V + beta M, float32 (L, out, in).
+
+    momentum int8 (L, out, in), scale float32 (L, tiles), both contiguous; votes integer (L, out, in); rng as in
+    kernels.philox; layers int64 (L,) numbers the streams of noise; where stop, float32 (), is not 0 nothing changes.
+    """
+    if not on_triton(momentum):
+        if stop.item():
+            return votes.to(torch.float32)
+        return accumulate_momentum_torch_(momentum, scale, votes, beta, rng, layers.tolist())
+    count, out, inner = momentum.shape
+    down, across = tile_grid((out, inner), MOMENTUM_TILE)
+    evidence = torch.zeros(momentum.shape, dtype=torch.float32, device=momentum.device)
+    _momentum_kernel[(down * across, count)](
+        evidence=evidence,
+        momentum=momentum,
+        scale=scale,
+        votes=votes.contiguous(),
+        rng=rng,
+        layers=layers,
+        stop=stop,
+        out=out,
+        inner=inner,
+        beta=beta,
+        SIDE=MOMENTUM_TILE,
+        enable_fp_fusion=False,
+        num_warps=8,
+    )
+    return evidence
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """What `python -m kernels.check momentum` compiles."""
+    pointers = {"evidence": "*fp32", "momentum": "*i8", "scale": "*fp32", "votes": "*i32", "rng": "*i64",
+                "layers": "*i64", "stop": "*fp32"}  # fmt: skip
+    numbers = {"out": "i32", "inner": "i32", "beta": "fp32"}
+    return [LaunchConfig("momentum", _momentum_kernel, pointers | numbers, {"SIDE": MOMENTUM_TILE}, num_warps=8)]

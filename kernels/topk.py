@@ -1,0 +1,160 @@
+"""Top-k: in every tile the m legal moves of largest |S|, exactly m, ties to the lower index.
+
+    move of a weight   -sign(S), one unit (2 for binary weights, where it is W -> -W)
+    legal              the moved weight stays in [-Q, Q]; S = 0 is no move
+    m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
+
+`rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
+the float ones. On a GPU a block of tiles stays in registers: two binary searches, bit by bit and all tiles at once, find
+the m-th largest rank and, among equal ranks, the last index that still gets a place (`choose`): about 45 passes over
+registers. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.backend import jit, tl
+from kernels.fuse import fused
+from kernels.philox import philox_words
+from kernels.tiles import block_to_tiles, tiles_to_block
+
+def fixed_point(k: Tensor) -> Tensor:
+    """k in [0, 1], float64, in units of 2^-32: int64, so that every backend forms m in integers."""
+    return torch.floor(k * 2.0**32 + 0.5).to(torch.int64)
+
+
+def weight_limit(bits: int) -> tuple[int, int]:
+    """Q, the largest weight of `bits` bits, and the unit of a move."""
+    return (1, 2) if bits == 1 else (max(1, 2 ** (bits - 1) - 1), 1)
+
+
+@fused(dynamic=False)
+def rank(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
+    """Integers ordered as |S| for legal moves, 0 for the others.
+
+    scores int32, int64 or float32, weight int8, both (tiles, n). Returns int32 (float scores: the bits of |S|,
+    which order as the numbers do) or int64. Raises ValueError for scores of another float type.
+    """
+    if scores.is_floating_point() and scores.dtype != torch.float32:
+        raise ValueError(f"rank: got scores of {scores.dtype}; float scores must be float32")
+    # Small integers are exact in fp32, which vectorises best. S = 0 needs no case of its own: its rank is 0.
+    legal = (weight.to(torch.float32) - torch.where(scores > 0, float(unit), -float(unit))).abs() <= q
+    if scores.dtype == torch.float32:
+        return torch.where(legal, scores.abs(), 0.0).view(torch.int32)
+    return torch.where(legal, scores.to(torch.int64).abs(), 0)
+
+
+def topk_count(k: Tensor, sizes: Tensor, words: Tensor) -> Tensor:
+    """m = floor(k n + u), at most n: k float64 (), sizes int64 (tiles,), u = words / 2^32, words int64 (tiles,) below
+    2^32. Returns int64 (tiles,)."""
+    return torch.minimum((fixed_point(k) * sizes + words) >> 32, sizes)
+
+
+def select_reference(ranks: Tensor, m: Tensor) -> Tensor:
+    """The contract in three lines: the m[tile] largest positive ranks, ties to the lower index. bool (tiles, n)."""
+    order = torch.sort(ranks, dim=1, descending=True, stable=True).indices
+    place = torch.arange(ranks.shape[1], device=ranks.device).expand_as(order)
+    return (torch.empty_like(order).scatter_(1, order, place) < m[:, None]) & (ranks > 0)
+
+
+def select(ranks: Tensor, m: Tensor) -> Tensor:
+    """`select_reference` by partition instead of sorting: ranks int32 or int64 (tiles, n), m int64 (tiles,)."""
+    if ranks.is_cuda:
+        return select_reference(ranks, m)
+    values, chosen = ranks.numpy(), np.zeros(ranks.shape, dtype=bool)
+    n = values.shape[1]
+    wanted = m.clamp_max(n).numpy()
+    for count in np.unique(wanted):
+        if count == 0:
+            continue
+        tiles = np.flatnonzero(wanted == count)
+        part = values[tiles]
+        threshold = np.partition(part, n - count, axis=1)[:, n - count, None]
+        mask = part >= threshold
+        # More ranks at the threshold than places left: the lower indices have them.
+        crowded = np.flatnonzero(mask.sum(axis=1) > count)
+        if crowded.size:
+            above, level = part[crowded] > threshold[crowded], part[crowded] == threshold[crowded]
+            left = count - above.sum(axis=1, keepdims=True)
+            mask[crowded] = above | (level & (np.cumsum(level, axis=1) <= left))
+        chosen[tiles] = mask & (part > 0)
+    return torch.from_numpy(chosen)
+
+
+def flip_probability(ranks: Tensor, scores: Tensor, gamma: float) -> Tensor:
+    """p = (|S| / largest legal |S| of the tile)^gamma: float64 (tiles, n), 0 for illegal moves."""
+    magnitude = torch.where(ranks > 0, scores.abs().to(torch.float64), 0.0)
+    return (magnitude / magnitude.amax(dim=1, keepdim=True).clamp_min(1e-300)) ** gamma
+
+
+@fused(dynamic=False)
+def _moved(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
+    step = torch.where(scores > 0, float(width), torch.where(scores < 0, -float(width), 0.0))
+    return (weight.to(torch.float32) - step * chosen.to(torch.float32)).clamp(-q, q).to(torch.int8)
+
+
+def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
+    """W - width * sign(S) clipped to [-Q, Q] where chosen: int8 (tiles, n). `width` is step size times unit."""
+    # A mask of bytes vectorises, one of bools does not.
+    return _moved(weight, scores, chosen.view(torch.int8), q, width)
+
+
+@jit
+def rank_block(s, w, Q: tl.constexpr, UNIT: tl.constexpr):
+    """`rank` in a kernel: scores int32, int64 or float32 and weights int8 of a block; int64 scores give int64."""
+    target = w.to(tl.int32) - tl.where(s > 0, UNIT, -UNIT)
+    legal = (target <= Q) & (target >= -Q)  # past the edge S is 0
+    if s.dtype == tl.float32:
+        size = tl.abs(s).to(tl.int32, bitcast=True)
+    else:
+        size = tl.abs(s)
+    return tl.where(legal & (s != 0), size, 0)
+
+
+@jit
+def choose(ranks, m, BITS: tl.constexpr):
+    """`select` for tiles in registers: the m (tiles,) largest of ranks (tiles, n), non-negative, below 2^BITS, n a
+    power of two. Returns bool; a rank of 0 is never chosen."""
+    n: tl.constexpr = ranks.shape[1]
+    one = tl.full((ranks.shape[0],), 1, ranks.dtype)
+    threshold = one - 1  # the largest number that at least m ranks reach: the m-th largest rank
+    for i in range(BITS):
+        candidate = threshold | (one << (BITS - 1 - i))
+        enough = tl.sum((ranks >= candidate[:, None]).to(tl.int32), 1) >= m
+        threshold = tl.where(enough, candidate, threshold)
+    tied = ranks == threshold[:, None]
+    places = m - tl.sum((ranks > threshold[:, None]).to(tl.int32), 1)
+    index = tl.arange(0, n)[None, :]
+    end = tl.zeros_like(m)  # the largest index that at most `places` tied ranks lie below
+    bit = n
+    while bit > 0:
+        candidate = end + bit
+        fits = tl.sum((tied & (index < candidate[:, None])).to(tl.int32), 1) <= places
+        end = tl.where(fits & (candidate <= n), candidate, end)
+        bit = bit // 2
+    return ((ranks > threshold[:, None]) | (tied & (index < end[:, None]))) & (ranks > 0)
+
+
+@jit
+def topk_block(s, w, row, column, out, inner, k, rng, stream, first_tile, Q: tl.constexpr, UNIT: tl.constexpr,
+               TILE: tl.constexpr):  # fmt: skip
+    """The moves of a block (M, N) of scores, whose first weight is (row, column) of a matrix (out, inner).
+
+    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); the matrix's tiles begin at first_tile in the random stream that rounds m.
+    """
+    M: tl.constexpr = s.shape[0]
+    N: tl.constexpr = s.shape[1]
+    tile = tl.arange(0, (M // TILE) * (N // TILE))
+    tile_row, tile_column = row // TILE + tile // (N // TILE), column // TILE + tile % (N // TILE)
+    height = tl.maximum(tl.minimum(out - tile_row * TILE, TILE), 0)
+    size = (height * tl.maximum(tl.minimum(inner - tile_column * TILE, TILE), 0)).to(tl.int64)
+    element = first_tile + tile_row * tl.cdiv(inner, TILE) + tile_column
+    word = philox_words(tl.load(rng), tl.load(rng + 1), stream, element).to(tl.int64)
+    share = tl.floor(tl.load(k) * 4294967296.0 + 0.5).to(tl.int64)
+    m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
+    ranks = rank_block(s, w, Q, UNIT)
+    BITS: tl.constexpr = 62 if s.dtype == tl.int64 else 31
+    chosen = choose(block_to_tiles(ranks, TILE), m, BITS)
+    chosen = tiles_to_block(chosen.to(tl.int8), M, N, TILE)
+    return tl.where(s > 0, -chosen, chosen)

@@ -1,0 +1,161 @@
+"""Votes: what the batch would have each weight do.
+
+    V = D^T X           (out, in), exact integers
+    C = -W * V          the paper's contribution: negative where the weight's present value raises the loss
+
+V[o, i] is the gradient of the loss by weight (o, i) in units of sigma * A / 127: a positive vote asks the weight to fall.
+One int32 sum holds `MAX_REDUCTION` tokens; votes of longer batches are int64 and their products are taken in parts.
+Memory: T*(in + out) bytes read, 4*in*out read and written; 2*T*in*out operations.
+
+A backward pass adds its votes to a buffer. Where each pass of a step had its own scale of delta (sigma), the buffer is
+in units of the largest so far, and both are rescaled to the new largest: rounded, so not independent of the split.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.int8_matmul import int8_product_torch
+from kernels.limits import MAX_REDUCTION
+
+PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
+BLOCK, TOKENS = 64, 64  # side of a program's block of votes, and the tokens of one step through the operands
+
+
+def votes_torch(d: Tensor, x: Tensor) -> Tensor:
+    """V = D^T X of d int8 (T, out), x int8 (T, in): int32 (out, in), or int64 past `MAX_REDUCTION` rows."""
+    if d.shape[0] <= MAX_REDUCTION:
+        return int8_product_torch(d.t(), x)
+    parts = zip(d.split(PART), x.split(PART), strict=True)
+    return sum(int8_product_torch(dp.t(), xp).to(torch.int64) for dp, xp in parts)
+
+
+@torch.library.custom_op("nanogft::accumulate_votes_torch", mutates_args=("votes", "rng"))
+def accumulate_votes_torch(
+    d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
+) -> None:
+    """`accumulate_votes` in torch."""
+    new = votes_torch(d, x)
+    if old_ratio is None or old_ratio.item() == 0:  # the buffer is empty, and the new ratio 1
+        votes.add_(new)
+    else:
+        votes.copy_(torch.round(votes.double() * old_ratio + new.double() * new_ratio))
+    rng[2] += d.shape[0]
+
+
+@accumulate_votes_torch.register_fake
+def _(d, x, votes, rng, old_ratio=None, new_ratio=None):
+    return None
+
+
+@jit
+def votes_block(
+    d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS: tl.constexpr
+):  # fmt: skip
+    """V of a block in registers: rows int64 (M,), columns int64 (N,) are its place. Returns int32 (M, N)."""
+    v = tl.zeros((rows.shape[0], columns.shape[0]), tl.int32)
+    for first in range(0, tokens, TOKENS):
+        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
+        d_tile = tl.load(
+            d + rows[:, None] * d_column + token[None, :] * d_row,
+            mask=(rows < out)[:, None] & (token < tokens)[None, :], other=0,
+        )  # fmt: skip
+        x_tile = tl.load(
+            x + token[:, None] * x_row + columns[None, :] * x_column,
+            mask=(token < tokens)[:, None] & (columns < inner)[None, :], other=0,
+        )  # fmt: skip
+        v = tl.dot(d_tile, x_tile, v, out_dtype=tl.int32)
+    return v
+
+
+@jit
+def _votes_kernel(
+    d, x, votes, rng, old_ratio, new_ratio, out, inner, tokens, d_row, d_column, x_row, x_column,
+    RESCALE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One block of V. The first program adds the tokens to rng's rows."""
+    tl.static_assert(TOKENS >= 32, "an int8 dot reduces at least 32 elements")
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = votes_block(d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS)
+    place = votes + rows[:, None] * inner + columns[None, :]
+    inside = (rows < out)[:, None] & (columns < inner)[None, :]
+    old = tl.load(place, mask=inside, other=0)
+    if RESCALE:
+        both = old.to(tl.float64) * tl.load(old_ratio) + v.to(tl.float64) * tl.load(new_ratio)
+        new = (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
+    else:
+        new = old + v.to(old.dtype)
+    tl.store(place, new.to(votes.dtype.element_ty), mask=inside)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(rng + 2, tl.load(rng + 2) + tokens)
+
+
+@operator("accumulate_votes", mutates_args=("votes", "rng"))
+def accumulate_votes_triton(
+    d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
+) -> None:
+    """`accumulate_votes` on a GPU."""
+    (rows, out), inner = d.shape, x.shape[1]
+    for first in range(0, rows, PART):
+        d_part, x_part = d[first : first + PART], x[first : first + PART]
+        wrap_triton(_votes_kernel)[(triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK))](
+            d=d_part,
+            x=x_part,
+            votes=votes,
+            rng=rng,
+            old_ratio=old_ratio if first == 0 or old_ratio is None else torch.ones_like(old_ratio),
+            new_ratio=new_ratio,
+            out=out,
+            inner=inner,
+            tokens=d_part.shape[0],
+            d_row=d_part.stride(0),
+            d_column=d_part.stride(1),
+            x_row=x_part.stride(0),
+            x_column=x_part.stride(1),
+            RESCALE=old_ratio is not None,
+            BLOCK=BLOCK,
+            TOKENS=TOKENS,
+            num_warps=4,
+            num_stages=3,
+        )
+
+
+def accumulate_votes(
+    d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
+) -> None:
+    """votes <- votes * old_ratio + D^T X * new_ratio, and rng[2] grows by T.
+
+    d int8 (T, out), x int8 (T, in) of any stride; votes int32 or int64 (out, in), contiguous; ratios float32 (), of the
+    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on shapes
+    that do not agree and on more than `MAX_REDUCTION` rows for int32.
+    """
+    (rows, out), inner = d.shape, x.shape[1]
+    if x.shape[0] != rows or votes.shape != (out, inner) or rows == 0:
+        raise ValueError(
+            f"accumulate_votes: got D {tuple(d.shape)}, X {tuple(x.shape)} and votes {tuple(votes.shape)}; "
+            "need (T, out), (T, in) and (out, in), T at least 1"
+        )
+    if rows > MAX_REDUCTION and votes.dtype != torch.int64:
+        raise ValueError(
+            f"accumulate_votes: {rows} rows can overflow int32, which holds {MAX_REDUCTION}; give the optimizer "
+            f"max_tokens={rows} or more (votes become int64), or split the batch"
+        )
+    if on_triton(d):
+        accumulate_votes_triton(d, x, votes, rng, old_ratio, new_ratio)
+    else:
+        accumulate_votes_torch(d, x, votes, rng, old_ratio, new_ratio)
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """What `python -m kernels.check votes` compiles."""
+    found = []
+    for rescale, whole in ((True, "i32"), (False, "i32:1")):
+        pointers = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
+        pointers |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
+        numbers = dict.fromkeys(("out", "inner", "tokens", "d_row", "x_row"), whole)
+        constants = {"d_column": 1, "x_column": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
+        constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
+        name = f"votes {BLOCK}x{BLOCK}{' rescaled' if rescale else ' ragged'}"
+        found.append(LaunchConfig(name, _votes_kernel, pointers | numbers, constants, 4, 3, ("int8",)))
+    return found
