@@ -123,7 +123,10 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write checkpoint `name` ("last" or "best")."""
-        states = {f"optimizer{i}": optimizer_tensors(o) for i, (o, _) in enumerate(self.optimizers)}
+        states = {
+            f"optimizer{i}": checkpoint.flatten(optimizer.state_dict()["state"])
+            for i, (optimizer, _) in enumerate(self.optimizers)
+        }
         meta = {
             "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.task.outputs, **self.task.saved(),
             "environment": self.on.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
@@ -155,7 +158,8 @@ class Run:
         self.step = meta["step"]
         self.rng[1] = self.step
         for i, (optimizer, schedule) in enumerate(self.optimizers):
-            load_optimizer(optimizer, checkpoint.group(tensors, f"optimizer{i}"))
+            state = checkpoint.unflatten(checkpoint.group(tensors, f"optimizer{i}"))
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # its settings are the config's
             schedule.go_to(self.step)
         self.changed, self.seconds, self.losses = (meta["progress"][k] for k in ("changed", "seconds", "losses"))
 
@@ -182,21 +186,6 @@ class Run:
             "weights_sha256": checkpoint.weights_sha256(dict(self.net.named_parameters())),
             "environment": self.on.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
         }  # fmt: skip
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state_dict, named parameter.key; its settings follow from the config."""
-    states = optimizer.state_dict()["state"].items()
-    return {f"{number}.{key}": tensor for number, state in states for key, tensor in state.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Take what `optimizer_tensors` gave."""
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, key = name.split(".", 1)
-        states.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
