@@ -136,17 +136,18 @@ if INTERPRETED:  # it has no assembly, and rounds every product
 
     @jit
     def mul_rn(a, b):
-        """a * b in float32, rounded before anything is added to it."""
+        """a * b, float32 or float64, rounded before anything is added to it."""
         return a * b
 
 else:
 
     @jit
     def mul_rn(a, b):
-        """a * b in float32, rounded before anything is added to it."""
-        return tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-        )
+        """a * b, float32 or float64, rounded before anything is added to it."""
+        if a.dtype == tl.float64:
+            return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+        else:
+            return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
 
 
 @dataclass(frozen=True)

@@ -2,52 +2,64 @@
 
     y[t] = W[token[t]] * s            V[token[t]] += D[t]
 
-Memory: forward T*n bytes and 8*T of tokens read, size(y)*T*n written; votes T*n read, 4*T*n added to a table of
-4*rows*n bytes that was written once. No multiplication by a one-hot matrix. The votes are integers, so the order of
-the atomic additions does not show. A sum is at most 127 * T.
+Memory: forward T*n bytes and 8*T of tokens read, size(y)*T*n written; votes T*n read, 4*T*n added in place. No
+multiplication by a one-hot matrix. The votes are integers, so the order of the atomic additions does not show. The sum
+of one pass is at most 127 * T.
 
-A token outside the table is an error in torch; a kernel, which cannot raise one, makes its row of y NaN and drops its
+A token outside the table is an error in torch. A kernel, which cannot raise one, makes its row of y NaN and drops its
 votes.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, jit, on_triton, tl, triton
-from kernels.int8_matmul import MAX_REDUCTION, OUTPUT_TYPES
+from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.int8_matmul import OUTPUT_TYPES
+from kernels.limits import MAX_REDUCTION
 
 MOST_ROWS = MAX_REDUCTION * 127  # 127 * T still fits int32
-BLOCK_T, BLOCK_N = 8, 256  # tokens and columns of a program
+BLOCK = {"BLOCK_T": 8, "BLOCK_N": 256}  # tokens and columns of a program
 
 
 # The torch references
 
 
 def embedding_torch(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`embedding` through torch."""
+    """`embedding` in torch."""
     return (weight[tokens].to(torch.float32) * scale).to(dtype)
 
 
-def embedding_votes_torch(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """`embedding_votes` through torch."""
-    out = torch.zeros(rows, d.shape[1], dtype=torch.int32, device=d.device)
-    return out.index_add_(0, tokens, d.to(torch.int32))
+@torch.library.custom_op("nanogft::accumulate_embedding_votes_torch", mutates_args=("votes",))
+def accumulate_embedding_votes_torch(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
+    """`accumulate_embedding_votes` in torch."""
+    votes.index_add_(0, tokens, d.to(votes.dtype))
+
+
+@accumulate_embedding_votes_torch.register_fake
+def _(d, tokens, votes):
+    return None
 
 
 # The kernels
 
 
 @jit
+def _load_tokens(tokens, T, rows, BLOCK_T: tl.constexpr):
+    """A program's places in the batch (BLOCK_T,), their tokens, and which of these are in the table: int64."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(tokens + t, mask=t < T, other=-1)
+    return t, token, (token >= 0) & (token < rows)
+
+
+@jit
 def _embedding_kernel(
-    tokens, weight, scale, out, T, rows, n, stride_row, stride_column, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    tokens, weight, scale, out, T, rows, n, weight_row, weight_column, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """out[t, c] = weight[tokens[t], c] * scale for a block of tokens and columns."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t, token, known = _load_tokens(tokens, T, rows, BLOCK_T)
     c = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.load(tokens + t, mask=t < T, other=-1)
-    known = (token >= 0) & (token < rows)
     inside = (t < T)[:, None] & (c < n)[None, :]
-    address = weight + token[:, None] * stride_row + c[None, :] * stride_column
+    address = weight + token[:, None] * weight_row + c[None, :] * weight_column
     values = tl.load(address, mask=inside & known[:, None], other=0).to(tl.float32) * tl.load(scale)
     y = tl.where(known[:, None], values, float("nan"))
     tl.store(out + t[:, None] * n + c[None, :], y.to(out.dtype.element_ty), mask=inside)
@@ -55,53 +67,60 @@ def _embedding_kernel(
 
 @jit
 def _embedding_votes_kernel(
-    d, tokens, out, T, rows, n, stride_row, stride_column, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    d, tokens, votes, T, rows, n, d_row, d_column, votes_row, votes_column,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[tokens[t], c] += d[t, c] for a block of tokens and columns; out starts as zeros."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """votes[tokens[t], c] += d[t, c] for a block of tokens and columns."""
+    t, token, known = _load_tokens(tokens, T, rows, BLOCK_T)
     c = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.load(tokens + t, mask=t < T, other=-1)
-    inside = ((token >= 0) & (token < rows))[:, None] & (c < n)[None, :]
-    values = tl.load(d + t[:, None] * stride_row + c[None, :] * stride_column, mask=inside, other=0)
-    tl.atomic_add(out + token[:, None] * n + c[None, :], values.to(tl.int32), mask=inside, sem="relaxed")
+    inside = known[:, None] & (c < n)[None, :]
+    values = tl.load(d + t[:, None] * d_row + c[None, :] * d_column, mask=inside, other=0)
+    address = votes + token[:, None] * votes_row + c[None, :] * votes_column
+    tl.atomic_add(address, values.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
 
 
 # Launching
 
 
 def _grid(tokens: int, n: int) -> tuple[int, int]:
-    return triton.cdiv(tokens, BLOCK_T), triton.cdiv(n, BLOCK_N)
+    return triton.cdiv(tokens, BLOCK["BLOCK_T"]), triton.cdiv(n, BLOCK["BLOCK_N"])
 
 
-@torch.library.custom_op("nanogft::embedding", mutates_args=())
+@operator("embedding")
 def _embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    tokens, (rows, n) = tokens.contiguous(), weight.shape
-    out = torch.empty(*tokens.shape, n, dtype=dtype, device=weight.device)
-    _embedding_kernel[_grid(tokens.numel(), n)](
-        tokens, weight, scale.to(weight.device, torch.float32), out, tokens.numel(), rows, n, *weight.stride(),
-        BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N,
-    )  # fmt: skip
+    (rows, n), count = weight.shape, tokens.numel()
+    out = torch.empty((*tokens.shape, n), dtype=dtype, device=weight.device)
+    wrap_triton(_embedding_kernel)[_grid(count, n)](
+        tokens=tokens.contiguous(),
+        weight=weight,
+        scale=scale,
+        out=out,
+        T=count,
+        rows=rows,
+        n=n,
+        weight_row=weight.stride(0),
+        weight_column=weight.stride(1),
+        **BLOCK,
+    )
     return out
 
 
-@_embedding.register_fake
-def _(tokens, weight, scale, dtype):
-    return weight.new_empty((*tokens.shape, weight.shape[1]), dtype=dtype)
-
-
-@torch.library.custom_op("nanogft::embedding_votes", mutates_args=())
-def _embedding_votes(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    (t, n), tokens = d.shape, tokens.contiguous()
-    out = torch.zeros(rows, n, dtype=torch.int32, device=d.device)
-    _embedding_votes_kernel[_grid(t, n)](
-        d, tokens, out, t, rows, n, *d.stride(), BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N
-    )  # fmt: skip
-    return out
-
-
-@_embedding_votes.register_fake
-def _(d, tokens, rows):
-    return d.new_empty((rows, d.shape[1]), dtype=torch.int32)
+@operator("accumulate_embedding_votes", mutates_args=("votes",))
+def _accumulate_embedding_votes(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
+    (count, n), rows = d.shape, votes.shape[0]
+    wrap_triton(_embedding_votes_kernel)[_grid(count, n)](
+        d=d,
+        tokens=tokens.contiguous(),
+        votes=votes,
+        T=count,
+        rows=rows,
+        n=n,
+        d_row=d.stride(0),
+        d_column=d.stride(1),
+        votes_row=votes.stride(0),
+        votes_column=votes.stride(1),
+        **BLOCK,
+    )
 
 
 # The public functions
@@ -116,45 +135,51 @@ def embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype 
         raise ValueError(
             f"embedding: got tokens {tuple(tokens.shape)} of a table {tuple(weight.shape)}; neither may be empty"
         )
-    if dtype not in OUTPUT_TYPES or weight.dtype != torch.int8:
+    if dtype not in OUTPUT_TYPES or weight.dtype != torch.int8 or scale.dtype != torch.float32 or scale.numel() != 1:
         raise ValueError(
-            f"embedding: got a table of {weight.dtype} and dtype {dtype}; "
-            f"need torch.int8 and {', '.join(map(str, OUTPUT_TYPES))}"
+            f"embedding: got a table of {weight.dtype}, a scale {scale.dtype} {tuple(scale.shape)} and dtype {dtype}; "
+            f"need torch.int8, torch.float32 () and one of {', '.join(map(str, OUTPUT_TYPES))}"
         )
     if on_triton(weight):
-        return torch.ops.nanogft.embedding(tokens, weight, scale, dtype)
+        return _embedding(tokens, weight, scale, dtype)
     return embedding_torch(tokens, weight, scale, dtype)
 
 
-def embedding_votes(d: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    """Votes of a table of `rows` rows: V[tokens[t]] += D[t]. d int8 (T, n), tokens int64 (T,). Returns int32 (rows, n).
+def accumulate_embedding_votes(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
+    """votes[tokens[t]] += d[t], in place.
 
-    Raises ValueError if T differs between the two, on empty ones, or on more rows than int32 can sum.
+    d int8 (T, n), tokens int64 (T,), votes int32 or int64 (rows, n), of any stride. Several passes fit votes of int32
+    while they have at most `MOST_ROWS` tokens together; the caller counts them. Raises ValueError on other shapes or
+    types, an empty batch, or more tokens than that in one pass.
     """
-    if d.dim() != 2 or tokens.shape != d.shape[:1] or d.numel() == 0:
+    if d.dim() != 2 or votes.dim() != 2 or tokens.shape != d.shape[:1] or votes.shape[1] != d.shape[1] or 0 in d.shape:
         raise ValueError(
-            f"embedding_votes: got delta {tuple(d.shape)} and tokens {tuple(tokens.shape)}; "
-            f"need (T, n) and (T,), not empty"
+            f"accumulate_embedding_votes: got delta {tuple(d.shape)}, tokens {tuple(tokens.shape)} and votes "
+            f"{tuple(votes.shape)}; need (T, n), (T,) and (rows, n), not empty"
         )
-    if d.shape[0] > MOST_ROWS:
-        raise ValueError(f"embedding_votes: {d.shape[0]} rows can overflow int32; the limit is {MOST_ROWS}")
+    if votes.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"accumulate_embedding_votes: got votes {votes.dtype}; they are torch.int32 or torch.int64")
+    if votes.dtype == torch.int32 and d.shape[0] > MOST_ROWS:
+        raise ValueError(
+            f"accumulate_embedding_votes: {d.shape[0]} rows can overflow int32, which holds {MOST_ROWS}; "
+            "use int64 votes"
+        )
     if on_triton(d):
-        return torch.ops.nanogft.embedding_votes(d, tokens, rows)
-    return embedding_votes_torch(d, tokens, rows)
+        _accumulate_embedding_votes(d, tokens, votes)
+    else:
+        accumulate_embedding_votes_torch(d, tokens, votes)
 
 
-# What `kernels.check` compiles
-
-SHIPPED = [
-    Shipped(
-        f"{kernel} {ragged or 'round'}", function,
-        addresses | dict.fromkeys(("T", "rows", "n", "stride_row"), "i32:1" if ragged else "i32"),
-        {"stride_column": 1, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N},
-    )
-    for ragged in ("", "ragged")
-    for kernel, function, addresses in (
-        ("gather fp32", _embedding_kernel, {"tokens": "*i64", "weight": "*i8", "scale": "*fp32", "out": "*fp32"}),
-        ("gather bf16", _embedding_kernel, {"tokens": "*i64", "weight": "*i8", "scale": "*fp32", "out": "*bf16"}),
-        ("votes", _embedding_votes_kernel, {"d": "*i8", "tokens": "*i64", "out": "*i32"}),
-    )
-]  # fmt: skip
+def launch_configs() -> list[LaunchConfig]:
+    """Both kernels, of round and of ragged sizes."""
+    found = []
+    for sizes in ("i32", "i32:1"):
+        ragged = " ragged" * (sizes != "i32")
+        gather = {"tokens": "*i64", "weight": "*i8", "scale": "*fp32", "out": "*bf16"}
+        gather |= dict.fromkeys(("T", "rows", "n", "weight_row"), sizes)
+        found.append(LaunchConfig(f"gather{ragged}", _embedding_kernel, gather, {"weight_column": 1} | BLOCK))
+        scatter = {"d": "*i8", "tokens": "*i64", "votes": "*i64" if ragged else "*i32"}
+        scatter |= dict.fromkeys(("T", "rows", "n", "d_row", "votes_row"), sizes)
+        constants = {"d_column": 1, "votes_column": 1} | BLOCK
+        found.append(LaunchConfig(f"votes{ragged}", _embedding_votes_kernel, scatter, constants))
+    return found

@@ -7,26 +7,18 @@ Exact while the reduced length K is at most `MAX_REDUCTION`: 133,144 products of
 with the scale and the sum with the residual are taken in fp32, each rounded, then rounded once to the type of y.
 Memory for (M, K) x (K, N): M*K + N*K bytes read, M*N*size(y) written, as much read for a residual; 2*M*N*K operations.
 
-Tensor cores want both operands contiguous along K, rows on 16-byte boundaries. Activations, deltas and the
-quantizers' copies for the votes come like that; any other operand (W^T in the backward pass, a sliced view) is copied
-first, its bytes read and written once more. There are two kernels. `_int8_matmul_kernel` moves tiles through
-pointers, from sm_80 on. `_int8_matmul_tma_kernel` has them moved by the copy engine of sm_90 and later, which costs
-no registers for addresses; its persistent form walks over several tiles, and one's results are written while the next
-one's operands come. It needs rows of the result on 16-byte boundaries. Tiles are numbered in groups of rows: programs
-that run at the same time share operands in L2. With SPLIT > 1 different programs sum parts of K with integer atomics,
-exact in any order.
+Operands are read where they lie, through their strides: the backward product reads W as the forward product does, with
+the strides of its transpose. Tiles are numbered in groups of rows, so that programs that run at the same time share
+operands in L2.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Shipped, jit, on_triton, tl, triton, tuned
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
+from kernels.limits import MAX_REDUCTION
 
-MAX_REDUCTION = (2**31 - 1) // (127 * 127)  # 133,144
 CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
 MAX_FLOAT_REDUCTION = 2**24 // (127 * 127)  # 1,040: the longest sum that fp32 holds exactly
 OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,16 +45,23 @@ def _plain(m: Tensor) -> Tensor:
     return m if by_rows or by_columns else m.clone(memory_format=torch.contiguous_format)
 
 
-def int8_product_torch(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for int8 (M, K) and (K, N), none of them 0 and K at most `MAX_REDUCTION`: int32 (M, N)."""
-    a, b = _plain(a), _plain(b)
-    if not a.is_cuda:
-        return torch._int_mm(a, b) if CPU_MULTIPLIES_INT8 else _float_product(a, b)
-    # cuBLAS wants more than 16 rows and multiples of 8; zeros add nothing to a sum.
+def _cuda_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b as cuBLAS multiplies int8: a by rows, b by columns, more than 16 rows of a, K and N multiples of 8.
+
+    What is added is zeros, which add nothing to a sum.
+    """
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
-    b = torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
-    return torch._int_mm(a, b)[:m, :n]
+    b = torch.nn.functional.pad(b.t(), (0, -k % 8, 0, -n % 8))
+    return a.contiguous(), b.contiguous().t()
+
+
+def int8_product_torch(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for int8 (M, K) and (K, N), none of them 0 and K at most `MAX_REDUCTION`: int32 (M, N)."""
+    if a.is_cuda:
+        return torch._int_mm(*_cuda_operands(a, b))[: a.shape[0], : b.shape[1]]
+    a, b = _plain(a), _plain(b)
+    return torch._int_mm(a, b) if CPU_MULTIPLIES_INT8 else _float_product(a, b)
 
 
 @fused
@@ -76,16 +75,17 @@ def _scaled(accumulator: Tensor, scale: Tensor, residual: Tensor | None, dtype: 
 def int8_matmul_torch(
     x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(X W^T) * scale + residual in `dtype`, for the operands `int8_matmul` admits."""
+    """`int8_matmul` in torch."""
     return _scaled(int8_product_torch(x, w.t()), scale, residual, dtype)
 
 
-# The kernels
+# The kernel
 
 
 @jit
-def _tile_corner(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile: numbered down GROUP rows of tiles, then across."""
+def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a program's tile, int64: tiles are numbered down GROUP rows of tiles, then across."""
+    tile = tl.program_id(0).to(tl.int64)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -94,278 +94,86 @@ def _tile_corner(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @jit
-def _write_tile(
-    sums, out, scale, residual, row, column, M, N, stride_scale, stride_rm, stride_rn,
-    SCALED: tl.constexpr, RESIDUAL: tl.constexpr, ATOMIC: tl.constexpr,
-):  # fmt: skip
-    """Scale a tile of sums, add the residual and store it, or add the sums to those of other parts of K."""
-    rows, columns = tl.arange(0, sums.shape[0]), tl.arange(0, sums.shape[1])
-    inside = (rows < M - row)[:, None] & (columns < N - column)[None, :]
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    place = out + (row * N + column) + rows[:, None].to(tl.int64) * N + columns[None, :]
-    if ATOMIC:
-        tl.atomic_add(place, sums, mask=inside, sem="relaxed")
-    else:
-        y = sums
-        if SCALED:
-            scales = tl.load(scale + row * stride_scale + rows * stride_scale, mask=rows < M - row, other=0.0)
-            y = y.to(tl.float32) * scales[:, None]
-        if RESIDUAL:
-            added = residual + (row * stride_rm + column * stride_rn)
-            added += rows[:, None] * stride_rm + columns[None, :] * stride_rn
-            y += tl.load(added, mask=inside, other=0.0).to(tl.float32)
-        tl.store(place, y.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
 def _int8_matmul_kernel(
-    a, b, out, scale, residual, M, N, blocks_k, blocks_am, blocks_bn, stride_scale, stride_rm, stride_rn,
-    SPLIT: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
+    a, b, out, scale, residual, M, N, K, a_row, a_k, b_k, b_column, scale_row, residual_row, residual_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a (M, K) times b (N, K) transposed.
-
-    K and the distance of rows come in blocks of 16 bytes: so the compiler sees what the launcher has made true, and
-    loads whole blocks.
-    """
-    tl.static_assert(BLOCK_K % 32 == 0, "an int8 dot reduces at least 32 elements")
-    K = blocks_k * 16
-    part = tl.program_id(0) % SPLIT
-    row, column = _tile_corner(tl.program_id(0) // SPLIT, M, N, BLOCK_M, BLOCK_N, GROUP)
-    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)
-    start = part * steps * BLOCK_K
-    rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_tile = tl.multiple_of(a, 16) + rows[:, None] * (blocks_am * 16) + (start + k)[None, :]
-    b_tile = tl.multiple_of(b, 16) + columns[None, :] * (blocks_bn * 16) + (start + k)[:, None]
+    """A tile of a (M, K) times b (K, N), scaled and added to the residual where these are given."""
+    tl.static_assert(BLOCK_K >= 32, "an int8 dot reduces at least 32 elements")
+    row, column = _tile_corner(M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]
+    a_tile = a + rows[:, None] * a_row + k[None, :] * a_k
+    b_tile = b + k[:, None] * b_k + columns[None, :] * b_column
+    block = tl.full((), BLOCK_K, tl.int64)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for first in range(start, tl.minimum(start + steps * BLOCK_K, K), BLOCK_K):
-        a_values = tl.load(a_tile, mask=(rows < M)[:, None] & (k < K - first)[None, :], other=0)
-        b_values = tl.load(b_tile, mask=(columns < N)[None, :] & (k < K - first)[:, None], other=0)
+    for _ in range(0, K // BLOCK_K):
+        a_values = tl.load(a_tile, mask=in_rows, other=0)
+        b_values = tl.load(b_tile, mask=in_columns, other=0)
         sums = tl.dot(a_values, b_values, sums, out_dtype=tl.int32)
-        a_tile += BLOCK_K
-        b_tile += BLOCK_K
-    _write_tile(
-        sums, out, scale, residual, row, column, M, N, stride_scale, stride_rm, stride_rn, SCALED, RESIDUAL, SPLIT > 1
-    )
-
-
-@jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    half: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
-
-
-@jit
-def _write_box(sums, out, scales, residual, row, column, SCALED: tl.constexpr, RESIDUAL: tl.constexpr):
-    """What `_write_tile` does, through descriptors, which cut off what lies past the edges."""
+        a_tile += block * a_k
+        b_tile += block * b_k
+    if K % BLOCK_K != 0:
+        # Its own pointers: with those of the loop, triton 3.6 runs out of registers inside the loop.
+        rest = K // BLOCK_K * BLOCK_K + k
+        a_rest = a + rows[:, None] * a_row + rest[None, :] * a_k
+        b_rest = b + rest[:, None] * b_k + columns[None, :] * b_column
+        a_values = tl.load(a_rest, mask=in_rows & (rest < K)[None, :], other=0)
+        b_values = tl.load(b_rest, mask=in_columns & (rest < K)[:, None], other=0)
+        sums = tl.dot(a_values, b_values, sums, out_dtype=tl.int32)
     y = sums
-    if SCALED:
-        y = y.to(tl.float32) * scales[:, None]
-    if RESIDUAL:
-        y += residual.load([row, column]).to(tl.float32)
-    out.store([row, column], y.to(out.dtype))
-
-
-@jit
-def _write_boxes(sums, out, scales, residual, row, column, SCALED: tl.constexpr, RESIDUAL: tl.constexpr):
-    """128 columns in two boxes of 64: a box waits in shared memory for the copy engine, beside the operands."""
-    left, right = _halves(sums)
-    _write_box(left, out, scales, residual, row, column, SCALED, RESIDUAL)
-    _write_box(right, out, scales, residual, row, column + 64, SCALED, RESIDUAL)
-
-
-@jit
-def _int8_matmul_tma_kernel(
-    a, b_128, b_256, out, scale, residual, M, N, K, stride_scale, SCALED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """Tiles of a (M, K) times b (N, K) transposed. All but the scale are descriptors, which read zeros past the edges:
-    of boxes (128, 128) of a, (128, 128) and (256, 128) of b, (128, 64) of out and residual."""
-    tl.static_assert(BLOCK_M == 128 and BLOCK_K == 128, "the boxes of a")
-    tl.static_assert(BLOCK_N == 128 or BLOCK_N == 256, "the boxes of b")
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
-        row, column = _tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-        for first in range(0, K, BLOCK_K):
-            a_values = a.load([row, first])
-            if BLOCK_N == 256:
-                b_values = b_256.load([column, first])
-            else:
-                b_values = b_128.load([column, first])
-            sums = tl.dot(a_values, b_values.T, sums, out_dtype=tl.int32)
-        scales = None
-        if SCALED:
-            rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-            scales = tl.load(scale + rows * stride_scale, mask=rows < M, other=0.0)
-        if BLOCK_N == 256:
-            left, right = _halves(sums)
-            _write_boxes(left, out, scales, residual, row, column, SCALED, RESIDUAL)
-            _write_boxes(right, out, scales, residual, row, column + 128, SCALED, RESIDUAL)
-        else:
-            _write_boxes(sums, out, scales, residual, row, column, SCALED, RESIDUAL)
+    if scale is not None:
+        y = mul_rn(y.to(tl.float32), tl.load(scale + rows * scale_row, mask=rows < M, other=0.0)[:, None])
+    if residual is not None:
+        added = residual + rows[:, None] * residual_row + columns[None, :] * residual_column
+        y += tl.load(added, mask=in_rows & in_columns, other=0.0).to(tl.float32)
+    tl.store(out + rows[:, None] * N + columns[None, :], y.to(out.dtype.element_ty), mask=in_rows & in_columns)
 
 
 # Launching
 
-BOX_M, BOX_N, BOX_K = 128, 64, 128  # of the descriptors: rows of operands, columns of what is written, bytes along K
-GROUP = 8  # rows of tiles that neighbouring programs share
-TMA_TILES = [  # (BLOCK_N, PERSISTENT, num_warps, num_stages): what shared memory holds beside 128 x 64 boxes of fp32
-    (256, True, 8, 3),
-    (256, False, 8, 4),
-    (128, False, 4, 2),  # two programs share a multiprocessor: one computes while the other writes
-]
-TILES = [(128, 128, 128, 8, 3), (64, 64, 128, 4, 3)]  # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), pointers
-SPLIT_TILE = (128, 64, 128, 8, 3)
-SPLIT_COST = 512  # what adding a tile to memory costs, in elements of K
-MOST_PARTS = 32
-INTERPRETED_PROCESSORS = 2  # so that a program of the persistent kernel walks over several tiles in tests, too
-WIDEST = 2**23  # columns of the result: offsets inside a tile are 32-bit
+FEW_TILES = 128  # large tiles that do not keep a GPU busy
+LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+RAGGED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
 
 
-def _tile_constants(block_m: int, block_n: int, block_k: int) -> dict[str, int]:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": GROUP}
+def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
+    """The tile: RAGGED where operands are not loaded in words of 16 bytes, since each byte then takes an address."""
+    strides = (*a.stride(), *b.stride())
+    whole = all(size % 16 == 0 for size in (a.shape[1], a.storage_offset(), b.storage_offset()))
+    if not whole or any(size != 1 and size % 16 for size in strides) or 1 not in a.stride() or 1 not in b.stride():
+        return RAGGED
+    tiles = triton.cdiv(a.shape[0], LARGE["BLOCK_M"]) * triton.cdiv(b.shape[1], LARGE["BLOCK_N"])
+    return SMALL if tiles < FEW_TILES else LARGE
 
 
-@functools.cache
-def _tuned_pointers() -> Callable:
-    configs = [triton.Config(_tile_constants(*tile[:3]), num_warps=tile[3], num_stages=tile[4]) for tile in TILES]
-    return tuned(configs, ["M", "N", "blocks_k"])(_int8_matmul_kernel)
-
-
-@functools.cache
-def _tuned_tma() -> Callable:
-    configs = [
-        triton.Config(
-            {**_tile_constants(BOX_M, block_n, BOX_K), "PERSISTENT": persistent}, num_warps=warps, num_stages=stages
-        )
-        for block_n, persistent, warps, stages in TMA_TILES
-    ]
-    return tuned(configs, ["M", "N", "K"])(_int8_matmul_tma_kernel)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _has_copy_engine(device: torch.device) -> bool:
-    """Whether tiles can be fetched and stored through descriptors: from sm_90 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _aligned(m: Tensor) -> Tensor:
-    """m int8 (rows, K) as the kernels want it: K contiguous and a multiple of 16, rows on 16-byte boundaries.
-
-    Itself if it is like that, else a copy with zeros behind each row.
-    """
-    rows, k = m.shape
-    if m.stride(1) == 1 and m.stride(0) % 16 == 0 and m.stride(0) >= k and k % 16 == 0 and m.data_ptr() % 16 == 0:
-        return m
-    copy = m.new_empty(rows, triton.cdiv(k, 16) * 16)
-    copy[:, k:] = 0
-    copy[:, :k] = m
-    return copy
-
-
-def _on_boundaries(m: Tensor) -> bool:
-    """Whether m can be described to the copy engine: rows contiguous, apart, on 16-byte boundaries."""
-    row, column = m.stride()
-    return column == 1 and row >= m.shape[1] and row * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0
-
-
-def _parts(m: int, n: int, k: int, processors: int) -> int:
-    """Into how many parts to split K so that the tiles of a small result keep all processors busy."""
-    tiles = triton.cdiv(m, SPLIT_TILE[0]) * triton.cdiv(n, SPLIT_TILE[1])
-    if tiles >= 4 * processors:
-        return 1
-
-    def time(parts: int) -> float:
-        return triton.cdiv(tiles * parts, 2 * processors) * (k / parts + SPLIT_COST)
-
-    return min(range(1, min(MOST_PARTS, triton.cdiv(k, SPLIT_COST)) + 1), key=time)
-
-
-def launch(
-    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, split: bool = False
-) -> Tensor:
-    """(a b^T) * scale + residual as `dtype` (M, N): int8 a (M, K), b (N, K) of any stride; without a scale, int32 sums.
-
-    `split` allows parts of K to be added up in memory: for int32 results with few tiles.
-    Raises ValueError for N above 2^23.
-    """
-    (m, k), n = a.shape, b.shape[0]
-    if n > WIDEST:
-        raise ValueError(f"int8 product: got {n} columns; the kernels address {WIDEST}; split the second operand")
-    a, b = _aligned(a), _aligned(b)
-    k = a.shape[1]
-    scaled = scale is not None
-    if scaled:
-        scale = scale.to(a.device, torch.float32)
-    stride_scale = scale.stride(0) if scaled and scale.numel() > 1 else 0
-    switches = {"SCALED": scaled, "RESIDUAL": residual is not None, "enable_fp_fusion": False}
-    parts = _parts(m, n, k, _processors(a.device)) if split else 1
-    if parts > 1:
-        out = torch.zeros(m, n, dtype=dtype, device=a.device)
-        block_m, block_n, block_k, warps, stages = SPLIT_TILE
-        _int8_matmul_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * parts,)](
-            a, b, out, None, None, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16, 0, 0, 0,
-            SPLIT=parts, **switches, **_tile_constants(block_m, block_n, block_k), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        return out
-    out = torch.empty(m, n, dtype=dtype, device=a.device)
-    if _has_copy_engine(a.device) and _on_boundaries(out):
-        if residual is not None and not _on_boundaries(residual):
-            residual = residual.contiguous()
-        _launch_tma(a, b, out, scale, stride_scale, residual, switches)
-        return out
-    stride_rm, stride_rn = residual.stride() if residual is not None else (0, 0)
-    _tuned_pointers()[lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)](
-        a, b, out, scale, residual, m, n, k // 16, a.stride(0) // 16, b.stride(0) // 16,
-        stride_scale, stride_rm, stride_rn, SPLIT=1, **switches,
-    )  # fmt: skip
+@operator("int8_matmul")
+def _int8_matmul(a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(a @ b) * scale + residual as `dtype` (M, N); without a scale, int32 sums."""
+    (m, k), n = a.shape, b.shape[1]
+    blocks = _blocks(a, b)
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    wrap_triton(_int8_matmul_kernel)[(triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"]),)](
+        a=a,
+        b=b,
+        out=out,
+        scale=scale,
+        residual=residual,
+        M=m,
+        N=n,
+        K=k,
+        a_row=a.stride(0),
+        a_k=a.stride(1),
+        b_k=b.stride(0),
+        b_column=b.stride(1),
+        scale_row=scale.stride(0) if scale is not None and scale.numel() > 1 else 0,
+        residual_row=residual.stride(0) if residual is not None else 0,
+        residual_column=residual.stride(1) if residual is not None else 0,
+        **blocks,
+    )
     return out
-
-
-def _launch_tma(
-    a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None, stride_scale: int, residual: Tensor | None, switches: dict
-) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    (m, k), n = a.shape, b.shape[0]
-    processors = _processors(a.device)
-
-    def described(t: Tensor, *box: int) -> TensorDescriptor:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), list(box))
-
-    def grid(meta: dict) -> tuple[int]:
-        tiles = triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"])
-        return (min(tiles, processors) if meta["PERSISTENT"] else tiles,)
-
-    _tuned_tma()[grid](
-        described(a, BOX_M, BOX_K), described(b, BOX_M, BOX_K), described(b, 2 * BOX_M, BOX_K),
-        described(out, BOX_M, BOX_N), scale, residual if residual is None else described(residual, BOX_M, BOX_N),
-        m, n, k, stride_scale, **switches,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("nanogft::int8_matmul", mutates_args=())
-def _int8_matmul(
-    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, split: bool
-) -> Tensor:
-    return launch(a, b, scale, residual, dtype, split)
-
-
-@_int8_matmul.register_fake
-def _(a, b, scale, residual, dtype, split):
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
 # The public functions
@@ -382,16 +190,13 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"int8_product: {a.shape[1]} products can overflow int32; the limit is {MAX_REDUCTION}")
 
 
-def int8_product(a: Tensor, b: Tensor, split: bool = False) -> Tensor:
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for int8 (M, K) and (K, N) of any stride, values in [-127, 127]: int32 (M, N), exact.
 
-    `split` lets a GPU add up parts of K in memory: worth it where M and N are small and K is long.
     Raises ValueError on other types or shapes, an empty operand, or K above `MAX_REDUCTION`.
     """
     _check(a, b)
-    if on_triton(a):
-        return torch.ops.nanogft.int8_matmul(a, b.t(), None, None, torch.int32, split)
-    return int8_product_torch(a, b)
+    return _int8_matmul(a, b, None, None, torch.int32) if on_triton(a) else int8_product_torch(a, b)
 
 
 def int8_matmul(
@@ -406,71 +211,49 @@ def int8_matmul(
     _check(x, across)
     if dtype not in OUTPUT_TYPES:
         raise ValueError(f"int8_matmul: got dtype {dtype}; it must be one of {', '.join(map(str, OUTPUT_TYPES))}")
-    if scale.dim() and scale.numel() != 1 and tuple(scale.shape) != (x.shape[0], 1):
-        raise ValueError(f"int8_matmul: got a scale of shape {tuple(scale.shape)}; need () or ({x.shape[0]}, 1)")
+    if scale.dtype != torch.float32 or scale.numel() != 1 and scale.shape != (x.shape[0], 1):
+        raise ValueError(
+            f"int8_matmul: got a scale {scale.dtype} {tuple(scale.shape)}; need torch.float32 () or ({x.shape[0]}, 1)"
+        )
     if residual is not None and (residual.dtype != dtype or residual.shape != (x.shape[0], w.shape[0])):
         raise ValueError(
             f"int8_matmul: got a residual {residual.dtype} {tuple(residual.shape)}; "
             f"it must be {dtype} {(x.shape[0], w.shape[0])}, as y is"
         )
     if on_triton(x):
-        return torch.ops.nanogft.int8_matmul(x, w, scale, residual, dtype, False)
+        return _int8_matmul(x, across, scale, residual, dtype)
     return _scaled(int8_product_torch(x, across), scale, residual, dtype)
 
 
 # What `kernels.check` compiles
 
 
-def shipped() -> list[Shipped]:
-    """Every tile with every epilogue: int32 sums, scaled, with a residual, of ragged sizes.
-    By parts: kernels.contribution."""
+def _launch_config(
+    blocks: dict[str, int], out: str, backward: bool = False, residual: bool = False, sizes: str = "i32"
+) -> LaunchConfig:  # fmt: skip
+    """A product whose result has Triton's type `out`, scaled if that is a float. `sizes` is the type of M and N."""
+    whole, scaled = "i32:1" if blocks is RAGGED else "i32", out != "i32"
+    block = {name: size for name, size in blocks.items() if not name.startswith("num_")}
+    signature = {"a": "*i8", "b": "*i8", "out": f"*{out}", "M": sizes, "N": sizes}
+    signature |= dict.fromkeys(("K", "a_row", "b_k" if backward else "b_column"), whole)
+    constants = {"a_k": 1, "b_column" if backward else "b_k": 1, "scale_row": 0} | block
+    signature |= {"scale": "*fp32"} if scaled else {}
+    constants |= {} if scaled else {"scale": None}
+    signature |= {"residual": f"*{out}", "residual_row": whole} if residual else {}
+    constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
+    name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {'D W' if backward else 'X W^T'} {out}"
+    name += " + residual" * residual + " ragged" * (sizes != "i32")
+    warps, stages = blocks["num_warps"], blocks["num_stages"]
+    return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",))
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """Each tile with both products; every kind of result once."""
     return [
-        *_shipped("i32"), *_shipped("fp32"), *_shipped("bf16", residual=True), *_shipped("fp32", residual=True),
-        *_shipped("bf16", ragged=True),
-    ]  # fmt: skip
-
-
-def _shipped(out: str, residual: bool = False, ragged: bool = False) -> list[Shipped]:
-    """The tiles of both kernels for results of Triton's type `out`; those other than i32 are scaled."""
-    whole, scaled = "i32:1" if ragged else "i32", out != "i32"
-    label = out + " + residual" * residual + " ragged" * ragged
-    common = {"M": whole, "N": whole} | ({"scale": "*fp32", "stride_scale": whole} if scaled else {})
-    constants = {"SCALED": scaled, "RESIDUAL": residual} | ({} if scaled else {"scale": None, "stride_scale": 0})
-
-    signature = common | {"a": "*i8", "b": "*i8", "out": f"*{out}", "blocks_k": whole}
-    signature |= {"blocks_am": whole, "blocks_bn": whole}
-    signature |= {"residual": f"*{out}", "stride_rm": whole} if residual else {}
-    fixed = {"SPLIT": 1, "stride_rn": 1} if residual else {"SPLIT": 1, "residual": None, "stride_rm": 0, "stride_rn": 0}
-    through_pointers = [
-        Shipped(
-            f"{'x'.join(map(str, tile))} {label}", _int8_matmul_kernel, signature,
-            constants | fixed | _tile_constants(*tile), warps, stages, ("int8",),
-        )
-        for *tile, warps, stages in TILES
-    ]  # fmt: skip
-
-    operand, written = f"tensordesc<i8[{BOX_M}, {BOX_K}]>", f"tensordesc<{out}[{BOX_M}, {BOX_N}]>"
-    wide = f"tensordesc<i8[{2 * BOX_M}, {BOX_K}]>"
-    described = common | {"a": operand, "b_128": operand, "b_256": wide, "out": written, "K": whole}
-    described |= {"residual": written} if residual else {}
-    fixed = {} if residual else {"residual": None}
-    return through_pointers + [
-        Shipped(
-            f"tma {BOX_M}x{block_n}x{BOX_K}{' persistent' * persistent} {label}", _int8_matmul_tma_kernel, described,
-            constants | fixed | _tile_constants(BOX_M, block_n, BOX_K) | {"PERSISTENT": persistent},
-            warps, stages, ("int8",), (90, 100),
-        )
-        for block_n, persistent, warps, stages in TMA_TILES
-    ]  # fmt: skip
-
-
-def shipped_by_parts(whole: str) -> Shipped:
-    """The tile of sums by parts, for sizes of Triton's type `whole`."""
-    *tile, warps, stages = SPLIT_TILE
-    sizes = dict.fromkeys(("M", "N", "blocks_k", "blocks_am", "blocks_bn"), whole)
-    unused = {"scale": None, "residual": None, "stride_scale": 0, "stride_rm": 0, "stride_rn": 0}
-    return Shipped(
-        f"{'x'.join(map(str, tile))} i32 by parts{' ragged' * whole.endswith(':1')}", _int8_matmul_kernel,
-        {"a": "*i8", "b": "*i8", "out": "*i32"} | sizes,
-        _tile_constants(*tile) | unused | {"SPLIT": 4, "SCALED": False, "RESIDUAL": False}, warps, stages, ("int8",),
-    )  # fmt: skip
+        _launch_config(LARGE, "bf16", residual=True),
+        _launch_config(LARGE, "i32", backward=True),
+        _launch_config(SMALL, "fp32", residual=True, sizes="i32:1"),
+        _launch_config(SMALL, "bf16", backward=True),
+        _launch_config(RAGGED, "fp32", sizes="i32:1"),
+        _launch_config(RAGGED, "i32", backward=True, sizes="i32:1"),
+    ]

@@ -9,7 +9,7 @@ Memory, in bytes, for delta of b bytes an element:
 
                           read       written   operations an element
     absmax                b T n      4         2
-    quantize_delta        b T n      T n       10, and 100 for each row and column of a block of 32 x 256
+    quantize_delta        b T n      T n       10, and 100 for each row and column of a block of 16 x 256
 """
 
 import torch
@@ -21,7 +21,7 @@ from kernels.philox import Stream, dither, dither_at, dither_word, noise
 from kernels.rmsnorm_quantize import FLOATS, check_rows, reciprocal
 
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
-BLOCK = {"ROWS": 32, "COLUMNS": 256, "num_warps": 8}  # rows and columns of a program
+BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
 
 
 # The torch references
@@ -182,7 +182,7 @@ def launch_configs() -> list[LaunchConfig]:
         found.append(LaunchConfig(f"absmax {float_}", _absmax_kernel, signature, constants, BLOCK["num_warps"]))
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "rng": "*i64", "d_int8": "*i8"} | shape
         signature["first_column"] = "i32"
-        constants |= {"sigma_row": 0} | streams
+        constants = constants | {"sigma_row": 0} | streams
         found.append(
             LaunchConfig(f"quantize_delta {float_}", _quantize_delta_kernel, signature, constants, BLOCK["num_warps"])
         )

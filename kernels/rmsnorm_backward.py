@@ -117,7 +117,7 @@ def launch_configs() -> list[LaunchConfig]:
     found = []
     for dtype, product, columns, squared_relu in (
         (torch.float32, torch.int32, 384, False), (torch.float16, torch.float16, 768, False),
-        (torch.bfloat16, torch.int32, 3072, True), (torch.float32, torch.int32, MAX_COLUMNS, True),
+        (torch.float32, torch.int32, 3072, True), (torch.bfloat16, torch.int32, MAX_COLUMNS, False),
     ):  # fmt: skip
         blocks = row_blocks(columns)
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
