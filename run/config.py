@@ -23,69 +23,54 @@ CONFIGS = {path.stem: path for path in sorted(Path(__file__).resolve().parents[1
 IMAGES = ("imagenette", "mnist")
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 METHODS = ("gft", "adamw", "muon", "sgd", "signsgd", "ste")  # sgd has momentum 0.9, ste latent weights
-# Conditions under which keys have an effect.
-TEXT, IMAGE, GFT = f"data not in {IMAGES}", f"data in {IMAGES}", "method == 'gft'"
-FLOATS = "(method != 'gft' or int_layers != 'all')"
+TEXT, IMAGE = f"data not in {IMAGES}", f"data in {IMAGES}"  # conditions under which keys have an effect
+GFT, FLOATS = "method == 'gft'", "(method != 'gft' or int_layers != 'all')"
 CONFLICTS = {  # what must hold where all its keys have an effect: the rule and the remedy
     "not set(data + data_dir + out_dir) & set(map(chr, range(32)))": "control characters are not allowed; remove them",
-    "d_model % (n_head * (4 if data in IMAGES else 2)) == 0":
-        "the width of a head must be even, of images a multiple of 4 (rotary positions); change d_model or n_head",
+    "d_model % (n_head * (4 if data in IMAGES else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
     "model == 'transformer' or data in IMAGES": "the mlp reads images; use model = transformer, or data = mnist",
-    "method != 'gft' or model == 'transformer' or 3 * image_side**2 <= MAX_REDUCTION":
-        "an int32 sum over so many pixels can overflow; use image_side = 210 or less",
+    "method != 'gft' or model != 'mlp' or image_side <= 210": "int32 sums over more pixels overflow; use 210 or less",
     "image_side % patch == 0": "patch must divide image_side; change one of them",
     "data != 'mnist' or 28 % patch == 0": "patch must divide 28; use patch = 1, 2, 4, 7, 14 or 28",
-    "set(int_layers.split(',')) <= {'all', *LAYER_KINDS}":
-        f"must be all, or some of {', '.join(LAYER_KINDS)}, with commas between and no spaces",
+    "set(int_layers.split(',')) <= {'all', *LAYER_KINDS}": f"must be all, or some of {','.join(LAYER_KINDS)}",
     "int_layers and integer_kinds": "this net has no such layer, so nothing would be integer; name others, or all",
     "batch_size % grad_accum == 0": "grad_accum must divide batch_size; change one of them",
     "warmup < steps": "the warm-up must end before the run does; lower warmup or raise steps",
     "k_warmup <= steps": "the warm-up must fit into the run; lower k_warmup or raise steps",
     "k_end <= k": "k falls to k_end, which must not be larger; lower k_end, or keep k with k_schedule = constant",
     "step_size <= max(1, 2**bits - 2)": "no weight has room for such a move; lower step_size or raise bits",
-    # 0.2 of a unit: one weight in eighty is then not 0.
-    "bits == 1 or init_std * (2**(bits - 1) - 1) >= 0.2": "all first weights would round to 0; raise init_std or bits",
-    "update == 'step' or grad_accum == 1":
-        "weights would move before all micro-batches have voted; use update = step or grad_accum = 1",
+    "bits == 1 or init_std * (2**(bits - 1) - 1) >= 0.2": "99% of the first weights would be 0; raise init_std or bits",
+    "update == 'step' or grad_accum == 1": "micro-batches are for update = step; or use grad_accum = 1",
     "ortho_tile % 16 == 0": "must be a multiple of 16, or 0 (whole matrix)",
     "topk_tile == 0 or topk_tile >= 8": "must be from 8 to 256, or 0 (whole layer)",
-}  # fmt: skip
-# Names that other trainers and earlier versions use. They are suggested, never accepted.
-OTHER_NAMES = {
-    "learning_rate": "lr", "max_iters": "steps", "block_size": "context", "seq_len": "context", "n_embd": "d_model",
-    "optimizer": "method", "dataset": "data", "wd": "weight_decay", "dtype": "precision", "memory": "momentum",
-    "beta": "momentum", "select_tile": "topk_tile", "init_spread": "init_std", "flip": "hflip", "flip_at": "update",
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run, hashable. A changed copy is `validate(dataclasses.replace(cfg, bits=4))`.
+    """The settings of one run, hashable. Defaults are configs/shakespeare_char_small.toml; `name` is not compared."""
 
-    The defaults are configs/shakespeare_char_small.toml. The name is a label: it takes no part in comparison.
-    """
-
-    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, or the path of a UTF-8 text file", group="data")
+    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text's path", also="dataset", group="data")
     data_dir: str = key("", "folder to look in first for the data; empty: the usual places", free=True)
     eval_on: str = key("val", "val: last 10% of a text, official images; tune: a tenth of the rest", ("val", "tune"))
     tokenizer: str = key("char", "how text becomes tokens", ("char", "bpe", "gpt2"), needs=TEXT)
     vocab_size: int = key(512, "tokens to learn, the 256 bytes included", (257, 65536), needs="tokenizer == 'bpe'")
     image_side: int = key(64, "pixels on each side of an image", (8, 512), needs="data == 'imagenette'")
-    hflip: float = key(0.0, "share of the training images that are mirrored", (0, 1), needs=IMAGE)
+    hflip: float = key(0.0, "share of the training images that are mirrored", (0, 1), needs=IMAGE, also="flip")
     crop_min: float = key(1.0, "smallest share of a training image that cropping keeps", (0.01, 1), needs=IMAGE)
-    mix: str = key("none", "mixes training images", ("none", "mixup", "cutmix", "both"), needs=IMAGE)
-    mix_alpha: float = key(1.0, "shares are drawn from Beta(this, this)", (0.01, 1), needs="mix != 'none'")
+    mix: str = key("none", "how training images are mixed in pairs", ("none", "mixup", "cutmix", "both"), needs=IMAGE)
+    mix_alpha: float = key(1.0, "shares are drawn from Beta(this, this)", (0.01, 1), needs=f"{IMAGE} and mix != 'none'")
 
     model: str = key("transformer", "mlp is for images: n_layer hidden layers", ("transformer", "mlp"), group="model")
     n_layer: int = key(4, "transformer blocks", (1, 1000))
     n_head: int = key(4, "attention heads", (1, 1024), needs="model == 'transformer'")
-    d_model: int = key(128, "width, a multiple of 2 n_head", (2, MAX_REDUCTION // 4))  # an MLP reduces over 4 d_model
-    context: int = key(64, "tokens seen at once", (1, 1 << 20), needs=TEXT)
+    d_model: int = key(128, "width, a multiple of 2 n_head", (2, MAX_REDUCTION // 4), also="n_embd")  # MLPs have 4 x
+    context: int = key(64, "tokens seen at once", (1, 1 << 20), needs=TEXT, also="block_size seq_len")
     patch: int = key(8, "side of a ViT's patches in pixels", (1, 128), needs=f"{IMAGE} and model != 'mlp'")
-    init_std: float = key(0.33, "standard deviation of the first weights, 1 is the limit", (0.001, 10), needs=GFT)
+    init_std: float = key(0.33, "of the first weights, 1 being the limit", (0.001, 10), needs=GFT, also="init_spread")
     act_range: float = key(6.0, "activations are rounded to 255 levels in -A..A, A = this", (0.001, 1000), needs=GFT)
 
-    method: str = key("gft", "integer flips, or a baseline", METHODS, group="method")
+    method: str = key("gft", "integer flips, or a baseline", METHODS, also="optimizer", group="method")
     bits: int = key(6, "bits of a weight; 2 is ternary, 1 is -1/+1", (1, 8), needs="method in ('gft', 'ste')")
     int_layers: str = key("all", f"integer layers: all, or some of {','.join(LAYER_KINDS)}; others are fp32", needs=GFT)
     rule: str = key("spectral", "how votes become scores", RULES, needs=GFT)
@@ -95,37 +80,36 @@ class Config:
     k_schedule: str = key("linear", "from k to k_end", ("linear", "quadratic", "cosine", "constant"), needs=GFT)
     k_warmup: int = key(0, "steps over which k rises from 0", (0, 10**9), needs=GFT)
     step_size: int = key(1, "largest move of a weight in its units, falling to 1", (1, 127), needs=GFT)
-    momentum: float = key(0.0, "decay of the momentum of votes (a byte a weight); 0: none", (0, 0.9999), needs=GFT)
+    momentum: float = key(0.0, "decay of the momentum of votes; 0: none", (0, 0.9999), needs=GFT, also="memory beta")
     ortho_tile: int = key(128, "side of the tiles spectral orthogonalises; 0: whole matrix", (0, 32768),
                           needs=f"{GFT} and 'spectral' in (rule, embedding_rule)")
-    topk_tile: int = key(64, "side of the tiles the top k is taken in; 0: whole layer", (0, 256), needs=GFT)
+    topk_tile: int = key(64, "side of the tiles of the top k; 0: the layer", (0, 256), needs=GFT, also="select_tile")
     flip_prob: str = key("one", "score: moves have p = (score / largest)^flip_gamma", ("one", "score"), needs=GFT)
     flip_gamma: float = key(1.0, "exponent of that probability", (0.001, 100), needs=f"{GFT} and flip_prob == 'score'")
     delta: str = key("int8", "what of the error enters the votes", ("int8", "sign"), needs=GFT)
     delta_bits: int = key(8, "bits of the error on its grid, in a byte however few", (2, 8), needs=GFT)
     delta_scale: str = key("step", "delayed: the error's scale is from earlier steps", ("step", "delayed"), needs=GFT)
-    update: str = key("step", "when weights move; backward stores no votes", ("step", "backward"), needs=GFT)
+    update: str = key("step", "when weights move; backward saves room", ("step", "backward"), needs=GFT, also="flip_at")
 
-    steps: int = key(1000, "weight updates", (1, 10**9), group="training")
+    steps: int = key(1000, "weight updates", (1, 10**9), also="max_iters", group="training")
     batch_size: int = key(48, "sequences a step, over all micro-batches", (1, 10**6))
     grad_accum: int = key(1, "micro-batches a step, divides batch_size", (1, 10**6))
-    lr: float = key(8e-3, "learning rate of float weights", (1e-9, 1000), needs=FLOATS)
+    lr: float = key(8e-3, "learning rate of float weights", (1e-9, 1000), needs=FLOATS, also="learning_rate")
     muon_lr: float = key(1.6e-2, "Muon's learning rate, for the blocks", (1e-9, 1000), needs="method == 'muon'")
     beta2: float = key(0.99, "decay of AdamW's second moment", (0.001, 0.999999),
-                         needs=f"{FLOATS} and 'sgd' not in method")
-    weight_decay: float = key(0.0, "weight decay of float weights", (0, 1000), needs=FLOATS)
+                       needs=f"{FLOATS} and 'sgd' not in method")
+    weight_decay: float = key(0.0, "weight decay of float weights", (0, 1000), needs=FLOATS, also="wd")
     warmup: int = key(0, "steps over which lr rises from 0", (0, 10**9), needs=FLOATS)
     lr_end: float = key(0.1, "lr at the end, as a share of lr", (0, 1), needs=FLOATS)
     seed: int = key(1, "the same seed, the same run", (0, 2**31 - 1))
 
-    precision: str = key("fp32", "of a baseline's arithmetic, of gft's activations", ("fp32", "bf16"), group="running")
+    precision: str = key("fp32", "of a baseline, of gft's activations", ("fp32", "bf16"), also="dtype", group="running")
     backend: str = key("auto", "what runs the integer kernels", ("auto", "torch", "triton"))
     device: str = key("auto", "where it runs", ("auto", "cpu", "cuda"))
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"))
     threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024))
     out_dir: str = key("", "where checkpoints and metrics go; empty: out/<config name>", free=True)
-    resume: str = key("", "go on from this checkpoint; alone: last", ("", "last", "best", "previous"), bare="last",
-                      free=True)
+    resume: str = key("", "checkpoint to go on from", ("", "last", "best", "previous"), bare="last", free=True)
     log_every: int = key(10, "steps between reads of the loss and the flips", (1, 10**9), free=True)
     eval_every: int = key(50, "steps between evaluations", (1, 10**9), free=True)
     # Not free: `best` would be chosen among losses measured on different windows.
@@ -150,13 +134,14 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "name"}
+OTHER_NAMES = {other: k for k, f in FIELDS.items() for other in f.metadata.get("also", "").split()}
 
 
 def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Config:
     """The checked Config that a command line asks for; argv without the program's name.
 
-    --help and --print-config print to stdout and raise SystemExit(0). With `notes`, keys without effect are named on
-    stderr. Raises UserError(code=2) naming every problem found.
+    --help and --print-config print and raise SystemExit(0). With `notes`, stderr names keys given without effect.
+    Raises UserError(code=2) naming every problem found.
     """
     given, words = read_argv(argv, FIELDS, prog, f"CONFIG is a TOML file, or one of {', '.join(CONFIGS)}.")
     printing = given.pop("print_config", False)
@@ -183,10 +168,8 @@ def read_file(target: str, problems: list[str]) -> tuple[str, dict[str, Any]]:
     except (FileNotFoundError, IsADirectoryError):
         near = closest(path.stem, CONFIGS, "did you mean {}? ")
         problems.append(f"{target!r} is neither a TOML file nor a name in configs/; {near}--help lists the names")
-    except OSError as error:
-        problems.append(f"{path} cannot be read: {error.strerror}; check its permissions")
-    except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of thousands of digits
-        problems.append(f'{path} is not valid TOML: {error}; write `key = value` lines, texts in "quotes"')
+    except (OSError, ValueError, RecursionError) as error:  # permissions, encoding, syntax
+        problems.append(f"{path} is not readable TOML: {error}; it needs lines `key = value`, texts in quotes")
     return "custom", {}
 
 
@@ -203,22 +186,18 @@ def build(values: Mapping[str, Any], name: str, problems: Sequence[str] = (), wh
             problems.append(f"{k} = {str(value) or show(value)}{where.get(k, '')}: {error}")
     refuse(problems)
     cfg = Config(**known, name=name)
+    scope = vars(cfg) | {"integer_kinds": cfg.integer_kinds}
     for must, remedy in CONFLICTS.items():
         keys = [k for k in dict.fromkeys(re.findall(r"\w+", must)) if k in FIELDS]
-        if not holds(cfg, must) and not any(unmet(cfg, FIELDS[k]) for k in keys):
+        if not eval(must, globals(), scope) and not any(unmet(cfg, FIELDS[k]) for k in keys):
             problems.append(f"{', '.join(f'{k} = {show(getattr(cfg, k))}' for k in keys)}: {remedy}")
     refuse(problems)
     return cfg
 
 
-def holds(cfg: Config, expression: str) -> bool:
-    """Whether an expression of this file, over the keys and constants above, is true."""
-    return bool(eval(expression, globals(), vars(cfg) | {"integer_kinds": cfg.integer_kinds}))
-
-
 def unmet(cfg: Config, f: dataclasses.Field) -> str:
     """The condition under which f has an effect, if cfg does not meet it; else empty."""
-    return "" if holds(cfg, f.metadata["needs"]) else f.metadata["needs"]
+    return "" if eval(f.metadata["needs"], {}, vars(cfg)) else f.metadata["needs"]
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -226,9 +205,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return build({k: v for k, v in values.items() if k != "name"}, values.get("name", "custom"))
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
-    """Every key and the name, as plain values for JSON."""
-    return dataclasses.asdict(cfg)
+to_dict = dataclasses.asdict  # every key and the name, as plain values for JSON
 
 
 def validate(cfg: Config) -> Config:

@@ -1,14 +1,14 @@
 """Typed settings: each key is one dataclass field, declared with `key(...)`. Nothing here is about training.
 
-The check of a value (`convert`), the words of an error (`rule`) and the command line with its help (`read_argv`) follow
-from that declaration.
+The check of a value, the words of an error, the command line and its help follow from that declaration.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from run.errors import UserError, closest
@@ -18,6 +18,7 @@ def key(default: Any, help: str, allowed: Sequence = (), needs: str = "True", **
     """Declare one setting: its default, its meaning, the allowed texts or the smallest and the largest number.
 
     needs   a Python expression over the keys; where it is false, this key has no effect
+    also    names other trainers or earlier versions have for it, suggested but not accepted
     group   title above this key and the ones after it in the help
     bare    the value meant by --key with nothing after it
     free    True: a resumed run may change this key, because the final weights stay the same
@@ -36,12 +37,10 @@ def rule(f: dataclasses.Field) -> str:
 def convert(f: dataclasses.Field, value: Any) -> Any:
     """`value`, or the text of one, in the type of `f`. Raises ValueError naming the rule and the closest choice."""
     text, allowed = value if isinstance(value, str) else show(value), f.metadata["allowed"]
-    try:
+    with contextlib.suppress(ValueError):  # of a text that is no number
         typed = f.type(text)
         if not allowed or (typed in allowed if f.type is str else allowed[0] <= typed <= allowed[1]):
             return typed
-    except ValueError:  # not a number
-        pass
     near = closest(text, allowed, '; did you mean "{}"?') if f.type is str else ""
     raise ValueError(f"must be {rule(f)} (default {show(f.default)}){near}")
 
@@ -51,13 +50,10 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def read_argv(
-    argv: Sequence[str], fields: Mapping[str, dataclasses.Field], prog: str, about: str
-) -> tuple[dict[str, str], list[str]]:
-    """{key: text} of a command line, and its words that are no options. An unknown key has the text "".
+def read_argv(argv: Sequence[str], fields: dict[str, dataclasses.Field], prog: str, about: str) -> tuple[dict, list]:
+    """{key: text} of a command line, and its words that are no options. An unknown key has "", its value is left out.
 
-    "print_config" is True if that was asked for. --help prints every key and raises SystemExit(0).
-    Raises UserError(code=2) for a key without a value.
+    --print_config is one of the keys. --help prints and raises SystemExit(0). Raises UserError for a missing value.
     """
     usage = f"python {prog} [CONFIG] [--key value | --key=value ...]"
     parser = argparse.ArgumentParser(usage=usage, description=about, argument_default=argparse.SUPPRESS,
@@ -75,7 +71,6 @@ def read_argv(
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; write --key value", code=2) from None
     unknown = {word.removeprefix("--").partition("=")[0]: "" for word in rest if word.startswith("-")}
-    # A word after an unknown key is its value.
     others = [word for before, word in zip(["", *rest], rest)
               if not word.startswith("-") and (not before.startswith("-") or "=" in before)]  # fmt: skip
     return vars(known) | unknown, others
