@@ -5,9 +5,9 @@
     m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
 
 `rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
-the float ones. On a GPU a block of tiles stays in registers: two binary searches, bit by bit and all tiles at once, find
-the m-th largest rank and, among equal ranks, the last index that still gets a place (`choose`): about 45 passes over
-registers. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
+the float ones. On a GPU a block of tiles stays in registers: two binary searches, bit by bit and all tiles at once,
+find the m-th largest rank and, among equal ranks, the last index that still gets a place (`choose`): about 45 passes
+over registers. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
 """
 
 import numpy as np
@@ -18,6 +18,7 @@ from kernels.backend import jit, tl
 from kernels.fuse import fused
 from kernels.philox import philox_words
 from kernels.tiles import block_to_tiles, tiles_to_block
+
 
 def fixed_point(k: Tensor) -> Tensor:
     """k in [0, 1], float64, in units of 2^-32: int64, so that every backend forms m in integers."""
@@ -141,7 +142,8 @@ def topk_block(s, w, row, column, out, inner, k, rng, stream, first_tile, Q: tl.
                TILE: tl.constexpr):  # fmt: skip
     """The moves of a block (M, N) of scores, whose first weight is (row, column) of a matrix (out, inner).
 
-    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); the matrix's tiles begin at first_tile in the random stream that rounds m.
+    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); in the
+    random stream that rounds m, the matrix's tiles begin at first_tile.
     """
     M: tl.constexpr = s.shape[0]
     N: tl.constexpr = s.shape[1]

@@ -3,9 +3,9 @@
     V = D^T X           (out, in), exact integers
     C = -W * V          the paper's contribution: negative where the weight's present value raises the loss
 
-V[o, i] is the gradient of the loss by weight (o, i) in units of sigma * A / 127: a positive vote asks the weight to fall.
-One int32 sum holds `MAX_REDUCTION` tokens; votes of longer batches are int64 and their products are taken in parts.
-Memory: T*(in + out) bytes read, 4*in*out read and written; 2*T*in*out operations.
+V[o, i] is the gradient of the loss by weight (o, i) in units of sigma * A / 127: a positive vote asks the weight to
+fall. One int32 sum holds `MAX_REDUCTION` tokens; votes of longer batches are int64 and their products are taken in
+parts. Memory: T*(in + out) bytes read, 4*in*out read and written; 2*T*in*out operations.
 
 A backward pass adds its votes to a buffer. Where each pass of a step had its own scale of delta (sigma), the buffer is
 in units of the largest so far, and both are rescaled to the new largest: rounded, so not independent of the split.
@@ -14,7 +14,7 @@ in units of the largest so far, and both are rescaled to the new largest: rounde
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import int8_product_torch
 from kernels.limits import MAX_REDUCTION
 
@@ -30,16 +30,23 @@ def votes_torch(d: Tensor, x: Tensor) -> Tensor:
     return sum(int8_product_torch(dp.t(), xp).to(torch.int64) for dp, xp in parts)
 
 
+def rescaled(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> Tensor:
+    """votes * old_ratio + new * new_ratio to the nearest integer, halves to even: float64 (out, in)."""
+    return torch.round(votes.double() * old_ratio + new.double() * new_ratio)
+
+
 @torch.library.custom_op("nanogft::accumulate_votes_torch", mutates_args=("votes", "rng"))
 def accumulate_votes_torch(
     d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
 ) -> None:
     """`accumulate_votes` in torch."""
     new = votes_torch(d, x)
-    if old_ratio is None or old_ratio.item() == 0:  # the buffer is empty, and the new ratio 1
+    if old_ratio is None:
         votes.add_(new)
+    elif old_ratio.item() == 0:  # the first pass of a step, whose new ratio is 1
+        votes.copy_(new)
     else:
-        votes.copy_(torch.round(votes.double() * old_ratio + new.double() * new_ratio))
+        votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
     rng[2] += d.shape[0]
 
 
@@ -82,7 +89,8 @@ def _votes_kernel(
     inside = (rows < out)[:, None] & (columns < inner)[None, :]
     old = tl.load(place, mask=inside, other=0)
     if RESCALE:
-        both = old.to(tl.float64) * tl.load(old_ratio) + v.to(tl.float64) * tl.load(new_ratio)
+        both = mul_rn(old.to(tl.float64), tl.load(old_ratio).to(tl.float64))
+        both += mul_rn(v.to(tl.float64), tl.load(new_ratio).to(tl.float64))
         new = (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
     else:
         new = old + v.to(old.dtype)
@@ -97,14 +105,19 @@ def accumulate_votes_triton(
 ) -> None:
     """`accumulate_votes` on a GPU."""
     (rows, out), inner = d.shape, x.shape[1]
-    for first in range(0, rows, PART):
-        d_part, x_part = d[first : first + PART], x[first : first + PART]
+    if rows > MAX_REDUCTION and old_ratio is not None:  # rounded once, as in torch, not once a part
+        new = torch.zeros_like(votes)
+        accumulate_votes_triton(d, x, new, rng)
+        votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
+        return
+    parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
+    for d_part, x_part in parts:
         wrap_triton(_votes_kernel)[(triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK))](
             d=d_part,
             x=x_part,
             votes=votes,
             rng=rng,
-            old_ratio=old_ratio if first == 0 or old_ratio is None else torch.ones_like(old_ratio),
+            old_ratio=old_ratio,
             new_ratio=new_ratio,
             out=out,
             inner=inner,
@@ -127,8 +140,8 @@ def accumulate_votes(
     """votes <- votes * old_ratio + D^T X * new_ratio, and rng[2] grows by T.
 
     d int8 (T, out), x int8 (T, in) of any stride; votes int32 or int64 (out, in), contiguous; ratios float32 (), of the
-    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on shapes
-    that do not agree and on more than `MAX_REDUCTION` rows for int32.
+    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on other
+    types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
     """
     (rows, out), inner = d.shape, x.shape[1]
     if x.shape[0] != rows or votes.shape != (out, inner) or rows == 0:
@@ -136,6 +149,10 @@ def accumulate_votes(
             f"accumulate_votes: got D {tuple(d.shape)}, X {tuple(x.shape)} and votes {tuple(votes.shape)}; "
             "need (T, out), (T, in) and (out, in), T at least 1"
         )
+    if d.dtype != torch.int8 or x.dtype != torch.int8:
+        raise ValueError(f"accumulate_votes: got D {d.dtype} and X {x.dtype}; both must be int8")
+    if votes.dtype not in (torch.int32, torch.int64) or not votes.is_contiguous():
+        raise ValueError(f"accumulate_votes: got votes {votes.dtype}; they must be int32 or int64, and contiguous")
     if rows > MAX_REDUCTION and votes.dtype != torch.int64:
         raise ValueError(
             f"accumulate_votes: {rows} rows can overflow int32, which holds {MAX_REDUCTION}; give the optimizer "
