@@ -142,11 +142,17 @@ class IntLayer(nn.Module):
         if given is not None and given.dtype != torch.int8:
             errors.append(f"{prefix}weight: got {given.dtype}; {type(self).__name__} takes int8 weights in [-{self.q}, "
                           f"{self.q}], so round them to its grid first")  # fmt: skip
-        elif given is not None and given.numel() and int(given.abs().max()) > self.q:
-            errors.append(f"{prefix}weight: has values up to {int(given.abs().max())}; {self.bits} bits hold "
-                          f"[-{self.q}, {self.q}]")  # fmt: skip
+        elif given is not None and (wrong := self._off_grid(given)):
+            errors.append(f"{prefix}weight: {wrong}")
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _off_grid(self, weight: Tensor) -> str:
+        """What is wrong with int8 weights that this layer cannot hold, "" if nothing is."""
+        largest = max(abs(int(end)) for end in weight.aminmax()) if weight.numel() else 0  # -128 has no abs in int8
+        if largest > self.q:
+            return f"has values up to {largest}; {self.bits} bits hold [-{self.q}, {self.q}]"
+        return "has zeros; 1 bit holds -1 and 1" if self.bits == 1 and bool((weight == 0).any()) else ""
 
     @property
     def delta_width(self) -> int:
@@ -216,6 +222,13 @@ class IntEmbedding(IntLayer):
     ):  # fmt: skip
         super().__init__((rows, width), bits, 1, gain, init_std, seed, index, delta)
         self.rows, self.width, self.dtype = rows, width, dtype
+
+    def _apply(self, fn, recurse: bool = True) -> "IntEmbedding":
+        """The output's type follows .half(), .bfloat16() and .float()."""
+        super()._apply(fn, recurse)
+        dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
+        self.dtype = dtype if dtype in (*HALVES, torch.float32) else self.dtype
+        return self
 
     @property
     def delta_width(self) -> int:

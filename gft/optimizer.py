@@ -141,20 +141,33 @@ class FlipOptimizer(torch.optim.Optimizer):
         """Move weights by the votes of the backward passes since the last step, and clear the votes.
 
         Nothing is read on the host where Triton kernels run, so a step can be captured in a CUDA graph (with `lr` a
-        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler: delta has a scale of its own.
+        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler, as delta has a scale of its own, and
+        if a layer's weight has been replaced since the optimizer was made.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError("FlipOptimizer: integer layers need no GradScaler; call loss.backward() and opt.step()")
+        self._check_usable()
         for stack in self.stacks:
             if self.param_groups[stack.group]["update"] == "step":
                 self._flip(stack)
         _advance(self.layers, self.found_inf)
         self._learn_in_backward()
         return loss
+
+    def _check_usable(self) -> None:
+        """Raises RuntimeError under a GradScaler, or if a layer has another weight than the one that was given."""
+        if hasattr(self, "grad_scale"):  # set by a GradScaler, as found_inf is then
+            del self.grad_scale
+            self.found_inf = torch.zeros((), device=self.layers[0].weight.device)
+            raise RuntimeError("FlipOptimizer: integer layers need no GradScaler; call loss.backward() and opt.step()")
+        given = [p for group in self.param_groups for p in group["params"]]
+        if any(layer.weight is not p for layer, p in zip(self.layers, given, strict=True)):
+            raise RuntimeError(
+                "FlipOptimizer: a layer's weight is not the parameter that was given: load_state_dict(assign=True) or a "
+                "move to another device has replaced it; make the optimizer after that"
+            )
 
     def _flip(self, stack: Stack) -> None:
         """The step of one stack."""
