@@ -1,34 +1,23 @@
 """Against the alternatives: AdamW, SGD with momentum, signSGD, Muon, quantization-aware training (STE) and GFT.
 
-The same nets and the same tokens (images) for all. On the text AdamW, Muon and GFT have the settings that won in the
-tables above; all else is tuned here, on the held-out part, one seed and runs of two fifths of the steps. Judged at the
-last step, with as many seeds as the table says. STE rounds the weights of every product, at 2 bits by mean|w| as
-BitNet b1.58 does, at 4 and 8 bits to a uniform grid as DoReFa does (without its tanh, and with first and last layer
-rounded too), and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is the weight
-itself as it is kept while training and what the optimizer keeps. Time and memory are those of the first seed's
-process, two of which run side by side with one thread each; energy is modelled (45 nm, docs/energy.md).
+All methods train the same nets on the same tokens (images). On the text AdamW, Muon and GFT have the settings that won
+in the tables above; everything else is tuned here, on the held-out part, with one seed and two fifths of the steps. The
+measure is the last step's, with as many seeds as the table says. STE rounds the weights of every product, at 2 bits by
+mean|w| as BitNet b1.58 does, at 4 and 8 bits to a uniform grid as DoReFa does (without its tanh, and with the first and
+the last layer rounded too), and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is
+the weight as it is kept while training, plus what the optimizer keeps. Time and memory are those of the first seed, two
+processes side by side with one thread each; energy is modelled (45 nm, docs/energy.md).
 
-Rows named "as few as it takes" may train on fewer tokens: of fifteen lengths and batches each, the one of least energy
-that on the held-out part is as good as fp32 AdamW after 500 steps of 48 (the best there is, where none is), before it
-is judged on the other. Learning rates go with the root of the batch.
+Rows named "as few as it takes" may train on fewer tokens: of fifteen lengths and batch sizes, the one of least energy
+that is as good on the held-out part as fp32 AdamW after 500 steps of 48 (the best one, where none is), then judged on
+the other part. Learning rates scale with the root of the batch size.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from experiments.rows import (
-    QUICK,
-    SEEDS,
-    Finished,
-    Row,
-    grouped_tables,
-    make_row,
-    markdown,
-    settings,
-    shortened,
-    tune_and_train,
-    tuning_table,
-)
+from experiments.rows import (QUICK, SEEDS, Finished, Row, grouped_tables, make_row, markdown, settings, shortened,
+                              tune_and_train, tuning_table)  # fmt: skip
 from experiments.sweep import Store, quality, show_quality
 
 __all__ = ["tuning_table"]  # for the report

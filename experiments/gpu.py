@@ -38,10 +38,12 @@ GRACE = 10  # seconds between asking a piece to stop and killing it
 MISSING = "not measured"
 
 # The settings were chosen on a CPU: without dropout this model learns the text by heart, so longer runs end higher.
+# Compiling would take longer than these steps do.
+SHORT = ("--compile", "false", "--eval_every", "50")
 TRAININGS = {
-    "AdamW": ("shakespeare_char_adamw", "--steps", "300", "--lr", "0.002"),
-    "GFT, momentum": ("shakespeare_char_momentum", "--steps", "250", "--k", "0.3"),
-    "GFT, no momentum": ("shakespeare_char", "--steps", "300", "--k", "0.5"),
+    "AdamW": ("shakespeare_char_adamw", "--steps", "300", "--lr", "0.002", *SHORT),
+    "GFT, momentum": ("shakespeare_char_momentum", "--steps", "250", "--k", "0.3", *SHORT),
+    "GFT, no momentum": ("shakespeare_char", "--steps", "300", "--k", "0.5", *SHORT),
 }
 GPT2_BATCH = ("--batch_size", "4")
 GPT2 = {
@@ -76,32 +78,29 @@ def parts(rehearse: bool = False) -> dict[str, list[Piece]]:
     device = ("--device", "cpu", "--quick") if rehearse else ("--device", "cuda")
     tests = ("tests/kernels", "--ignore", "tests/kernels/test_triton_compile.py", "-n", "7", "--dist", "loadfile")
     tests = ("tests/kernels/test_philox.py",) if rehearse else tests
+    tiny, tiny_run = (TINY, (*TINY_RUN, "--backend", "torch")) if rehearse else ((), ())
 
-    def train(name: str, arguments: Sequence[str], limit: float) -> Piece:
-        short = (*TINY_RUN, "--backend", "torch") if rehearse else ()
-        return Piece(name, ("train.py", *arguments, "--sample_tokens", "0", *short), limit)
+    def step(name: str, *arguments: str) -> Piece:
+        return Piece(name, ("-m", "experiments.steps", *arguments, *tiny), 60)
 
-    def steps(name: str, arguments: Sequence[str], limit: float = 60) -> Piece:
-        return Piece(name, ("-m", "experiments.steps", *arguments, *(TINY if rehearse else ())), limit)
-
-    def characters(names: Sequence[str]) -> list[Piece]:
-        return [steps(f"step, 10.7 M: {name}", TRAININGS[name][:1]) for name in names]
+    def train(name: str, *arguments: str, limit: float) -> Piece:
+        return Piece(name, ("train.py", *arguments, "--sample_tokens", "0", *tiny_run), limit)
 
     return {
         "A": [
             Piece("versions", ("bench.py", "versions", "--json", *device), 60),
             Piece("tests", ("-m", "pytest", "-q", "-rfE", "--tb=short", *tests), 130),
             Piece("kernels", ("bench.py", "kernels", "--json", *device), 90),
-            *characters(("GFT, momentum", "AdamW", "GFT, no momentum")),
+            *(step(f"step, 10.7 M: {name}", TRAININGS[name][0]) for name in TRAININGS),
         ],
         "B": [
-            *(train(f"same weights: {backend}", (*GAIN, "--backend", backend), 60) for backend in ("triton", "torch")),
-            *(train(f"training: {name}", arguments, 120) for name, arguments in TRAININGS.items()),
-            steps("profile", ("--profile", *TRAININGS["GFT, momentum"][:1])),
-            *(steps(f"step, GPT-2 small: {name}", arguments) for name, arguments in GPT2.items()),
+            *(train(f"same weights: {b}", *GAIN, "--backend", b, limit=60) for b in ("triton", "torch")),
+            *(train(f"training: {name}", *arguments, limit=120) for name, arguments in TRAININGS.items()),
+            step("profile", "--profile", TRAININGS["GFT, momentum"][0]),
+            *(step(f"step, GPT-2 small: {name}", *arguments) for name, arguments in GPT2.items()),
         ],
-        "C": [train(f"images: {name}", arguments, 400) for name, arguments in IMAGES.items()],
-    }  # fmt: skip
+        "C": [train(f"images: {name}", *arguments, limit=400) for name, arguments in IMAGES.items()],
+    }
 
 
 def run(piece: Piece, seconds: float, log) -> tuple[int, list[str]]:
@@ -229,6 +228,8 @@ def _step(result: dict | None, base: dict | None) -> str:
         return MISSING
     speed, memory = result["tokens_per_second"], result["peak_memory_bytes"]
     text = f"{1000 * result['step_seconds']:.2f} ms, {speed:,.0f} tokens/s, {memory / 2**20:,.0f} MiB"
+    if joules := result["joules_per_step"]:
+        text += f", {joules:.2f} J"
     if base is None:
         return text
     speed, memory = speed / base["tokens_per_second"], memory / base["peak_memory_bytes"]

@@ -1,13 +1,13 @@
-"""Hybrid networks: which kinds of layer are integer, the others being fp32 under AdamW in the same step.
+"""Hybrid networks: some kinds of layer are integer, the others fp32 under AdamW in the same step.
 
 Integer layers have 6 bits and no momentum. The character model (300 steps of 24 windows) is judged by its loss, the ViT
 (Imagenette, 64 x 64 pixels, two epochs) by its accuracy too: short runs, to compare choices. Nothing is tuned here: k
-is that of the config, the learning rate that of AdamW's own row, on the text 24e-3 brought to batches of 24, for every
-choice. State is what AdamW keeps for its layers.
+is the config's, and the learning rate is that of AdamW's own row for every choice (on the text 24e-3, scaled to batches
+of 24). State is what AdamW keeps for its layers.
 
-On both nets the best mixture is an integer MLP with everything else under AdamW, ahead of the all-integer and of the
-all-fp32 net. First layer and head are a twentieth of the weights or less: leaving the head to AdamW gains 0.03 nats on
-the text and a point on the images, leaving the first layer to it nothing.
+On both nets the best mixture is an integer MLP with everything else under AdamW; it beats the all-integer and the
+all-fp32 net. The first layer and the head are a twentieth of the weights or less: leaving the head to AdamW gains 0.03
+nats on the text and a point on the images; leaving the first layer to it gains nothing.
 """
 
 from statistics import mean

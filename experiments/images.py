@@ -1,10 +1,10 @@
 """Images: an MLP on MNIST at 6, 4, 2 and 1 bits, and a ViT on Imagenette at 64 x 64 pixels, against fp32 AdamW.
 
 Every row is tuned on a tenth of the training images (eval_on = "tune", one seed, the ViT on half of the epochs); the
-winner of a row's grid is then trained three times on all of them and judged by its accuracy after the last step on the
-official test images. On MNIST all rows may have larger batches, as few bits need votes of little noise, more epochs,
-and random crops of 80 % or more of an image's area, which stand for more digits.
-Bytes of weights are those of a file with `bits` bits for each, state is what the optimizer keeps between steps.
+best setting of a row is then trained three times on all of them and judged by its accuracy after the last step on the
+official test images. On MNIST every row may use larger batches (few bits need votes with little noise), more epochs,
+and random crops of at least 80 % of an image's area, which act as more digits. Weight bytes are those of a file with
+`bits` bits per weight; state is what the optimizer keeps between steps.
 """
 
 from statistics import mean

@@ -1,8 +1,8 @@
 """The main table: integer transformers against AdamW and Muon on Tiny Shakespeare, at the small CPU size.
 
-Every row is tuned on a part held out of the training text (eval_on = "tune", one seed); the winner of a row's
-grid is then trained three times on the whole training part and judged by the loss of its last step on the
-usual last 10 % (eval_on = "val").
+Every row is tuned on a part held out of the training text (eval_on = "tune", one seed); the best setting of a row is
+then trained three times on the whole training part and judged by the loss of its last step on the usual last 10 %
+(eval_on = "val").
 """
 
 from dataclasses import replace

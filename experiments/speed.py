@@ -1,8 +1,8 @@
 """Seconds per training step, one run after another with the machine to itself: GFT against AdamW.
 
-Every method runs compiled and as written; each is judged by its faster one. The figure is the median over the
-steps of a run, evaluation and compilation left out; of compiled runs, which neighbours on the machine can slow by a
-fifth, the median of three that take turns with those of the other methods.
+Every method runs compiled and not compiled; it is judged by the faster of the two. The time is the median over a run's
+steps, without evaluation and compilation. Other work on the machine can slow compiled runs by a fifth, so theirs is the
+median of three runs that alternate with those of the other methods.
 """
 
 from statistics import median
@@ -22,7 +22,7 @@ METHODS = (
 
 
 def cells(quick: bool, common: dict) -> list[Cell]:
-    """Every method compiled and as written."""
+    """Every method compiled and not compiled."""
     steps = 8 if quick else 60
     rounds = [("false", 1)] if quick else [("true", 1), ("true", 2), ("true", 3), ("false", 1)]
     return [
@@ -48,7 +48,7 @@ def table(store: Store) -> str:
     fastest = {name: min(t for (label, _), t in times.items() if label == name) for name in memory}
     if BASELINE not in fastest:
         return "Not finished: AdamW is missing."
-    heads = ("method", "ms per step, compiled", "as written", "against AdamW fp32, each at its fastest",
+    heads = ("method", "ms per step, compiled", "not compiled", "against AdamW fp32, each at its fastest",
              "peak memory, MiB")  # fmt: skip
     return "\n".join(markdown(heads, [
         (name, _ms(times.get((name, True))), _ms(times.get((name, False))), f"{seconds / fastest[BASELINE]:.2f}x",

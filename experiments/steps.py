@@ -27,11 +27,12 @@ from experiments.sweep import ROOT
 from run.config import Config, load
 from run.device import choose
 from run.errors import UserError
+from run.meter import Meter
 from run.progress import Metrics
 from run.stop import Stop
 
 PADDED_VOCABULARY = {"char": 65, "gpt2": 50_304}  # GPT-2's 50,257 and some that never occur, as nanoGPT has them
-WARM_UP, MEASURED = {"cuda": 10, "cpu": 2}, {"cuda": 50, "cpu": 10}  # steps
+WARM_UP, MEASURED = {"cuda": 10, "cpu": 2}, {"cuda": 200, "cpu": 10}  # steps
 PROFILED = 5
 NEVER = 10**9
 BYTES = ("int_weight_bytes", "float_param_bytes", "optimizer_state_bytes", "votes_bytes", "peak_memory_bytes")
@@ -89,13 +90,19 @@ class RandomText(TextTask):
 
 def run_steps(argv: Sequence[str], profile: torch.profiler.profile | None = None) -> dict:
     """Train a config on random tokens for a few steps; `profile` sees five of them. Returns what train.py would print
-    at the end. Raises UserError for what train.py would refuse.
+    at the end, and "joules_per_step" on a GPU that counts them. Raises UserError for what train.py would refuse.
     """
     cfg = load(argv, "-m experiments.steps")
     on = choose(cfg)  # as for all the steps of the config: it decides whether to compile by their number
-    kind = on.device.type
+    kind, meter = on.device.type, Meter.on(on.device.type, on.device.index)
     first = WARM_UP[kind]
-    at = {first: torch.cuda.reset_peak_memory_stats} if kind == "cuda" else {}
+
+    def measure_from_here() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        meter.start()
+
+    at = {first: measure_from_here} if kind == "cuda" else {}
     if profile is not None:
         at = {first: profile.start, first + PROFILED: profile.stop}
     cfg = dataclasses.replace(
@@ -105,13 +112,15 @@ def run_steps(argv: Sequence[str], profile: torch.profiler.profile | None = None
     with tempfile.TemporaryDirectory(prefix="nanogft-steps-") as folder:
         run = train.Run(cfg, RandomText(cfg, at), on, Path(folder))
         run.save = lambda name: None
-        return train.train(run, Metrics(Path(folder, "metrics.jsonl"), 0), Stop())
+        found = train.train(run, Metrics(Path(folder, "metrics.jsonl"), 0), Stop())
+    joules = meter.stop().joules if kind == "cuda" and profile is None else None
+    return found | {"joules_per_step": joules and joules / MEASURED[kind]}
 
 
 def measure(argv: Sequence[str]) -> dict:
     """Time and memory of a config's step. Raises UserError for what train.py would refuse."""
     found = run_steps(argv)
-    shown = ("weights", "step_seconds", "tokens_per_second", "environment", *BYTES)
+    shown = ("weights", "step_seconds", "tokens_per_second", "joules_per_step", "environment", *BYTES)
     return {"arguments": list(argv)} | {key: found[key] for key in shown}
 
 

@@ -123,7 +123,8 @@ def test_the_report_compares_with_adamw(tmp_path):
         {"kernel": "absmax", "shape": [9], "wrong": "all of it"},
     ])  # fmt: skip
     for name, speed, memory in (("AdamW", 100.0, 8 * 2**20), ("GFT, momentum", 150.0, 2 * 2**20)):
-        add("B", f"step, GPT-2 small: {name}", step_seconds=0.01, tokens_per_second=speed, peak_memory_bytes=memory)
+        add("B", f"step, GPT-2 small: {name}", step_seconds=0.01, tokens_per_second=speed, peak_memory_bytes=memory,
+            joules_per_step=3.5 if name == "AdamW" else None)  # fmt: skip
     add("B", "same weights: triton", weights_sha256="a")
     add("B", "same weights: torch", weights_sha256="b")
     add("B", "training: AdamW", status=1, val_loss=1.0)
@@ -135,6 +136,7 @@ def test_the_report_compares_with_adamw(tmp_path):
     assert "| absmax, 9 | wrong |" in text and "same weights on both backends | no |" in text
     assert ("| a step, GPT-2 small, GFT, momentum | 10.00 ms, 150 tokens/s, 2 MiB (1.50x the speed, 0.25x the memory "
             "of AdamW) |") in text
+    assert "| a step, GPT-2 small, AdamW | 10.00 ms, 100 tokens/s, 8 MiB, 3.50 J (1.00x" in text
     assert "loss, GFT, momentum | 1.5000 after 250 steps, 9 s, 800 J |" in text
     assert "loss, AdamW | not measured |" in text and "accuracy, AdamW | 0.7500 after 5,920 steps, 90 s |" in text
 
