@@ -138,7 +138,7 @@ def select_and_move(
 
 @jit
 def _flip_kernel(
-    votes, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream, out, inner, beta, step_size,
+    votes, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, beta, step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
     SIDE: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _flip_kernel(
     w = tl.load(weight + matrix + pointers, mask=inside, other=0)
     s = score_block(v, w, RULE)
     moves = topk_block(
-        s, w, row, column, out, inner, k, rng, stream, tl.load(first_tile + place), Q, UNIT, TOPK
+        s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile + place), Q, UNIT, TOPK
     )  # fmt: skip
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + matrix + pointers, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
@@ -202,7 +202,7 @@ def flip(
         layers=streams.layers,
         first_tile=streams.first_tile,
         stop=stop,
-        stream=Stream.TOPK + 16 * streams.topk,
+        stream_id=Stream.TOPK + 16 * streams.topk,
         out=out,
         inner=inner,
         beta=beta,
@@ -255,7 +255,7 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
         "weight": "*i8", "momentum": "*i8", "momentum_scale": "*fp32", "flips": "*i64", "k": "*fp64", "rng": "*i64",
         "layers": "*i64", "first_tile": "*i64", "stop": "*fp32",
     }  # fmt: skip
-    numbers = dict.fromkeys(("stream", "out", "inner", "step_size"), "i32") | {"beta": "fp32"}
+    numbers = dict.fromkeys(("stream_id", "out", "inner", "step_size"), "i32") | {"beta": "fp32"}
     if "d" in operands:
         numbers |= dict.fromkeys(("tokens", "d_row", "x_row"), "i32")
     found = []

@@ -47,7 +47,7 @@ def learn_torch(
 
 @jit
 def _learn_kernel(
-    d, x, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream, out, inner, tokens,
+    d, x, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, tokens,
     d_row, d_column, x_row, x_column, beta, step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
     SIDE: tl.constexpr, TOKENS: tl.constexpr,
@@ -67,7 +67,7 @@ def _learn_kernel(
         )  # fmt: skip
     w = tl.load(weight + pointers, mask=inside, other=0)
     s = score_block(v, w, RULE)
-    moves = topk_block(s, w, row, column, out, inner, k, rng, stream, tl.load(first_tile), Q, UNIT, TOPK)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile), Q, UNIT, TOPK)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + pointers, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
@@ -105,7 +105,7 @@ def learn(
         layers=streams.layers,
         first_tile=streams.first_tile,
         stop=stop,
-        stream=Stream.TOPK + 16 * streams.topk,
+        stream_id=Stream.TOPK + 16 * streams.topk,
         out=out,
         inner=inner,
         tokens=len(d),

@@ -14,9 +14,9 @@ variance of a rounded sum depend on; only the four corners of a rectangle are ti
 rows + columns draws instead of rows x columns.
 
 Training reads `rng`, an int64 tensor (3,) = [seed, step, rows seen in this step] on the layer's device, so that a step
-can be captured in a CUDA graph: kernels load it (`philox_words`, `dither_word` and `dither_at` below are called by every
-kernel that is random), `words_from`, `uniform_from` and `noise` are for torch. `_words_kernel` fills a tensor on the GPU:
-8 bytes written, 10 rounds (about 80 integer operations) for each word.
+can be captured in a CUDA graph: kernels load it (`philox_words`, `dither_word` and `dither_at` below are called by
+every kernel that is random), `words_from`, `uniform_from` and `noise` are for torch. `_words_kernel` fills a tensor on
+the GPU: 8 bytes written, 10 rounds (about 80 integer operations) for each word.
 """
 
 import functools
@@ -106,7 +106,7 @@ def words_triton(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor
     wrap_triton(_words_kernel)[(triton.cdiv(count, WORDS_BLOCK),)](
         out=out,
         rng=rng,
-        stream=stream,
+        stream_id=stream,
         start=start,
         count=count,
         BLOCK=WORDS_BLOCK,
@@ -139,8 +139,11 @@ def _noise_block(seed: int, step: int, stream: int, block: int) -> Tensor:
 
 def _noise(seed: int, step: int, stream: int, start: int, count: int) -> Tensor:
     first, last = start // NOISE_BLOCK, (start + count - 1) // NOISE_BLOCK
-    blocks = torch.cat([_noise_block(seed, step, stream, block) for block in range(first, last + 1)])
-    return blocks[start - first * NOISE_BLOCK :][:count]
+    parts = []
+    for block in range(first, last + 1):
+        begin = block * NOISE_BLOCK
+        parts.append(_noise_block(seed, step, stream, block)[max(start - begin, 0) : start + count - begin])
+    return torch.cat(parts)
 
 
 @torch.library.custom_op("nanogft::noise", mutates_args=())
@@ -190,13 +193,13 @@ WORDS_BLOCK = 1024
 
 
 @jit
-def _words_kernel(out, rng, stream, start, count, BLOCK: tl.constexpr):
+def _words_kernel(out, rng, stream_id, start, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word = philox_words(tl.load(rng), tl.load(rng + 1), stream, start + place)
+    word = philox_words(tl.load(rng), tl.load(rng + 1), stream_id, start + place)
     tl.store(out + place, word.to(tl.int64), mask=place < count)
 
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check philox` compiles."""
-    signature = {"out": "*i64", "rng": "*i64", "stream": "i32", "start": "i32", "count": "i32"}
+    signature = {"out": "*i64", "rng": "*i64", "stream_id": "i32", "start": "i32", "count": "i32"}
     return [LaunchConfig("words", _words_kernel, signature, {"BLOCK": WORDS_BLOCK})]
