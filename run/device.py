@@ -47,6 +47,8 @@ def choose(cfg: Config) -> Runtime:
     name, why_backend = _backend(cfg.backend, device)
     compiling, why_compile = _compile(cfg, device)
     fuse.enable(compiling)
+    if not compiling:
+        leave_compiler_out()
     threads = torch.get_num_threads()
     reasons = (
         f"device: {device.type}, {why_device}; {threads} thread{'s' if threads > 1 else ''}",
@@ -101,6 +103,19 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if problem := fuse.trial(device):
         return False, f"because torch.compile does not work here ({problem})"
     return True, "because torch.compile works here (the first step takes a minute, later runs find its work cached)"
+
+
+def leave_compiler_out() -> None:
+    """Have optimizers make their calls without importing torch's compiler, which takes a second or two.
+
+    torch wraps these methods so that its compiler does not trace them; the first call imports the compiler to do so and
+    keeps the result as `__dynamo_disable`. In a run that compiles nothing, the method itself serves as well.
+    """
+    optimizer = torch.optim.Optimizer
+    for method in (optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict):
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
 
 
 def keep_freed_memory() -> None:

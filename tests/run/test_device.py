@@ -154,3 +154,22 @@ def test_nothing_needs_posix(tmp_path):
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "backend: torch, because triton is not installed here (it exists for Linux)\n"
+
+
+def test_a_run_that_compiles_nothing_leaves_the_compiler_out():
+    """torch's optimizers import it on their first call, which takes a second or two."""
+    program = """
+import sys, torch
+from run import device
+from run.config import Config
+device.choose(Config(compile="false"))
+net = torch.nn.Linear(3, 2)
+optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+net(torch.ones(3)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules, torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False 1.0\n"
