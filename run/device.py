@@ -106,10 +106,11 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
 
 
 def leave_compiler_out() -> None:
-    """Have optimizers make their calls without importing torch's compiler, which takes a second or two.
+    """Keep the base class of optimizers from importing torch's compiler, which takes a second or two.
 
     torch wraps these methods so that its compiler does not trace them; the first call imports the compiler to do so and
-    keeps the result as `__dynamo_disable`. In a run that compiles nothing, the method itself serves as well.
+    keeps the result as `__dynamo_disable`. In a run that compiles nothing, the method itself serves as well. AdamW and
+    others import the compiler in `step` all the same.
     """
     optimizer = torch.optim.Optimizer
     for method in (optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict):
