@@ -241,9 +241,8 @@ def _clear(layers: list[IntLayer]) -> None:
 
 def _advance(layers: list[IntLayer], found_inf: Tensor) -> None:
     """To the next step: the step's number, no rows seen, no votes, histories of delta one further."""
-    rngs = [layer.rng for layer in layers]
-    torch._foreach_mul_(rngs, [rngs[0].new_tensor([1, 1, 0])] * len(rngs))
-    torch._foreach_add_(rngs, [rngs[0].new_tensor([0, 1, 0])] * len(rngs))
+    torch._foreach_add_([layer.rng[1] for layer in layers], 1)
+    torch._foreach_zero_([layer.rng[2] for layer in layers])
     _clear(layers)
     if histories := [layer.delta_history for layer in layers if layer.delta_history is not None]:
         old = torch.stack(histories)
