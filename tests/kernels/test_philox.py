@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.philox import DITHER_BITS, Stream, dither, dither_words, normal, philox4x32, uniform, words
-from kernels.quantize import absmax, quantize_delta
+from kernels.backend import jit, tl
+from kernels.philox import DITHER_BITS, NOISE_BLOCK, Stream, dither, dither_at, dither_word, make_rng, noise, normal
+from kernels.philox import philox4x32, philox_words, uniform, uniform_from, words, words_from, words_torch
+from tests.kernels.inputs import kernel_test, opaque
 
 ROOT = Path(__file__).resolve().parents[2]
 ONES = 0xFFFFFFFF
@@ -35,6 +37,14 @@ def z_mean(x: torch.Tensor, mean: float, deviation: float) -> float:
     return abs(x.double().mean().item() - mean) / (deviation / math.sqrt(x.numel()))
 
 
+def top_bits(seed: int, step: int, stream: int, n: int, start: int = 0) -> torch.Tensor:
+    """The noise that `dither` takes: int32 (n,)."""
+    return torch.tensor([int(word) >> (32 - DITHER_BITS) for word in words(seed, step, stream, n, start)]).int()
+
+
+# The generator
+
+
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
 def test_known_answers(counter, key, expected):
     assert " ".join(f"{int(word):08x}" for word in philox4x32(counter, key)) == expected
@@ -50,7 +60,7 @@ def test_arrays_of_counters_equal_single_ones():
 
 @pytest.mark.parametrize("seed, step, stream, group", [(0, 0, 0, 0), (0x299F31D0A4093822, 7, 3, 0x2168C234C90FDAA2)])
 def test_words_place_the_counter_and_the_key(seed, step, stream, group):
-    """(g low, g high, step, stream) and (seed low, seed high), as Triton kernels will build them."""
+    """(g low, g high, step, stream) and (seed low, seed high), as Triton kernels build them."""
     expected = philox4x32((group & ONES, group >> 32, step, stream), (seed & ONES, seed >> 32))
     assert words(seed, step, stream, 4, 4 * group).tolist() == [int(word) for word in expected]
 
@@ -73,8 +83,9 @@ def test_seed_step_and_stream_each_matter(a, b):
 
 
 def test_streams_are_distinct():
+    """And below 16: stream + 16 * layer is a stream of a layer."""
     ids = [value for name, value in vars(Stream).items() if name.isupper()]
-    assert len(ids) == len(set(ids)) == 10
+    assert len(ids) == len(set(ids)) == 10 and max(ids) < 16
 
 
 TRITON_SCRIPT = """
@@ -101,12 +112,15 @@ def test_equals_triton_randint4x(tmp_path):
     script = tmp_path / "draw.py"  # a jit function is read from its file
     script.write_text(TRITON_SCRIPT)
     done = subprocess.run([sys.executable, str(script)], env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert len(lines) == 3
     for (seed, first), line in zip(((0, 0), (1234, 1), (0x1234567890ABCDEF, 1000003)), lines):
         assert words(seed, 0, 0, 256, 4 * first).tolist() == line
+
+
+# Distributions
 
 
 def test_uniform_moments():
@@ -138,12 +152,6 @@ def test_normal_is_finite_at_the_extreme_words(monkeypatch):
     assert -7 < low < -6 and high == pytest.approx(-low, rel=1e-6)
 
 
-def test_dither_words_are_the_top_bits():
-    drawn = dither_words(9, 8, 7, 300, 5)
-    assert drawn.dtype == torch.int32
-    assert drawn.tolist() == [int(word) >> (32 - DITHER_BITS) for word in words(9, 8, 7, 300, 5)]
-
-
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 63), (37, 1), (13, 65)])
 def test_dither_is_the_sum_modulo_one_exactly(rows, columns):
     limit = 2**DITHER_BITS
@@ -154,18 +162,13 @@ def test_dither_is_the_sum_modulo_one_exactly(rows, columns):
     assert u.dtype == torch.float32 and torch.equal(u.double(), expected) and u.max() < 1
 
 
-def rectangles(n: int, step: int = 0) -> torch.Tensor:
-    """n independent 2 x 2 dithers, (n, 2, 2)."""
-    rows = dither_words(5, step, Stream.ROWS, 2 * n).view(n, 2, 1)
-    return dither(rows, dither_words(5, step, Stream.COLUMNS, 2 * n).view(n, 1, 2)).double()
-
-
 def test_dither_is_uniform_and_pairwise_independent():
-    u = rectangles(100_000)
-    for corner in u.flatten(1).unbind(1):
+    n = 100_000  # independent 2 x 2 rectangles
+    rows, columns = noise(torch.tensor([5, 0, 0]), 2 * n, 0, 2 * n)
+    corners = dither(rows.view(n, 2, 1), columns.view(n, 1, 2)).double().flatten(1)
+    for corner in corners.unbind(1):
         assert z_mean(corner, 1 / 2, math.sqrt(1 / 12)) < 4
         assert z_mean(corner**2, 1 / 3, math.sqrt(4 / 45)) < 4
-    corners = u.flatten(1)
     for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
         for wave in (1, 2, 3):  # dependence modulo one hides from plain correlations, not from these
             for sign in (1, -1):
@@ -178,26 +181,113 @@ def test_dither_is_uniform_and_pairwise_independent():
 
 def test_variance_of_a_rounded_sum_is_that_of_independent_rounding():
     steps, x = 4000, 0.3
-    rows = torch.stack([dither_words(1, step, Stream.ROWS, 8) for step in range(steps)])[:, :, None]
-    columns = torch.stack([dither_words(1, step, Stream.COLUMNS, 4) for step in range(steps)])[:, None, :]
+    rows = torch.stack([top_bits(1, step, Stream.ROWS, 8) for step in range(steps)])[:, :, None]
+    columns = torch.stack([top_bits(1, step, Stream.COLUMNS, 4) for step in range(steps)])[:, None, :]
     sums = torch.floor(x + dither(rows, columns)).double().sum(dim=(1, 2))
     assert z_mean(sums, 32 * x, math.sqrt(32 * x * (1 - x))) < 4
     # The relative standard error of a variance is sqrt((kurtosis - 1) / steps), under 4 % here.
     assert sums.var().item() == pytest.approx(32 * x * (1 - x), rel=0.1)
 
 
-def test_stochastic_rounding_is_unbiased():
-    steps, n = 4000, 37
-    delta = torch.linspace(-1, 1, n)[None, :].repeat(2, 1) ** 3
-    sigma = absmax(delta) / 127
-    target = delta.double() / sigma.double()
-    total = torch.zeros(2, n, dtype=torch.float64)
-    for step in range(steps):
-        d, _ = quantize_delta(delta, sigma, dither_words(2, step, Stream.ROWS, 2)[:, None],
-                           dither_words(2, step, Stream.COLUMNS, n))
-        assert (d.double() - target).abs().max() < 1 + 1e-4
-        total += d
-    fraction = target - target.floor()
-    error = (fraction * (1 - fraction) / steps).sqrt()
-    # 74 bounds at 4.5 standard errors; 1e-4 allows for fp32's delta / sigma near 127.
-    assert ((total / steps - target).abs() <= 4.5 * error + 1e-4).all()
+# What training draws: from (seed, step, rows seen) in a tensor
+
+
+@pytest.mark.parametrize("seed, stored", [(0, 0), (7, 7), (2**63 - 1, 2**63 - 1), (2**63 + 5, 5 - 2**63), (-1, -1),
+                                          (2**64 + 3, 3)])  # fmt: skip
+def test_a_new_rng(seed, stored):
+    rng = make_rng(seed)
+    assert rng.dtype == torch.int64 and rng.tolist() == [stored, 0, 0]
+    assert words_torch(rng, 3, 5).tolist() == words(seed, 0, 3, 5).tolist()
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (7, 300), (NOISE_BLOCK, 3), (3, 2 * NOISE_BLOCK + 5)])
+@pytest.mark.parametrize("row, first_column", [(0, 0), (2**33 + 5, 1), (NOISE_BLOCK - 1, NOISE_BLOCK - 2)])
+def test_noise_is_the_top_bits_of_the_words(rows, columns, row, first_column):
+    """In one block of the cache and in several."""
+    row_noise, col_noise = noise(torch.tensor([-9, 8, row]), rows, first_column, columns)
+    assert row_noise.dtype == col_noise.dtype == torch.int32
+    assert torch.equal(row_noise, top_bits(-9, 8, Stream.ROWS, rows, row)[:, None])
+    assert torch.equal(col_noise, top_bits(-9, 8, Stream.COLUMNS, columns, first_column))
+
+
+KEYS = [
+    (0, 0, 0, 0), (1, 1, 1, 1), (11, 12, 13, 5), (-1, 2**32 - 1, 19, 2**34 - 3), (5 - 2**63, 1, 16 * 7 + 4, 2**40 + 1),
+]  # fmt: skip
+
+
+@kernel_test
+@pytest.mark.parametrize("count", [1, 7, 37, 1023, 1025, 3000])
+@pytest.mark.parametrize("seed, step, stream, start", KEYS)
+def test_words_and_uniform_numbers(seed, step, stream, start, count, device):
+    rng, before = torch.tensor([seed, step, 9], device=device), [seed, step, 9]
+    found = words_from(rng, stream, count, start)
+    assert found.dtype == torch.int64 and found.device.type == device.type and rng.tolist() == before
+    assert found.tolist() == words(seed, step, stream, count, start).tolist()
+    assert torch.equal(found, words_torch(rng, stream, count, start))
+    u = uniform_from(rng, stream, count, start)
+    assert u.dtype == torch.float64 and torch.equal(u.cpu(), uniform(seed, step, stream, count, start))
+
+
+@kernel_test
+def test_no_words(device):
+    rng = torch.tensor([1, 2, 0], device=device)
+    assert words_from(rng, 3, 0).shape == words_torch(rng, 3, 0).shape == (0,)
+
+
+@kernel_test
+def test_as_torch_operators(device):
+    rng = torch.tensor([1, 2, 3], device=device)
+    for operator in (torch.ops.nanogft.words, torch.ops.nanogft.words_torch):
+        torch.library.opcheck(operator, (rng, 3, 37, 4))
+    torch.library.opcheck(torch.ops.nanogft.noise, (rng, 3, 4, 5))
+
+    def draw(rng: torch.Tensor) -> torch.Tensor:
+        return words_from(rng, 3, 37)
+
+    traced = opaque(draw)
+    for step in (2, 5):  # the same code, another step
+        rng = torch.tensor([1, step, 0], device=device)
+        assert traced(rng).tolist() == words(1, step, 3, 37).tolist()
+
+
+# In a kernel
+
+
+@jit
+def _draw_kernel(out, noises, seed, step, stream_id, start, n, SCALAR: tl.constexpr, BLOCK: tl.constexpr):
+    if SCALAR:
+        place = tl.program_id(0)
+        element = start + place.to(tl.int64)
+        tl.store(out + place, philox_words(seed, step, stream_id, element).to(tl.int64))
+        tl.store(noises + place, dither_word(seed, step, stream_id, element))
+    else:
+        place = tl.arange(0, BLOCK).to(tl.int64)
+        tl.store(out + place, philox_words(seed, step, stream_id, start + place).to(tl.int64), mask=place < n)
+        tl.store(noises + place, dither_word(seed, step, stream_id, start + place), mask=place < n)
+
+
+@kernel_test
+@pytest.mark.parametrize("scalar", [True, False], ids=["scalar", "block"])
+@pytest.mark.parametrize("seed, step, stream, start", KEYS)
+def test_words_of_single_elements_and_of_blocks(seed, step, stream, start, scalar, device):
+    n = 5 if scalar else 61
+    out = torch.empty(64, dtype=torch.int64, device=device)
+    noises = torch.empty(64, dtype=torch.int32, device=device)
+    _draw_kernel[(n if scalar else 1,)](out, noises, seed, step, stream, start, n, SCALAR=scalar, BLOCK=64)
+    assert out[:n].tolist() == words(seed, step, stream, n, start).tolist()
+    assert torch.equal(noises[:n].cpu(), top_bits(seed, step, stream, n, start))
+
+
+@jit
+def _dither_kernel(rows, columns, out, R: tl.constexpr, C: tl.constexpr):
+    row, column = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    tl.store(out + row * C + column, dither_at(tl.load(rows + row), tl.load(columns + column)))
+
+
+@kernel_test
+def test_dither_in_a_kernel_is_the_reference(device):
+    rows, columns = top_bits(3, 4, 0, 32).to(device), top_bits(3, 4, 1, 64).to(device)
+    rows[:2], columns[:2] = 2**23 - 1, torch.tensor([2**23 - 1, 0], device=device)
+    out = torch.empty(32, 64, device=device)
+    _dither_kernel[(1,)](rows, columns, out, R=32, C=64)
+    assert torch.equal(out, dither(rows[:, None], columns[None, :])) and out.max() < 1
