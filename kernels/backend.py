@@ -94,8 +94,9 @@ def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
     """Register a launcher as the operator torch.ops.nanogft.NAME that changes only the arguments `mutates_args`.
 
     The launcher allocates its results, launches kernels through `wrap_triton` and makes no decision on values. While
-    torch.compile traces, it runs on tensors without data, which gives the results' shapes. In the interpreter the
-    operator is opaque, since there is no kernel for a compiler to see.
+    torch.compile traces, it runs on tensors without data, which gives the results' shapes. Its kernels stand above it
+    in the file: they are looked up when it is registered. In the interpreter the operator is opaque, since there is no
+    kernel for a compiler to see.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -156,7 +157,8 @@ class LaunchConfig:
 
     signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions`
     are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
-    launched on.
+    launched on. `exact` says that the kernel equals its reference bit for bit, so that no product may share a rounding
+    with a sum.
     """
 
     name: str
@@ -167,4 +169,5 @@ class LaunchConfig:
     num_stages: int = 3
     instructions: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90, 100)
+    exact: bool = False
     options: dict[str, Any] = field(default_factory=dict)

@@ -177,9 +177,10 @@ def launch_configs() -> list[LaunchConfig]:
         ragged = " ragged" * (sizes != "i32")
         gather = {"tokens": "*i64", "weight": "*i8", "scale": "*fp32", "out": "*bf16"}
         gather |= dict.fromkeys(("T", "rows", "n", "weight_row"), sizes)
-        found.append(LaunchConfig(f"gather{ragged}", _embedding_kernel, gather, {"weight_column": 1} | BLOCK))
+        constants = {"weight_column": 1} | BLOCK
+        found.append(LaunchConfig(f"gather{ragged}", _embedding_kernel, gather, constants, exact=True))
         scatter = {"d": "*i8", "tokens": "*i64", "votes": "*i64" if ragged else "*i32"}
         scatter |= dict.fromkeys(("T", "rows", "n", "d_row", "votes_row"), sizes)
         constants = {"d_column": 1, "votes_column": 1} | BLOCK
-        found.append(LaunchConfig(f"votes{ragged}", _embedding_votes_kernel, scatter, constants))
+        found.append(LaunchConfig(f"votes{ragged}", _embedding_votes_kernel, scatter, constants, exact=True))
     return found

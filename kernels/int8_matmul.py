@@ -244,7 +244,7 @@ def _launch_config(
     name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {'D W' if backward else 'X W^T'} {out}"
     name += " + residual" * residual + " ragged" * (sizes != "i32")
     warps, stages = blocks["num_warps"], blocks["num_stages"]
-    return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",))
+    return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",), exact=True)
 
 
 def launch_configs() -> list[LaunchConfig]:

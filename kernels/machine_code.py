@@ -35,10 +35,17 @@ PRODUCTS = {
 }
 SPILL_BYTES = {None: 4, "8": 1, "16": 2, "64": 8, "128": 16}
 
+# Of PTX: a product and a sum in one rounding, and a product or a sum that the assembler may join.
+FUSED = re.compile(r"\s*fma\.rn(?:\.ftz)?\.f(?:32|64)\b")
+FREE_PRODUCT = re.compile(r"\s*mul(?:\.ftz)?\.f(?:32|64)\s+(%\w+),")
+FREE_SUM = re.compile(r"\s*(?:add|sub)(?:\.ftz)?\.f(?:32|64)\s+%\w+, (%\w+), (%\w+);")
+DITHER_UNIT = "0f34000000"  # 2^-23: a whole number times this is exact, however it is rounded
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one configuration became on one architecture: memory in bytes, tensor-core `products` counted."""
+    """What one configuration became on one architecture: memory in bytes, tensor-core `products` counted, and how many
+    products share their rounding with a sum."""
 
     kernel: str
     name: str
@@ -47,6 +54,7 @@ class Compiled:
     spill_stores: int = 0
     spill_loads: int = 0
     shared: int = 0
+    fused_sums: int = 0
     products: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -119,6 +127,14 @@ def _from_ptx(ptx: str, architecture: int) -> dict[str, Any]:
     }
 
 
+def _fused_sums(ptx: str) -> int:
+    """How many products are, or may be, rounded together with a sum."""
+    lines = [line for line in ptx.splitlines() if DITHER_UNIT not in line]
+    products = {found[1] for line in lines if (found := FREE_PRODUCT.match(line))}
+    sums = [found for line in lines if (found := FREE_SUM.match(line))]
+    return sum(bool(FUSED.match(line)) for line in lines) + sum(bool(products & {s[1], s[2]}) for s in sums)
+
+
 def _inspect(binary: Any, architecture: int) -> dict[str, Any]:
     """What is in a compiled kernel's code; kept beside it in Triton's cache."""
     has_tools = bool(_tool("cuobjdump") and _tool("nvdisasm"))
@@ -132,6 +148,7 @@ def _inspect(binary: Any, architecture: int) -> dict[str, Any]:
         found = _from_machine_code(cubin, binary.asm["ptx"])
     else:
         found = _from_ptx(binary.asm["ptx"], architecture)
+    found["fused_sums"] = _fused_sums(binary.asm["ptx"])
     cache.put(json.dumps(found), file, binary=False)
     return found
 
@@ -149,6 +166,11 @@ def _problems(config: LaunchConfig, architecture: int, found: dict[str, Any], me
         if not any(re.match(PRODUCTS[wanted], product) for product in found["products"]):
             there = ", ".join(found["products"]) or "none at all"
             problems.append(f"has no {wanted} tensor-core product (found: {there}); look at tl.dot and its operands")
+    if config.exact and found["fused_sums"]:
+        problems.append(
+            f"rounds {found['fused_sums']} products together with sums, which its reference does not; "
+            "write a product that is added to as mul_rn(a, b)"
+        )
     if metadata.shared > SHARED_MEMORY[architecture]:
         problems.append(
             f"needs {metadata.shared} bytes of shared memory, and a program has {SHARED_MEMORY[architecture]}; "

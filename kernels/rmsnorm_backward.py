@@ -127,5 +127,5 @@ def launch_configs() -> list[LaunchConfig]:
         }  # fmt: skip
         constants = {"scale_row": 0, "product_column": 1, "x_column": 1, "inv_row": 1, "SQUARED_RELU": squared_relu}
         name = f"rmsnorm_backward {FLOATS[dtype]} {columns}{' squared_relu' * squared_relu}"
-        found.append(LaunchConfig(name, _rmsnorm_backward_kernel, signature, constants | blocks, warps))
+        found.append(LaunchConfig(name, _rmsnorm_backward_kernel, signature, constants | blocks, warps, exact=True))
     return found

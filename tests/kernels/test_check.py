@@ -1,11 +1,14 @@
-"""Every configuration that ships compiles for sm_80, sm_90 and sm_100 without spills and with its tensor-core products.
+"""Every launch configuration compiles for sm_80, sm_90 and sm_100 without spills and with its tensor-core products.
 
 And `kernels.check`, which finds that out, refuses kernels made to be refused. No GPU is needed; the compiling is done
-in processes of their own, for this one's kernels belong to the interpreter.
+in processes of their own, since this one's kernels belong to the interpreter.
+
+    python -m pytest -q tests/kernels/test_check.py
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,18 +17,19 @@ from pathlib import Path
 import pytest
 
 from kernels import check
-from kernels.backend import triton
+from kernels.backend import LaunchConfig, triton
+from kernels.machine_code import Compiled
 
 pytestmark = pytest.mark.skipif(triton is None, reason="triton is not installed: there is nothing to compile with")
 
-SHIPPED = [
-    (kernel, entry.name, architecture)
+CONFIGURATIONS = [
+    (kernel, config.name, architecture)
     for kernel in (check.known() if triton else [])
-    for entry, architecture in check.configurations(kernel)
+    for config, architecture in check.configurations(kernel)
 ]
 
 TOY = '''
-from kernels.backend import Shipped, jit, tl
+from kernels.backend import LaunchConfig, jit, mul_rn, tl
 
 
 @jit
@@ -42,6 +46,14 @@ def _centre_kernel(x, out, BLOCK: tl.constexpr):
 
 
 @jit
+def _sum_kernel(a, b, c, out, ROUNDED: tl.constexpr):
+    at = tl.arange(0, 32)
+    left, right = tl.load(a + at), tl.load(b + at)
+    product = mul_rn(left, right) if ROUNDED else left * right
+    tl.store(out + at, product + tl.load(c + at))
+
+
+@jit
 def _product_kernel(a, b, out, K, stride, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     rows, columns, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
     total = tl.zeros((M, N), dtype=out.dtype.element_ty)
@@ -54,34 +66,39 @@ def _product_kernel(a, b, out, K, stride, M: tl.constexpr, N: tl.constexpr, BLOC
 
 ADD = {"a": "*i32", "b": "*i32", "out": "*i32", "n": "i32"}
 INT8 = {"a": "*i8", "b": "*i8", "out": "*i32", "K": "i32"}
+SUM = dict.fromkeys(("a", "b", "c", "out"), "*fp32")
 FP16 = {"a": "*fp16", "b": "*fp16", "out": "*fp32", "K": "i32"}
 
 
 def product(name, signature, m=64, n=64, block=64, architectures=(90,), stride=1, **settings):
     constants = {"M": m, "N": n, "BLOCK": block, "stride": stride}
-    return Shipped(name, _product_kernel, signature, constants, architectures=architectures, **settings)
+    return LaunchConfig(name, _product_kernel, signature, constants, architectures=architectures, **settings)
 '''
 
 GOOD = """
-SHIPPED = [
-    Shipped("add", _add_kernel, ADD, {}),
-    product("int8", INT8, instructions=("int8",), architectures=(80, 90, 100)),
-    product("fp16", FP16, instructions=("fp16",), architectures=(80, 90, 100)),
-]
+def launch_configs():
+    return [
+        LaunchConfig("add", _add_kernel, ADD, {}),
+        LaunchConfig("sum", _sum_kernel, SUM, {"ROUNDED": True}, num_warps=1, exact=True),
+        LaunchConfig("wide_sum", _sum_kernel, dict.fromkeys(SUM, "*fp64"), {"ROUNDED": True}, num_warps=1, exact=True),
+        product("int8", INT8, instructions=("int8",), architectures=(80, 90, 100)),
+        product("fp16", FP16, instructions=("fp16",), architectures=(80, 90, 100)),
+    ]
 """
 
 BAD = """
-def shipped():
+def launch_configs():
     row = {"x": "*fp32", "out": "*fp32"}
     return [
-        Shipped("spills", _centre_kernel, row, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 24}),
-        Shipped("has_no_dot", _add_kernel, ADD, {}, instructions=("int8",), architectures=(90,)),
+        LaunchConfig("spills", _centre_kernel, row, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 24}),
+        LaunchConfig("has_no_dot", _add_kernel, ADD, {}, instructions=("int8",), architectures=(90,)),
         product("wrong_dot", FP16, instructions=("fp16", "int8")),
         product("too_much_shared", INT8, 64, 64, 512, (80, 90), num_stages=8),
         product("short_dot", INT8, block=16),
-        Shipped("no_type", _add_kernel, {"a": "*i32", "b": "*i32", "out": "*i32"}, {}, architectures=(90,)),
-        Shipped("no_argument", _add_kernel, ADD | {"m": "i32"}, {}, architectures=(90,)),
-        Shipped("no_product", _add_kernel, ADD, {}, instructions=("fp64",), architectures=(90,)),
+        LaunchConfig("fused", _sum_kernel, SUM, {"ROUNDED": False}, num_warps=1, exact=True, architectures=(80, 90)),
+        LaunchConfig("no_type", _add_kernel, {"a": "*i32", "b": "*i32", "out": "*i32"}, {}, architectures=(90,)),
+        LaunchConfig("no_argument", _add_kernel, ADD | {"m": "i32"}, {}, architectures=(90,)),
+        LaunchConfig("no_product", _add_kernel, ADD, {}, instructions=("fp64",), architectures=(90,)),
     ]
 """
 
@@ -101,34 +118,58 @@ def test_add(device):
 '''
 
 
-@pytest.mark.parametrize("kernel, name, architecture", SHIPPED, ids=[f"{k}-{n}-sm_{a}" for k, n, a in SHIPPED])
-def test_shipped_configuration(kernel, name, architecture):
+@pytest.mark.parametrize(
+    "kernel, name, architecture", CONFIGURATIONS, ids=[f"{k}-{n}-sm_{a}" for k, n, a in CONFIGURATIONS]
+)
+def test_launch_configuration(kernel, name, architecture):
     result = next(r for r in check.compiled(kernel) if (r.name, r.architecture) == (name, architecture))
     assert result.problems == []
     assert result.registers > 0
 
 
 def test_configurations_have_names_of_their_own():
-    assert len(set(SHIPPED)) == len(SHIPPED)
+    assert len(set(CONFIGURATIONS)) == len(CONFIGURATIONS)
 
 
-def test_every_kernel_file_ships_and_has_tests():
+def test_every_kernel_file_has_configurations_and_tests():
     folder = check.ROOT / "kernels"
-    with_kernels = {f.stem for f in folder.glob("*.py") if "_kernel[" in f.read_text(encoding="utf-8")}
-    assert with_kernels <= set(check.known()), "a kernel's file ends with SHIPPED or shipped(); see docs/kernels.md"
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in folder.glob("*.py")}
+    with_kernels = {name for name, source in sources.items() if re.search(r"^@jit\ndef _\w+_kernel\(", source, re.M)}
+    assert with_kernels and with_kernels <= set(check.known()), "a kernel's file ends with launch_configs()"
     assert [name for name in check.known() if not check.tests_of(name).exists()] == []
+
+
+LAUNCHERS = """
+import importlib, re, torch
+from kernels import check
+for name in check.known():
+    importlib.import_module(f"kernels.{name}")
+    source = (check.ROOT / "kernels" / f"{name}.py").read_text()
+    for operator in re.findall(r'^@operator\\("(\\w+)"', source, re.MULTILINE):
+        kernels = torch._library.triton.get_triton_kernels_for_op(f"nanogft::{operator}")
+        print(operator, len(kernels))
+"""
+
+
+def test_torch_compile_finds_the_kernels_of_each_launcher():
+    """By their source it knows a compiled graph that is out of date."""
+    ran = run(check.ROOT, code=LAUNCHERS)
+    found = dict(line.split() for line in ran.stdout.splitlines())
+    assert {"int8_matmul", "rmsnorm_quantize", "accumulate_embedding_votes"} <= found.keys(), ran.stderr
+    assert [name for name, count in found.items() if count == "0"] == []
 
 
 def scratch(folder: Path, wanted: int = 2, **sources: str) -> Path:
     """A tree with check.py and toy kernel files in it. The toy's test passes if `wanted` is 2."""
-    for part in ("kernels", "tests"):
-        (folder / part).mkdir()
-    for file in ("kernels/__init__.py", "kernels/backend.py", "kernels/check.py", "tests/conftest.py"):
-        shutil.copy(check.ROOT / file, folder / file)
+    for part in ("kernels", "tests/kernels"):
+        (folder / part).mkdir(parents=True)
+    for file in ("__init__.py", "backend.py", "check.py", "machine_code.py"):
+        shutil.copy(check.ROOT / "kernels" / file, folder / "kernels" / file)
+    shutil.copy(check.ROOT / "tests" / "conftest.py", folder / "tests" / "conftest.py")
     for name, source in sources.items():
         (folder / "kernels" / f"{name}.py").write_text(TOY + source)
         test = TOY_TEST.replace("kernels.toy", f"kernels.{name}").replace("WANTED", str(wanted))
-        (folder / "tests" / f"test_triton_{name}.py").write_text(test)
+        (folder / "tests" / "kernels" / f"test_{name}.py").write_text(test)
     return folder
 
 
@@ -142,17 +183,18 @@ def run(folder: Path, *arguments: str, code: str = "", **environment: str) -> su
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory) -> Path:
     """A tree with the kernels made to be refused, a test that fails, and a kernel file without tests."""
-    folder = scratch(tmp_path_factory.mktemp("bad"), wanted=3, bad=BAD, untested="SHIPPED = []\n")
-    (folder / "tests" / "test_triton_untested.py").unlink()
+    nothing = "def launch_configs():\n    return []\n"
+    folder = scratch(tmp_path_factory.mktemp("bad"), wanted=3, bad=BAD, untested=nothing)
+    (folder / "tests" / "kernels" / "test_untested.py").unlink()
     return folder
 
 
 @pytest.fixture(scope="module")
-def refused(bad) -> dict[tuple[str, int], check.Compiled]:
+def refused(bad) -> dict[tuple[str, int], Compiled]:
     """The results of the kernels made to be refused, by name and architecture."""
     ran = run(bad, "bad", "--json")
     assert ran.returncode == 1, ran.stderr
-    results = [check.Compiled(**json.loads(line)) for line in ran.stdout.splitlines()]
+    results = [Compiled(**json.loads(line)) for line in ran.stdout.splitlines()]
     return {(r.name, r.architecture): r for r in results}
 
 
@@ -167,6 +209,8 @@ def refused(bad) -> dict[tuple[str, int], check.Compiled]:
         ("too_much_shared", 80, "a program has 166912"),
         ("too_much_shared", 90, "a program has 232448"),
         ("short_dot", 90, "does not compile"),
+        ("fused", 80, "rounds 1 products together with sums"),
+        ("fused", 90, "rounds 1 products together with sums"),
         ("no_type", 90, "no type or constant for n"),
         ("no_argument", 90, "m: not an argument; known are a, b, out, n, BLOCK"),
         ("no_product", 90, "got instructions ['fp64']; known are int8, fp16"),
@@ -192,7 +236,8 @@ def test_good_kernels_pass(tmp_path):
     assert "interpreter: 1 passed" in ran.stdout
     assert "IMMA" in ran.stdout
     assert "HMMA" in ran.stdout
-    assert ran.stdout.endswith("all right: good\n")
+    assert f"triton {triton.__version__}" in ran.stdout
+    assert ran.stdout.endswith(f"no registers spill with triton {triton.__version__}\nall right: good\n")
 
 
 def test_failures_are_named_and_end_with_1(bad):
@@ -200,7 +245,8 @@ def test_failures_are_named_and_end_with_1(bad):
     assert ran.returncode == 1, ran.stderr
     assert "1 failed" in ran.stdout
     assert "has_no_dot on sm_90 has no int8 tensor-core product" in ran.stdout
-    assert "tests/kernels/test_triton_untested.py does not exist" in ran.stdout
+    assert "tests/kernels/test_untested.py does not exist" in ran.stdout
+    assert "registers spill in bad: spills on sm_80, bad: spills on sm_90, bad: spills on sm_100\n" in ran.stdout
     assert ran.stdout.endswith("FAILED: bad (values, compiled); untested (values, compiled)\n")
 
 
@@ -215,26 +261,28 @@ def test_part_of_a_file(bad):
 def test_assembler_report_and_attributes(bad):
     """Without the bundled disassembler the same is read from PTX. Sizes count as round unless they say otherwise."""
     code = """
-from kernels import bad, check
+from kernels import bad, check, machine_code
+from kernels.backend import LaunchConfig
+from kernels.machine_code import ast_source
 machine = list(check.compile_here("bad"))
-check._tool = lambda name: ""
+machine_code._tool = lambda name: ""
 ptx = list(check.compile_here("bad"))
 for one, other in zip(machine, ptx, strict=True):
     assert len(one.problems) == len(other.problems), (one, other)
     assert abs(one.registers - other.registers) <= 8, (one, other)
     assert bool(one.products) == bool(other.products), (one, other)
-plain = check.Shipped("plain", bad._add_kernel, bad.ADD, {})
-ragged = check.Shipped("ragged", bad._add_kernel, bad.ADD | {"n": "i32:1", "a": "*i32:1"}, {})
-print(sorted(check._source(plain).attrs), sorted(check._source(ragged).attrs))
+plain = LaunchConfig("plain", bad._add_kernel, bad.ADD, {})
+ragged = LaunchConfig("ragged", bad._add_kernel, bad.ADD | {"n": "i32:1", "a": "*i32:1"}, {})
+print(sorted(ast_source(plain).attrs), sorted(ast_source(ragged).attrs))
 """
     ran = run(bad, code=code)
     assert ran.stdout == "[(0,), (1,), (2,), (3,)] [(1,), (2,)]\n", ran.stderr
 
 
 def test_a_compiler_that_dies_is_reported(monkeypatch):
-    entry = check.Shipped("some", None, {}, {})
-    monkeypatch.setattr(check, "configurations", lambda kernel, only: [(entry, 80), (entry, 90)])
-    line = json.dumps(check.asdict(check.Compiled("dying", "some", 80, registers=32)))
+    config = LaunchConfig("some", None, {}, {})
+    monkeypatch.setattr(check, "configurations", lambda kernel, only: [(config, 80), (config, 90)])
+    line = json.dumps(check.asdict(Compiled("dying", "some", 80, registers=32)))
     ended = subprocess.CompletedProcess([], -6, f"{line}\n", "LLVM ERROR: broken\n")
     monkeypatch.setattr(subprocess, "run", lambda *command, **options: ended)
     first, second = check.compiled("dying")
