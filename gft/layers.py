@@ -333,7 +333,7 @@ class _IntLinearFunction(torch.autograd.Function):
             delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
         _vote(voter, x_int8, sigma, ctx)  # after the product, which reads the weight
         delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
-        return delta_x, delta_residual, torch.zeros(0, device=delta.device), *[None] * (4 + len(ctx.voting))
+        return delta_x, delta_residual, *[None] * (5 + len(ctx.voting))
 
 
 class _IntEmbeddingFunction(torch.autograd.Function):
@@ -349,4 +349,4 @@ class _IntEmbeddingFunction(torch.autograd.Function):
         rng, _, _, delta_history, _, about_delta = ctx.voting
         _, voter, sigma = _to_int8(delta.reshape(-1, delta.shape[-1]), rng, delta_history, about_delta)
         _vote(voter, tokens.reshape(-1), sigma, ctx)
-        return None, torch.zeros(0, device=delta.device), *[None] * (3 + len(ctx.voting))
+        return None, *[None] * (4 + len(ctx.voting))
