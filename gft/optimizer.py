@@ -190,7 +190,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def flips(self) -> Tensor:
-        """Moves made since the optimizer was: int64 () on the device."""
+        """Moves since the optimizer was made or loaded: int64 () on the device."""
         return torch.stack([stack.flips.sum() for stack in self.stacks]).sum()
 
     def votes_bytes(self) -> int:
@@ -204,8 +204,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, into the tensors that are there. Raises ValueError if it is that of other layers or
-        of another momentum setting."""
+        """Take what `state_dict` gave, into the tensors that are there, and start without votes and flips. Raises ValueError
+        if it is that of other layers or of another momentum setting."""
         self.state_dict()
         own = [self.state[p] for group in self.param_groups for p in group["params"]]
         given = [state_dict["state"].get(i, {}) for i in range(len(own))]
@@ -217,14 +217,17 @@ class FlipOptimizer(torch.optim.Optimizer):
             for name, tensor in state.items():
                 tensor.copy_(self.state[layer.weight][name])
             self.state[layer.weight] = state
-        self.zero_grad()
+        self._adopt_all()  # settings may be others now
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "stacks"):  # a copy, of which torch keeps groups and state alone
-            self.layers, self.stacks = [], []
-            for number, group in enumerate(self.param_groups):
-                self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
+            self._adopt_all()
+
+    def _adopt_all(self) -> None:
+        self.layers, self.stacks = [], []
+        for number, group in enumerate(self.param_groups):
+            self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -270,8 +273,9 @@ def _check_settings(group: dict[str, Any]) -> None:
     for name, known in choices.items():
         if group[name] not in known:
             raise ValueError(f"FlipOptimizer: {name} is {group[name]!r}; it must be one of {', '.join(known)}")
+    lr = group["lr"]
     ranges = {
-        "lr": (isinstance(group["lr"], Tensor) or 0 <= group["lr"] <= 1, "from 0 to 1"),
+        "lr": (lr.dtype == torch.float64 if isinstance(lr, Tensor) else 0 <= lr <= 1, "from 0 to 1, a tensor float64"),
         "momentum": (0 <= group["momentum"] < 1, "from 0 to below 1"),
         "step_size": (group["step_size"] >= 1, "at least 1"),
         "topk_tile": (group["topk_tile"] >= 0, "at least 0"),
