@@ -7,6 +7,7 @@
                                        "auto" takes it on a GPU that can
     @operator("name")                  registers a launcher as torch.ops.nanogft.name; in the launcher,
     wrap_triton(_kernel)[grid](...)    launches a kernel
+    @opaque_operator("name", fake)     registers a function that torch.compile must not look into
 
 Triton serves NVIDIA GPUs from compute capability 8.0 on. With TRITON_INTERPRET=1 in the environment when this is
 imported, kernels run in Triton's interpreter, on CPU tensors and slowly: for tests, and for reading a kernel in a
@@ -100,11 +101,28 @@ def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
     """
 
     def register(launcher: Callable) -> Callable:
-        if triton is not None and not INTERPRETED:
-            return torch.library.triton_op(f"nanogft::{name}", launcher, mutates_args=mutates_args)
-        registered = torch.library.custom_op(f"nanogft::{name}", launcher, mutates_args=mutates_args)
-        registered.register_fake(launcher)
-        return registered
+        if _problem or INTERPRETED:
+            return opaque_operator(name, launcher, mutates_args)(launcher)
+        return torch.library.triton_op(f"nanogft::{name}", launcher, mutates_args=mutates_args)
+
+    return register
+
+
+_library = torch.library.Library("nanogft", "FRAGMENT")
+
+
+def opaque_operator(name: str, fake: Callable, mutates_args: Iterable[str] = ()) -> Callable:
+    """Register a function as the operator torch.ops.nanogft.NAME, which torch.compile calls and does not look into.
+
+    fake gives results without data, of the right shapes. Unlike torch.library.custom_op this has no autograd (integers
+    have none): a call costs the host 2 us, not 30, and does not import torch's compiler.
+    """
+
+    def register(function: Callable) -> Callable:
+        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"nanogft::{name}", fake, lib=_library)
+        return getattr(torch.ops.nanogft, name)
 
     return register
 

@@ -71,7 +71,8 @@ def unscored_reason(rule: UpdateRule, capability: tuple[int, int] = (9, 0)) -> s
         return ""
     side = max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
     if rule.ortho_tile not in ORTHO_TILES or rule.ortho_tile < side:
-        return f"ortho_tile is {rule.ortho_tile}; a block of {', '.join(map(str, ORTHO_TILES))} must hold tiles of {side}"
+        sides = ", ".join(map(str, ORTHO_TILES))
+        return f"ortho_tile is {rule.ortho_tile}; a block of {sides} must hold tiles of {side}"
     if rule.ortho_tile == 128 and capability[0] != 9:
         return f"this GPU is sm_{capability[0]}{capability[1]}; products of 128 x 128 fit into registers on sm_90 alone"
     if capability[0] > 9 and OLD_COMPILER:
@@ -138,7 +139,8 @@ def select_and_move(
 
 @jit
 def _flip_kernel(
-    votes, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, beta, step_size,
+    votes, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, beta,
+    step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
     SIDE: tl.constexpr,
 ):  # fmt: skip
@@ -176,10 +178,13 @@ def flip(
     """Make one step's moves in a stack of equal matrices, in place.
 
     votes int32, int64 or float32 (L, out, in), weight int8 (L, out, in); momentum int8 like weight and momentum_scale
-    float32 (L, tiles) where the rule has momentum; all contiguous. k float64 () is the share of a tile's weights to move,
-    rng int64 (seed, step, ...); where stop, float32 (), is not 0 nothing changes. Returns the flips of each matrix, int64
-    (L,), on the device, without waiting for it. Raises ValueError on shapes that do not agree.
+    float32 (L, tiles) where the rule has momentum; all but votes contiguous. k float64 () is the share of a tile's
+    weights to move, rng int64 (seed, step, ...); where stop, float32 (), is not 0 nothing changes. Returns the flips of
+    each matrix, int64 (L,), on the device, without waiting for it. Raises ValueError on shapes that do not agree and on
+    other types.
     """
+    if votes.dtype not in (torch.int32, torch.int64, torch.float32):
+        raise ValueError(f"flip: got votes {votes.dtype}; they must be int32, int64 or float32")
     count, out, inner = check_update(votes.shape, weight, rule, momentum, momentum_scale)
     if not on_triton(weight) or unsupported_reason(rule):
         return flip_torch(votes, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
@@ -228,15 +233,18 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
 def check_update(
     shape: tuple[int, ...], weight: Tensor, rule: UpdateRule, momentum: Tensor | None, momentum_scale: Tensor | None
 ) -> tuple[int, int, int]:
-    """The shape (L, out, in) of weight. Raises ValueError if votes of `shape`, weight and momentum do not go together."""
+    """The shape (L, out, in) of weight. Raises ValueError if votes of `shape`, weight and momentum do not agree."""
     if weight.dtype != torch.int8 or weight.dim() != 3 or 0 in weight.shape or not weight.is_contiguous():
         raise ValueError(
-            f"flip: got a weight {weight.dtype} {tuple(weight.shape)}; it must be int8 (L, out, in), contiguous, not empty"
+            f"flip: got a weight {weight.dtype} {tuple(weight.shape)}; "
+            "it must be int8 (L, out, in), contiguous, not empty"
         )
     if tuple(shape) != tuple(weight.shape):
         raise ValueError(f"flip: got votes {tuple(shape)} for a weight {tuple(weight.shape)}; they must agree")
-    if (momentum is None) != (rule.momentum == 0):
-        raise ValueError(f"flip: momentum is {rule.momentum} and its buffer is {'missing' if rule.momentum else 'given'}")
+    wanted = rule.momentum > 0
+    if (momentum is not None) != wanted or (momentum_scale is not None) != wanted:
+        found = "missing" if wanted else "given"
+        raise ValueError(f"flip: momentum is {rule.momentum} and its buffer or its scales are {found}")
     if momentum is not None:
         tiles = tile_count(tuple(weight.shape[1:]), MOMENTUM_TILE)
         if momentum.shape != weight.shape or tuple(momentum_scale.shape) != (weight.shape[0], tiles):
@@ -244,6 +252,12 @@ def check_update(
                 f"flip: got momentum {tuple(momentum.shape)} and scales {tuple(momentum_scale.shape)}; "
                 f"need {tuple(weight.shape)} and {(weight.shape[0], tiles)}"
             )
+        if momentum.dtype != torch.int8 or momentum_scale.dtype != torch.float32:
+            raise ValueError(
+                f"flip: got momentum {momentum.dtype} and scales {momentum_scale.dtype}; need int8 and float32"
+            )
+        if not momentum.is_contiguous() or not momentum_scale.is_contiguous():
+            raise ValueError("flip: momentum and its scales must be contiguous")
     if not 1 <= rule.bits <= 8:
         raise ValueError(f"flip: got bits {rule.bits}; weights have 1 to 8 bits")
     return tuple(weight.shape)
@@ -266,7 +280,9 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
         given = pointers | numbers
         fixed = constants | {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "TOPK": 64, "SIDE": side}
         if not decay:
-            fixed |= {"momentum": given.pop("momentum") and None, "momentum_scale": given.pop("momentum_scale") and None}
+            for absent in ("momentum", "momentum_scale"):
+                del given[absent]
+                fixed[absent] = None
         products = (("int8",) if "d" in operands else ()) + (("fp16",) if rule == "spectral" else ())
         label = f"{name} {rule} {side}x{side}{' momentum' if decay else ''}"
         where = (90,) if side == 128 else (80, 90, 100)

@@ -12,7 +12,7 @@ A weight may be used once between two steps: a second pass would move it by vote
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
 from kernels.flip import (
     Streams,
@@ -83,7 +83,11 @@ def learn(
     """
     _, out, inner = check_update((1, d.shape[1], x.shape[1]), weight, rule, momentum, momentum_scale)
     if len(d) != len(x) or len(d) == 0:
-        raise ValueError(f"learn: got {len(d)} rows of delta and {len(x)} of activations; they must agree, and not be 0")
+        raise ValueError(
+            f"learn: got {len(d)} rows of delta and {len(x)} of activations; they must agree, and not be 0"
+        )
+    if d.dtype != torch.int8 or x.dtype != torch.int8:
+        raise ValueError(f"learn: got delta {d.dtype} and activations {x.dtype}; both must be int8")
     if not on_triton(weight):
         return learn_torch(d, x, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
     if unsupported_reason(rule) or unscored_reason(rule, capability_of(weight)) or len(d) > MAX_REDUCTION:
@@ -129,9 +133,10 @@ def learn(
     return flips
 
 
-@torch.library.custom_op(
-    "nanogft::learn_in_backward", mutates_args=("weight", "flips", "used", "momentum", "momentum_scale")
-)
+@opaque_operator(
+    "learn_in_backward", fake=lambda *_: None,
+    mutates_args=("weight", "flips", "used", "momentum", "momentum_scale"),
+)  # fmt: skip
 def learn_in_backward(
     d: Tensor, operand: Tensor, weight: Tensor, rng: Tensor, k: Tensor, stop: Tensor, layers: Tensor,
     first_tile: Tensor, flips: Tensor, used: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None,
@@ -140,9 +145,9 @@ def learn_in_backward(
 ) -> None:  # fmt: skip
     """`learn` as an operator that a compiled backward pass can call, for one weight int8 (out, in).
 
-    operand is X int8 (T, in), or the tokens int64 (T,) of an embedding. flips int64 (1,) grows by the moves made; used, a
-    bool on the CPU whatever the device, says that this weight has learned since the last step. Raises ValueError if it
-    has: the host knows that without waiting for the device.
+    operand is X int8 (T, in), or the tokens int64 (T,) of an embedding. flips int64 (1,) grows by the moves made;
+    used, a bool on the CPU whatever the device, says that this weight has learned since the last step. Raises
+    ValueError if it has: the host knows that without waiting for the device.
     """
     if used.item():
         raise ValueError(
@@ -159,11 +164,6 @@ def learn_in_backward(
         flips += flip(votes[None], weight[None], k, rng, streams, stop, settings, *kept)
     else:
         flips += learn(d, operand, weight[None], k, rng, streams, stop, settings, *kept)
-
-
-@learn_in_backward.register_fake
-def _(*_):
-    return None
 
 
 def launch_configs() -> list[LaunchConfig]:

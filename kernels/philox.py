@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 
 MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -87,16 +87,11 @@ def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
 # For torch
 
 
-@torch.library.custom_op("nanogft::words_torch", mutates_args=())
+@opaque_operator("words_torch", fake=lambda rng, stream, count, start=0: rng.new_empty(count))
 def words_torch(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
     """`words_from` in torch. It reads `rng` on the host."""
     seed, step = rng[:2].tolist()
     return torch.from_numpy(words(seed, step, stream, count, start).astype(np.int64)).to(rng.device)
-
-
-@words_torch.register_fake
-def _(rng, stream, count, start=0):
-    return rng.new_empty(count)
 
 
 @operator("words")
@@ -146,7 +141,11 @@ def _noise(seed: int, step: int, stream: int, start: int, count: int) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.library.custom_op("nanogft::noise", mutates_args=())
+def _empty_noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
+    return rng.new_empty((rows, 1), dtype=torch.int32), rng.new_empty((columns,), dtype=torch.int32)
+
+
+@opaque_operator("noise", fake=_empty_noise)
 def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
     """What `dither` wants for the next `rows` tokens and for `columns` columns from `first_column` on.
 
@@ -155,11 +154,6 @@ def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tens
     seed, step, row = rng.tolist()
     row_noise = _noise(seed, step, Stream.ROWS, row, rows)[:, None]
     return row_noise.to(rng.device), _noise(seed, step, Stream.COLUMNS, first_column, columns).to(rng.device)
-
-
-@noise.register_fake
-def _(rng, rows, first_column, columns):
-    return rng.new_empty((rows, 1), dtype=torch.int32), rng.new_empty((columns,), dtype=torch.int32)
 
 
 # In kernels

@@ -14,7 +14,7 @@ in units of the largest so far, and both are rescaled to the new largest: rounde
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import int8_product_torch
 from kernels.limits import MAX_REDUCTION
 
@@ -35,7 +35,7 @@ def rescaled(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -
     return torch.round(votes.double() * old_ratio + new.double() * new_ratio)
 
 
-@torch.library.custom_op("nanogft::accumulate_votes_torch", mutates_args=("votes", "rng"))
+@opaque_operator("accumulate_votes_torch", fake=lambda *_: None, mutates_args=("votes", "rng"))
 def accumulate_votes_torch(
     d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
 ) -> None:
@@ -48,11 +48,6 @@ def accumulate_votes_torch(
     else:
         votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
     rng[2] += d.shape[0]
-
-
-@accumulate_votes_torch.register_fake
-def _(d, x, votes, rng, old_ratio=None, new_ratio=None):
-    return None
 
 
 @jit
@@ -140,8 +135,8 @@ def accumulate_votes(
     """votes <- votes * old_ratio + D^T X * new_ratio, and rng[2] grows by T.
 
     d int8 (T, out), x int8 (T, in) of any stride; votes int32 or int64 (out, in), contiguous; ratios float32 (), of the
-    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on other
-    types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
+    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on
+    other types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
     """
     (rows, out), inner = d.shape, x.shape[1]
     if x.shape[0] != rows or votes.shape != (out, inner) or rows == 0:
