@@ -76,8 +76,8 @@ class Piece:
 def parts(rehearse: bool = False) -> dict[str, list[Piece]]:
     """The pieces of each part, the most important ones first."""
     device = ("--device", "cpu", "--quick") if rehearse else ("--device", "cuda")
-    tests = ("tests/kernels", "--ignore", "tests/kernels/test_triton_compile.py", "-n", "7", "--dist", "loadfile")
-    tests = ("tests/kernels/test_philox.py",) if rehearse else tests
+    tests = ("tests/kernels", "--ignore", "tests/kernels/test_check.py", "-n", "7", "--dist", "loadfile")
+    tests = ("tests/kernels/test_tiles.py",) if rehearse else tests
     tiny, tiny_run = (TINY, (*TINY_RUN, "--backend", "torch")) if rehearse else ((), ())
 
     def step(name: str, *arguments: str) -> Piece:
@@ -176,12 +176,12 @@ def last_json(lines: Sequence[str]) -> dict | None:
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """The newest record of every piece that went well."""
+    """The newest record of every piece that has something to show; tests and kernels may have failed in part."""
     found = {}
     for path in sorted(folder.glob("[ABC].jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["status"] == 0:
+            record = last_json([line]) or {}  # a kill can tear a line
+            if record.get("result") or record.get("last") and record["piece"] == "tests":
                 found[record["piece"]] = record
     return found
 

@@ -15,8 +15,8 @@ from run.config import load
 
 FINE = Piece("fine", ("-c", "print('text'); print('{\"val_loss\": 1.5}')"), 60)
 FAILING = Piece("failing", ("-c", "import sys; print('words', file=sys.stderr); sys.exit(3)"), 60)
-ENDLESS = Piece("endless", ("-c", "import time; print('begun'); time.sleep(60)"), 2)
-DEAF = Piece("deaf", ("-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"), 2)
+ENDLESS = Piece("endless", ("-c", "import time; print('begun'); time.sleep(60)"), 3)
+DEAF = Piece("deaf", ("-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"), 3)
 
 
 def test_no_piece_stops_another_one(tmp_path, monkeypatch, capfd):
@@ -57,10 +57,19 @@ def test_output_is_kept_as_it_comes(tmp_path):
 
 
 def test_what_a_piece_started_ends_with_it(tmp_path):
-    child = f"import subprocess; print(subprocess.Popen(['{sys.executable}', '-c', 'import time; time.sleep(60)']).pid)"
-    status, lines = run(Piece("parent", ("-c", child + "; import os; os._exit(0)"), 2), 2, io.StringIO())
-    state = Path(f"/proc/{lines[0]}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    start = (f"import subprocess; print(subprocess.Popen(['{sys.executable}', '-c', 'import time; time.sleep(60)'], "
+             "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)")  # fmt: skip
+    status, (child,) = run(Piece("parent", ("-c", start), 60), 60, io.StringIO())
+    assert status == 0
+
+    def alive() -> bool:
+        state = Path(f"/proc/{child}/stat")
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    end = time.monotonic() + 20
+    while alive() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive()
 
 
 def test_last_json():
@@ -112,12 +121,14 @@ def test_the_report_invents_nothing(tmp_path):
 
 
 def test_the_report_compares_with_adamw(tmp_path):
-    def add(part: str, piece: str, status=0, **result) -> None:
+    def add(part: str, piece: str, status=0, last="", **result) -> None:
+        record = {"piece": piece, "status": status, "last": last, "result": result or None}
         with (tmp_path / f"{part}.jsonl").open("a") as file:
-            file.write(json.dumps({"piece": piece, "status": status, "last": "9 passed", "result": result}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
+    add("A", "tests", status=1, last="1 failed, 9 passed")
     add("A", "versions", device="a GPU", torch="2", triton="3")
-    add("A", "kernels", kernels=[
+    add("A", "kernels", status=1, kernels=[
         {"kernel": "int8_matmul", "shape": [4096] * 3, "wrong": "", "seconds": 2e-6, "of_floor": 0.5,
          "usual_seconds": {"torch._int_mm": 1.8e-6}},
         {"kernel": "absmax", "shape": [9], "wrong": "all of it"},
@@ -127,12 +138,16 @@ def test_the_report_compares_with_adamw(tmp_path):
             joules_per_step=3.5 if name == "AdamW" else None)  # fmt: skip
     add("B", "same weights: triton", weights_sha256="a")
     add("B", "same weights: torch", weights_sha256="b")
-    add("B", "training: AdamW", status=1, val_loss=1.0)
+    add("B", "training: AdamW", status=3, last="error: the loss became inf")
     add("B", "training: GFT, momentum", val_loss=1.5, steps=250, seconds=9.0, energy_measured_joules=800.0)
+    add("B", "training: GFT, momentum", status=-9)
+    with (tmp_path / "B.jsonl").open("a") as file:
+        file.write('{"piece": "torn by a ki\n')
     add("C", "images: AdamW", accuracy=0.75, steps=5920, seconds=90.0, energy_measured_joules=None)
     text = "\n".join(section(tmp_path))
     assert "`make gpu` (a GPU, torch 2, triton 3)" in text
     assert "| int8_matmul, 4096 x 4096 x 4096 | 2.0 us, 0.50 of the floor, 0.90x the speed of torch._int_mm |" in text
+    assert "| kernel tests | 1 failed, 9 passed |" in text
     assert "| absmax, 9 | wrong |" in text and "same weights on both backends | no |" in text
     assert ("| a step, GPT-2 small, GFT, momentum | 10.00 ms, 150 tokens/s, 2 MiB (1.50x the speed, 0.25x the memory "
             "of AdamW) |") in text
