@@ -35,8 +35,8 @@ from torch import Tensor, nn
 import data
 from data.task import Task
 from gft.baselines import SignSGD
-from gft.layers import IntEmbedding
-from gft.optimizer import FlipOptimizer, int_layers
+from gft.layers import IntEmbedding, int_layers
+from gft.optimizer import FlipOptimizer
 from model import ModelConfig, make_net
 from run import checkpoint, energy
 from run import device as machine
@@ -190,7 +190,8 @@ class Run:
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
     """Bytes that optimizers keep between steps: of state, and of scales."""
-    kept = [item for o in optimizers for state in o.state.values() for item in state.items() if item[0] != "rng"]
+    states = [state for o in optimizers for state in o.state_dict()["state"].values()]
+    kept = [item for state in states for item in state.items() if item[0] != "rng"]
     scales = sum(tensor.nbytes for name, tensor in kept if name in ("momentum_scale", "delta_history"))
     return sum(tensor.nbytes for _, tensor in kept) - scales, scales
 

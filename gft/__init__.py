@@ -3,16 +3,19 @@
     from gft import FlipOptimizer, IntEmbedding, IntLinear
 """
 
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
-_HOMES = {"IntLinear": "gft.layers", "IntEmbedding": "gft.layers", "FlipOptimizer": "gft.optimizer"}
-__all__ = sorted(_HOMES)
+# Hugging Face publishes another package called kernels, which Python may find first.
+_found, _ours = find_spec("kernels"), Path(__file__).resolve().parent.with_name("kernels")
+_place = Path((_found.submodule_search_locations or [_found.origin])[0]).resolve() if _found else None
+if _place != _ours:
+    raise ImportError(
+        f"gft needs nanoGFT's own package kernels, {_ours}, but Python finds {_place or 'none'}. If that is Hugging "
+        "Face's package, `pip uninstall kernels` or use a separate environment; if it is your own, rename it"
+    )
 
+from gft.layers import Delta, IntEmbedding, IntLinear, int_layers
+from gft.optimizer import FlipOptimizer
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for, so that reading a config does not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gft' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__all__ = ["Delta", "FlipOptimizer", "IntEmbedding", "IntLinear", "int_layers"]

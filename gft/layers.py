@@ -248,6 +248,11 @@ class IntEmbedding(IntLayer):
         return f"{self.rows}, {self.width}, bits={self.bits}"
 
 
+def int_layers(module: nn.Module) -> list[IntLayer]:
+    """The integer layers of a net, in the order of its modules."""
+    return [layer for layer in module.modules() if isinstance(layer, IntLayer)]
+
+
 def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
     """Scale of delta (T, n) from earlier steps, float32 (T, 1); delta's own largest value is noted in delta_history[0].
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gft.layers import IntLayer, owner_of
 from kernels.flip import Streams, UpdateRule, flip
@@ -22,11 +22,6 @@ from kernels.momentum import empty_momentum
 from kernels.tiles import tile_count
 
 RULE_KEYS = tuple(f.name for f in fields(UpdateRule) if f.name != "bits")  # bits are the layer's
-
-
-def int_layers(module: nn.Module) -> list[IntLayer]:
-    """The integer layers of a net, in the order of its modules."""
-    return [layer for layer in module.modules() if isinstance(layer, IntLayer)]
 
 
 @dataclass
