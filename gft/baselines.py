@@ -1,5 +1,7 @@
 """The baselines: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for "ste"; and signSGD."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,8 +71,13 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """One step; closure is torch's and is not called."""
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Move the parameters that have a gradient. Returns what closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in [p for p in group["params"] if p.grad is not None]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
+        return loss

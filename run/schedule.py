@@ -52,11 +52,20 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """On to the next step."""
         super().step(epoch)
+        self._set_step_sizes()
+
+    def _set_step_sizes(self) -> None:
         for group, start in zip(self.optimizer.param_groups, self.step_sizes, strict=True):
             if start is not None:
                 group["step_size"] = step_size_at(start, self.last_epoch, self.steps)
 
     def go_to(self, step: int) -> None:
         """Set the lr of `step`, as when a run is taken up again."""
-        self.last_epoch = step - 1
-        self.step()
+        self.last_epoch = step
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._set_step_sizes()
