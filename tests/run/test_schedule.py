@@ -1,11 +1,12 @@
-"""run/schedule.py: values at the ends and between, warm-up, the step size against exact fractions."""
+"""run/schedule.py: values at the ends and between, warm-up, step sizes against exact fractions, as a torch scheduler."""
 
 import math
 from fractions import Fraction
 
 import pytest
+import torch
 
-from run.schedule import KINDS, fraction, scheduled, step_size_at
+from run.schedule import KINDS, Schedule, fraction, scheduled, step_size_at
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,54 @@ def test_step_size_is_the_rounded_up_line(start, steps):
     for step in range(steps + 1):
         line = Fraction(start * (steps - step), steps)
         assert step_size_at(start, step, steps) == max(1, math.ceil(line)), f"step {step}"
+
+
+def weight(lr, **group) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))], **group}], lr=lr)
+
+
+LR = {"float": 0.5, "tensor": torch.tensor(0.5, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("lr", LR.values(), ids=LR)
+@pytest.mark.parametrize("kind, end, warmup", [("linear", 0.0, 0), ("cosine", 0.1, 3), ("constant", 0.5, 2)])
+def test_a_schedule_sets_what_scheduled_says(lr, kind, end, warmup):
+    optimizer = weight(lr.clone() if isinstance(lr, torch.Tensor) else lr, step_size=4)
+    held = optimizer.param_groups[0]["lr"]
+    schedule = Schedule(optimizer, 10, end, kind, warmup)
+    for step in range(13):
+        group = optimizer.param_groups[0]
+        assert float(group["lr"]) == pytest.approx(scheduled(0.5, end, kind, step, 10, warmup)), f"step {step}"
+        assert group["step_size"] == step_size_at(4, step, 10)
+        assert schedule.get_last_lr() == pytest.approx([float(group["lr"])])
+        optimizer.step()
+        schedule.step()
+    assert not isinstance(lr, torch.Tensor) or optimizer.param_groups[0]["lr"] is held, "a graph goes on reading it"
+
+
+@pytest.mark.parametrize("lr", LR.values(), ids=LR)
+def test_a_schedule_is_taken_up_anywhere(lr, recwarn):
+    for step in (0, 1, 7, 10, 30):
+        optimizer, whole = (weight(lr.clone() if isinstance(lr, torch.Tensor) else lr, step_size=7) for _ in range(2))
+        later, schedule = Schedule(optimizer, 10, 0.1, warmup=2), Schedule(whole, 10, 0.1, warmup=2)
+        later.go_to(step)
+        for _ in range(step):
+            whole.step()
+            schedule.step()
+        for _ in range(3):
+            ours, theirs = optimizer.param_groups[0], whole.param_groups[0]
+            assert (ours["lr"], ours["step_size"]) == (theirs["lr"], theirs["step_size"])
+            for part in (whole, schedule, optimizer, later):
+                part.step()
+    assert not recwarn.list, "torch warns of a schedule that is ahead of its optimizer"
+
+
+def test_groups_fall_from_rates_of_their_own():
+    optimizer = weight(0.5)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1})
+    schedule = Schedule(optimizer, 10)
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.05])
+    assert all("step_size" not in group for group in optimizer.param_groups)
