@@ -56,8 +56,11 @@ class Monitor:
             return {}
         rows = {name: self._look(name, self.layers[name]) for name in self.before}
         self.before = {}
-        keys = next(iter(rows.values())).keys()
-        mean = {key: round(sum(row[key] for row in rows.values()) / len(rows), 5) for key in keys}
+        found: dict[str, list[float]] = {}
+        for row in rows.values():
+            for key, value in row.items():
+                found.setdefault(key, []).append(value)
+        mean = {key: round(sum(values) / len(values), 5) for key, values in found.items()}
         return {"monitor": mean, "layers": rows}
 
     def _look(self, name: str, layer: IntLayer) -> dict[str, float]:
