@@ -206,7 +206,7 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
     # delta is not divided by the number of tokens: its int8 scale follows it anyway.
     loss_scale = 1.0 if cfg.method == "gft" else 1.0 / task.per_step
     monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
-    log = Log(run, metrics, stop)
+    log = Log(run, metrics)
 
     while run.step < cfg.steps:
         monitor.before_backward(run.step)
@@ -228,9 +228,10 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         rng[1] += 1
         run.step += 1
 
+        log.stopping = bool(stop.signal)  # asked once a step: what comes later is for the next one, which will be saved
         if log.due():
             log.write(monitor.report())
-        if stop.signal and run.step < cfg.steps:
+        if log.stopping and run.step < cfg.steps:
             return None
     return log.finish()
 
@@ -238,8 +239,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
 class Log:
     """What is read from the device, said, evaluated and saved between steps. Other steps wait for nothing."""
 
-    def __init__(self, run: Run, metrics: Metrics, stop: Stop):
-        self.run, self.metrics, self.stop = run, metrics, stop
+    def __init__(self, run: Run, metrics: Metrics):
+        self.run, self.metrics, self.stopping = run, metrics, False
         self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
         self.meter = Meter.on(run.device.type, run.device.index)
         self.first = self.last = run.step  # the step that this process began with, and that of the last read
@@ -254,7 +255,7 @@ class Log:
         """Whether this step is one to read after."""
         run, cfg = self.run, self.run.cfg
         every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every)
-        ends = run.step == cfg.steps or bool(self.stop.signal)
+        ends = run.step == cfg.steps or self.stopping
         return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
 
     def write(self, measured: dict) -> None:
@@ -280,7 +281,7 @@ class Log:
         self.progress.show(record)
         if "val_loss" in record:
             self._evaluated()
-        if run.step % cfg.save_every == 0 or last or self.stop.signal:
+        if run.step % cfg.save_every == 0 or last or self.stopping:
             run.save("last")
         self.loss.zero_()
         self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
