@@ -8,8 +8,7 @@ import torch.distributed
 from torch import nn
 
 from gft import layers
-from gft.layers import Delta, IntEmbedding, IntLinear, initial_weight, owner_of
-from gft.layers import int_layers
+from gft.layers import Delta, IntEmbedding, IntLinear, initial_weight, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
 from kernels.philox import Stream, words
 from kernels.topk import weight_limit

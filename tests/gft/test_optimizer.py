@@ -9,8 +9,8 @@ import torch
 from no_reads import NothingIsRead
 from torch import nn
 
-from gft.layers import Delta, IntEmbedding, IntLinear
-from gft.optimizer import FlipOptimizer, int_layers
+from gft.layers import Delta, IntEmbedding, IntLinear, int_layers
+from gft.optimizer import FlipOptimizer
 from kernels.limits import MAX_REDUCTION
 from kernels.philox import Stream, uniform
 
