@@ -27,7 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -157,16 +157,17 @@ def check(kernel: str, only: str = "", compile_only: bool = False) -> list[str]:
     def show(name: str, text: str) -> None:
         print(f"  {name:<10}{text}".replace("\n", "\n" + " " * 12), flush=True)
 
-    def tested(name: str, where: str, interpreted: bool) -> list[str]:
-        passed, text = run_tests(tests_of(kernel), interpreted)
+    def show_tests(name: str, where: str, passed: bool, text: str) -> list[str]:
         show(name, f"{tests_of(kernel).relative_to(ROOT)}, {where}: {text}")
         return [] if passed else [name]
 
     print(kernel, flush=True)
-    failed = [] if compile_only else tested("values", "interpreter", interpreted=True)
     start = time.perf_counter()
-    results = compiled(kernel, only)
-    took = f"{len(results)} in {time.perf_counter() - start:.1f} s, triton {triton.__version__}"
+    with ThreadPoolExecutor() as pool:  # the tests need one core: compile meanwhile
+        values = None if compile_only else pool.submit(run_tests, tests_of(kernel), interpreted=True)
+        results = compiled(kernel, only)
+        took = f"{len(results)} in {time.perf_counter() - start:.1f} s, triton {triton.__version__}"
+        failed = show_tests("values", "interpreter", *values.result()) if values else []
     show("compiled", f"{took}\n{table(results)}")
     if not results or any(r.problems for r in results):
         failed.append("compiled")
@@ -175,7 +176,7 @@ def check(kernel: str, only: str = "", compile_only: bool = False) -> list[str]:
     if reason := no_gpu():
         show("gpu", f"not checked: {reason}")
         return failed
-    return failed + tested("gpu", torch.cuda.get_device_name(), interpreted=False)
+    return failed + show_tests("gpu", torch.cuda.get_device_name(), *run_tests(tests_of(kernel), interpreted=False))
 
 
 def _options(arguments: list[str], names: list[str]) -> argparse.Namespace:

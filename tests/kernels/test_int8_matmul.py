@@ -143,6 +143,14 @@ def test_kernel_with_expanded_operands(device):
 
 @kernel_test
 @pytest.mark.usefixtures("tile")
+def test_scaled_products_in_each_tile(device):
+    x, w = int8s(130, 37, device), int8s(200, 37, device, 1)
+    scale = 0.01 * torch.rand(130, 1, generator=generator(1)).to(device)
+    residual = floats(130, 200, device)
+    assert torch.equal(int8_matmul(x, w, scale, residual), int8_matmul_torch(x, w, scale, residual))
+
+
+@kernel_test
 @pytest.mark.parametrize("dtype", FLOATS, ids=readable)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "rows"])
