@@ -317,7 +317,7 @@ class _IntLinearFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         if residual is not None:
             residual = residual.reshape(-1, weight.shape[0]).to(dtype)
-        y = int8_matmul(x_int8, weight, scale * (act_range / 127.0), residual, dtype)  # (T, out)
+        y = int8_matmul(x_int8, weight, scale, residual, dtype, act_range / 127.0)  # (T, out)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

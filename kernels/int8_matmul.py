@@ -73,10 +73,11 @@ def _scaled(accumulator: Tensor, scale: Tensor, residual: Tensor | None, dtype: 
 
 
 def int8_matmul_torch(
-    x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+    x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+) -> Tensor:  # fmt: skip
     """`int8_matmul` in torch."""
-    return _scaled(int8_product_torch(x, w.t()), scale, residual, dtype)
+    return _scaled(int8_product_torch(x, w.t()), scale * factor, residual, dtype)
 
 
 # The kernel
@@ -95,7 +96,7 @@ def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.c
 
 @jit
 def _int8_matmul_kernel(
-    a, b, out, scale, residual, M, N, K, a_row, a_k, b_k, b_column, scale_row, residual_row, residual_column,
+    a, b, out, scale, residual, factor, M, N, K, a_row, a_k, b_k, b_column, scale_row, residual_row, residual_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of a (M, K) times b (K, N), scaled and added to the residual where these are given."""
@@ -124,7 +125,8 @@ def _int8_matmul_kernel(
         sums = tl.dot(a_values, b_values, sums, out_dtype=tl.int32)
     y = sums
     if scale is not None:
-        y = mul_rn(y.to(tl.float32), tl.load(scale + rows * scale_row, mask=rows < M, other=0.0)[:, None])
+        scales = tl.load(scale + rows * scale_row, mask=rows < M, other=0.0) * tl.cast(factor, tl.float32)
+        y = mul_rn(y.to(tl.float32), scales[:, None])
     if residual is not None:
         added = residual + rows[:, None] * residual_row + columns[None, :] * residual_column
         y += tl.load(added, mask=in_rows & in_columns, other=0.0).to(tl.float32)
@@ -150,8 +152,10 @@ def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
 
 
 @operator("int8_matmul")
-def _int8_matmul(a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(a @ b) * scale + residual as `dtype` (M, N); without a scale, int32 sums."""
+def _int8_matmul(
+    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, factor: float = 1.0
+) -> Tensor:
+    """(a @ b) * (scale * factor) + residual as `dtype` (M, N); without a scale, int32 sums."""
     (m, k), n = a.shape, b.shape[1]
     blocks = _blocks(a, b)
     out = torch.empty((m, n), dtype=dtype, device=a.device)
@@ -161,6 +165,7 @@ def _int8_matmul(a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | 
         out=out,
         scale=scale,
         residual=residual,
+        factor=factor,
         M=m,
         N=n,
         K=k,
@@ -200,9 +205,11 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def int8_matmul(
-    x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """y = (X W^T) * scale + residual: x int8 (T, in), w int8 (out, in), scale float32 () or (T, 1), residual (T, out).
+    x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    factor: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """y = (X W^T) * (scale * factor) + residual: x int8 (T, in), w int8 (out, in), scale float32 () or (T, 1), residual
+    (T, out).
 
     y and the residual are of `dtype`: float32, float16 or bfloat16. Raises ValueError as `int8_product` does, and on
     another type or a residual that does not match.
@@ -221,8 +228,8 @@ def int8_matmul(
             f"it must be {dtype} {(x.shape[0], w.shape[0])}, as y is"
         )
     if on_triton(x):
-        return _int8_matmul(x, across, scale, residual, dtype)
-    return _scaled(int8_product_torch(x, across), scale, residual, dtype)
+        return _int8_matmul(x, across, scale, residual, dtype, factor)
+    return _scaled(int8_product_torch(x, across), scale * factor, residual, dtype)
 
 
 # What `kernels.check` compiles
@@ -234,7 +241,7 @@ def _launch_config(
     """A product whose result has Triton's type `out`, scaled if that is a float. `sizes` is the type of M and N."""
     whole, scaled = "i32:1" if blocks is RAGGED else "i32", out != "i32"
     block = {name: size for name, size in blocks.items() if not name.startswith("num_")}
-    signature = {"a": "*i8", "b": "*i8", "out": f"*{out}", "M": sizes, "N": sizes}
+    signature = {"a": "*i8", "b": "*i8", "out": f"*{out}", "M": sizes, "N": sizes, "factor": "fp32"}
     signature |= dict.fromkeys(("K", "a_row", "b_k" if backward else "b_column"), whole)
     constants = {"a_k": 1, "b_column" if backward else "b_k": 1, "scale_row": 0} | block
     signature |= {"scale": "*fp32"} if scaled else {}

@@ -84,6 +84,43 @@ def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
     return torch.tensor([low - 2**64 if low >> 63 else low, 0, 0], device=device)
 
 
+# In kernels
+
+
+@jit
+def philox_words(seed, step, stream, element):
+    """`words` in a kernel: the uint32 word of each element, int64 (a block or a scalar); the rest are scalars."""
+    element = tl.cast(element, tl.int64)
+    group = element >> 2
+    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
+    step32, stream32 = tl.cast(step, tl.uint32), tl.cast(stream, tl.uint32)
+    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step32, stream32)
+    place = element & 3
+    return tl.where(place < 2, tl.where(place == 0, word_0, word_1), tl.where(place == 2, word_2, word_3))
+
+
+@jit
+def dither_word(seed, step, stream, element):
+    """`noise` in a kernel: the int32 noise in [0, 2^23) of each element, int64 as for `philox_words`."""
+    return (philox_words(seed, step, stream, element) >> 9).to(tl.int32)
+
+
+@jit
+def dither_at(row_noise, col_noise):
+    """`dither` in a kernel: u float32 in [0, 1) from int32 noise that broadcasts, say (T, 1) and (1, C)."""
+    return ((row_noise + col_noise) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
+
+
+WORDS_BLOCK = 1024
+
+
+@jit
+def _words_kernel(out, rng, stream_id, start, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word = philox_words(tl.load(rng), tl.load(rng + 1), stream_id, start + place)
+    tl.store(out + place, word.to(tl.int64), mask=place < count)
+
+
 # For torch
 
 
@@ -154,43 +191,6 @@ def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tens
     seed, step, row = rng.tolist()
     row_noise = _noise(seed, step, Stream.ROWS, row, rows)[:, None]
     return row_noise.to(rng.device), _noise(seed, step, Stream.COLUMNS, first_column, columns).to(rng.device)
-
-
-# In kernels
-
-
-@jit
-def philox_words(seed, step, stream, element):
-    """`words` in a kernel: the uint32 word of each element, int64 (a block or a scalar); the rest are scalars."""
-    element = tl.cast(element, tl.int64)
-    group = element >> 2
-    low, high = group.to(tl.uint32), (group >> 32).to(tl.uint32)
-    step32, stream32 = tl.cast(step, tl.uint32), tl.cast(stream, tl.uint32)
-    word_0, word_1, word_2, word_3 = tl.philox(seed, low, high, step32, stream32)
-    place = element & 3
-    return tl.where(place < 2, tl.where(place == 0, word_0, word_1), tl.where(place == 2, word_2, word_3))
-
-
-@jit
-def dither_word(seed, step, stream, element):
-    """`noise` in a kernel: the int32 noise in [0, 2^23) of each element, int64 as for `philox_words`."""
-    return (philox_words(seed, step, stream, element) >> 9).to(tl.int32)
-
-
-@jit
-def dither_at(row_noise, col_noise):
-    """`dither` in a kernel: u float32 in [0, 1) from int32 noise that broadcasts, say (T, 1) and (1, C)."""
-    return ((row_noise + col_noise) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
-
-
-WORDS_BLOCK = 1024
-
-
-@jit
-def _words_kernel(out, rng, stream_id, start, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    word = philox_words(tl.load(rng), tl.load(rng + 1), stream_id, start + place)
-    tl.store(out + place, word.to(tl.int64), mask=place < count)
 
 
 def launch_configs() -> list[LaunchConfig]:

@@ -168,6 +168,15 @@ def test_scaled_products(shape, per_row, residual, dtype, device):
 
 
 @kernel_test
+def test_a_factor_of_the_scale(device):
+    """The scale is multiplied first, then the sum: each product is rounded once."""
+    x, w, scale = int8s(63, 37, device), int8s(40, 37, device, 1), torch.tensor(0.013, device=device)
+    y = int8_matmul(x, w, scale, factor=6 / 127)
+    assert torch.equal(y, int8_matmul_torch(x, w, scale, factor=6 / 127))
+    assert torch.equal(y, int8_matmul(x, w, scale * (6 / 127)))
+
+
+@kernel_test
 @pytest.mark.usefixtures("tile")
 def test_a_backward_product(device):
     """D W with W as it is stored, out along its rows: the reduced axis is not the contiguous one."""
