@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
+from no_reads import NothingIsRead
 
 import train
+from data import image_task
 from data.images import ImageData
-from gft.learner import make_learner
-from model import ModelConfig, make_net
+from kernels import backend
+from run import device as machine
 from run.config import load
+from run.progress import Metrics
+from run.stop import Stop
 
 VIT = ("shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 "
        "--batch_size 12")  # fmt: skip
@@ -34,8 +39,14 @@ def data(n: int = 60, side: int = 16, channels: int = 3) -> ImageData:
     return ImageData("made", *training, *held_out, CLASSES, mean, std, {}, "0", "here")
 
 
-def config(line: str):
-    return load(line.split(), notes=False)
+@pytest.fixture(autouse=True)
+def handlers():
+    """The signal handlers that the test found."""
+    numbers = [getattr(signal, name) for name in Stop.NAMES if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3", "--model mlp --d_model 24",
@@ -50,16 +61,16 @@ def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypat
     whole = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert whole["accuracy"] > 0.8 and (tmp_path / "whole" / "predictions.png").stat().st_size > 10_000
 
-    real = train.take_step
+    real = train.Monitor.before_backward
 
-    def stopped(run, forward, loss_of):
-        if run.step == 40:
+    def killed(self, step):
+        if step == 40:
             raise KeyboardInterrupt
-        return real(run, forward, loss_of)
+        return real(self, step)
 
-    monkeypatch.setattr(train, "take_step", stopped)
+    monkeypatch.setattr(train.Monitor, "before_backward", killed)
     assert train.main([*argv, "--out_dir", str(tmp_path / "half")]) == 130
-    monkeypatch.setattr(train, "take_step", real)
+    monkeypatch.setattr(train.Monitor, "before_backward", real)
     assert train.main([*argv, "--out_dir", str(tmp_path / "half"), "--resume"]) == 0
     half = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert half["weights_sha256"] == whole["weights_sha256"] and half["energy_note"].endswith("took the run up")
@@ -75,15 +86,34 @@ def test_images_that_are_read_otherwise_are_not_gone_on_with(tmp_path, capsys, m
     assert "what is read from it has changed (mean)" in capsys.readouterr().err
 
 
-def test_a_hybrid_net_counts_its_floats():
-    cfg = config("shakespeare_char_small --n_layer 1 --int_layers mlp --warmup 0")
-    net = make_net(ModelConfig.from_config(cfg, 11))
-    learner = make_learner(net, cfg)
-    floats = sum(p.numel() for p in net.parameters())
-    assert floats == 2 * 11 * 128 + 4 * 128 * 128 and learner.state_bytes() == 0
-    net(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    assert learner.step(0) > floats  # all of these, and some integers
-    assert learner.state_bytes() == pytest.approx(8 * floats, rel=1e-3)
-    clone = make_learner(make_net(ModelConfig.from_config(cfg, 11)), cfg)
-    clone.load(learner.state())
-    assert all(torch.equal(clone.state()[name], value) for name, value in learner.state().items())
+def test_a_hybrid_net_counts_its_floats(tmp_path, capsys, monkeypatch):
+    """Patches and head in fp32: their weights, AdamW's two moments of them, and one number of steps for each matrix."""
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: data())
+    argv = f"{VIT} --int_layers attention,mlp --steps 2 --compile false --out_dir {tmp_path / 'o'}".split()
+    assert train.main(argv) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    floats = 16 * (4 * 4 * 3 + 1) + 3 * 16
+    assert found["float_param_bytes"] == 4 * floats and found["int_weight_bytes"] == found["weights"] - floats
+    assert found["optimizer_state_bytes"] == 8 * floats + 2 * 4 and found["votes_bytes"] == 4 * found["int_weight_bytes"]
+
+
+def test_a_step_of_images_reads_nothing_on_the_host(tmp_path, monkeypatch):
+    """Mixed, cropped and mirrored on the device; with kernels as on a GPU."""
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: data())
+    cfg = load(f"{VIT} --n_layer 1 --batch_size 4 --backend triton --device cpu --steps 2 --hflip 0.5 --crop_min 0.5 "
+               f"--mix both --ortho_tile 32 --topk_tile 32 --out_dir {tmp_path / 'o'}".split(), notes=False)  # fmt: skip
+    chosen = backend.chosen()
+    try:
+        made = train.Run(cfg, image_task.load(cfg), machine.choose(cfg), tmp_path / "o")
+        before = [p.clone() for p in made.net.parameters()]
+        made.task.prepare(0, made.device)  # both steps are in the first epoch
+        monitor = train.Monitor(made.net, 50, cfg.seed)
+        monkeypatch.setattr(train, "Monitor", lambda *_: monitor)
+        monkeypatch.setattr(train.Log, "due", lambda self: False)
+        monkeypatch.setattr(train.Log, "finish", lambda self: {})
+        monkeypatch.setattr(made.task, "prepare", lambda step, device: None)
+        with NothingIsRead():
+            train.train(made, Metrics(tmp_path / "m.jsonl", 0), Stop())
+    finally:
+        backend.use(chosen)
+    assert made.step == 2 and not any(map(torch.equal, before, made.net.parameters()))
