@@ -28,7 +28,7 @@ from kernels.flip import (
     warps_of,
 )
 from kernels.limits import MAX_REDUCTION
-from kernels.momentum import MOMENTUM_TILE, momentum_block
+from kernels.momentum import momentum_block
 from kernels.philox import Stream
 from kernels.scores import score_block
 from kernels.topk import topk_block, weight_limit

@@ -11,7 +11,7 @@
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.backend import LaunchConfig, jit, on_triton, tl
 from kernels.fuse import fused
 from kernels.philox import DITHER_BITS, Stream, dither, dither_at, dither_word, words_from
 from kernels.tiles import block_to_tiles, from_tiles, tile_count, tile_grid, tiles_to_block, to_tiles
@@ -147,7 +147,8 @@ def accumulate_momentum_(
     """M <- beta M + V for a stack of matrices, in place. Returns the evidence V + beta M, float32 (L, out, in).
 
     momentum int8 (L, out, in), scale float32 (L, tiles), both contiguous; votes integer (L, out, in); rng as in
-    kernels.philox; layers int64 (L,) numbers the streams of noise; where stop, float32 (), is not 0 nothing changes.
+    kernels.philox; layers int64 (L,) numbers the streams of noise; where stop, float32 (), is not 0 nothing changes,
+    and the evidence is not to be used.
     """
     if not on_triton(momentum):
         if stop.item():

@@ -31,6 +31,8 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
 DITHER_BITS = 23  # a + b then fits 24 bits, which fp32 holds exactly
+NOISE_BLOCK = 8192  # elements of noise that torch draws, and keeps, at once
+WORDS_BLOCK = 1024  # words of a program
 
 
 class Stream:
@@ -111,9 +113,6 @@ def dither_at(row_noise, col_noise):
     return ((row_noise + col_noise) & 0x7FFFFF).to(tl.float32) * 1.1920928955078125e-07  # 2^-23, exactly
 
 
-WORDS_BLOCK = 1024
-
-
 @jit
 def _words_kernel(out, rng, stream_id, start, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -157,9 +156,6 @@ def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
 def uniform_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) with 32 bits each: float64 (count,) on rng's device."""
     return words_from(rng, stream, count, start).to(torch.float64) * 2.0**-32
-
-
-NOISE_BLOCK = 8192
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,9 +17,17 @@ from kernels.flip import UpdateRule, flip
 from kernels.learn import learn, learn_in_backward
 from kernels.limits import MAX_REDUCTION
 from kernels.votes import accumulate_votes
-from tests.kernels.inputs import LAYOUTS, generator, inner_block, int8s, kernel_test, layouts, opaque, readable
-from tests.kernels.update_inputs import fenced, share, some_momentum, some_rng, some_streams, some_weight, torch_backend
-from tests.kernels.update_inputs import unharmed
+from tests.kernels.inputs import LAYOUTS, generator, inner_block, int8s, kernel_test, layouts, opaque
+from tests.kernels.update_inputs import (
+    fenced,
+    share,
+    some_momentum,
+    some_rng,
+    some_streams,
+    some_weight,
+    torch_backend,
+    unharmed,
+)
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -52,8 +60,8 @@ def voted_and_flipped(tensors: Case, rule: UpdateRule, k: float = 0.3) -> Tensor
     votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=device)
     accumulate_votes(d, x, votes[0], some_rng(device))
     return flip(
-        votes, weight, share(k, device), some_rng(device), some_streams(1, device), torch.zeros((), device=device), rule,
-        *kept,
+        votes, weight, share(k, device), some_rng(device), some_streams(1, device), torch.zeros((), device=device),
+        rule, *kept,
     )  # fmt: skip
 
 

@@ -17,8 +17,24 @@ import pytest
 import torch
 
 from kernels.backend import jit, tl
-from kernels.philox import DITHER_BITS, NOISE_BLOCK, Stream, dither, dither_at, dither_word, make_rng, noise, normal
-from kernels.philox import philox4x32, philox_words, uniform, uniform_from, words, words_from, words_torch
+from kernels.philox import (
+    DITHER_BITS,
+    NOISE_BLOCK,
+    Stream,
+    dither,
+    dither_at,
+    dither_word,
+    make_rng,
+    noise,
+    normal,
+    philox4x32,
+    philox_words,
+    uniform,
+    uniform_from,
+    words,
+    words_from,
+    words_torch,
+)
 from tests.kernels.inputs import kernel_test, opaque
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from kernels.backend import jit, tl
 from kernels.philox import Stream, words_torch
-from kernels.topk import apply_moves, choose, fixed_point, flip_probability, rank, rank_block, select, select_reference
-from kernels.topk import topk_count, weight_limit
+from kernels.topk import (
+    apply_moves,
+    choose,
+    fixed_point,
+    flip_probability,
+    rank,
+    rank_block,
+    select,
+    select_reference,
+    topk_count,
+    weight_limit,
+)
 from tests.kernels.inputs import generator, kernel_test, readable
 from tests.kernels.update_inputs import BITS, share, some_rng, some_votes, some_weight
 

@@ -38,14 +38,14 @@ def tiny_transformer() -> Transformer:
 
 
 def trained(
-    name: str, net: nn.Module, device: torch.device, steps: int, parts: int = 1, lr: float = 0.3, compiled: bool = False,
+    name: str, net: nn.Module, device: torch.device, steps: int, parts: int = 1, compiled: bool = False,
     watch: bool = False, **settings,
 ) -> End:  # fmt: skip
     """Weights and momenta, and the flips of each step, after `steps` steps of random tokens on the kernels of backend
     `name`; lr falls to 0."""
     backend.use(name)
     net = net.to(device)
-    opt = FlipOptimizer(net.parameters(), lr=lr, **{"ortho_tile": 64} | settings)
+    opt = FlipOptimizer(net.parameters(), lr=0.3, **{"ortho_tile": 64} | settings)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=steps)
     forward = opaque(net) if compiled else net
     monitor = Monitor(net, 1, 1) if watch else None
