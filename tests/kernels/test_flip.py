@@ -242,6 +242,21 @@ def test_counts_are_exact(topk_tile, device):
 
 
 @kernel_test
+@pytest.mark.parametrize("where", ["kernel", "torch"])
+def test_k_is_rounded_to_units_of_32_bits(where, device):
+    """At a word so large that one unit makes one move: half a unit is rounded up to it, less is none."""
+    backend.use("torch" if where == "torch" else "triton")
+    streams = some_streams(1, device)
+    streams = replace(streams, first_tile=torch.tensor([1_679_780], device=device))
+    assert words(SEED, STEP, Stream.TOPK + 16 * streams.topk, 1, 1_679_780) == 2**32 - 2815
+    votes = torch.ones(1, 64, 64, dtype=torch.int32, device=device)
+    for k, expected in ((2.0**-32, 1), (2.0**-33, 1), (0.49 * 2.0**-32, 0)):
+        weight, stop = torch.zeros(1, 64, 64, dtype=torch.int8, device=device), torch.zeros((), device=device)
+        flips = flip(votes, weight, share(k, device), some_rng(device), streams, stop, UpdateRule("gain"))
+        assert flips.item() == expected and weight[0, 0, 0] == -expected
+
+
+@kernel_test
 def test_largest_sums(device):
     """The largest votes that int32 sums can be, and int64 votes that differ only above their low 32 bits."""
     largest = 133_144 * 127 * 127

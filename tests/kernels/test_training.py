@@ -100,9 +100,8 @@ def test_backends_begin_alike_under_the_float_rules(rule, update, device, monkey
 
 @kernel_test
 @pytest.mark.parametrize("make, steps, settings", [
-    (tiny_transformer, 1, {}), (lambda: Small(Delta(scale="delayed")), 2, {"momentum": 0.9}),
-    (Small, 2, {"momentum": 0.9, "update": "backward"}),
-], ids=["transformer", "momentum", "backward"])  # fmt: skip
+    (tiny_transformer, 1, {}), (Small, 2, {"momentum": 0.9, "update": "backward"}),
+], ids=["transformer", "backward"])  # fmt: skip
 def test_the_compiled_net_flips_as_the_plain_one(make, steps, settings, device):
     plain = trained("triton", make(), device, steps, **settings)
     assert same(trained("triton", make(), device, steps, compiled=True, **settings), plain) and sum(plain[1]) > 50
@@ -117,10 +116,9 @@ def test_flips_in_the_backward_pass_are_those_of_the_step(rule, device):
 
 
 @kernel_test
-@pytest.mark.parametrize("update", ["step", "backward"])
-def test_watching_does_not_change_what_is_seen(update, device):
-    plain = trained("triton", Small(), device, 1, update=update)
-    assert same(trained("triton", Small(), device, 1, update=update, watch=True), plain) and plain[1][0] > 100
+def test_watching_does_not_change_what_is_seen(device):
+    plain = trained("triton", Small(), device, 1)
+    assert same(trained("triton", Small(), device, 1, watch=True), plain) and plain[1][0] > 100
 
 
 @kernel_test
