@@ -176,7 +176,7 @@ class LaunchConfig:
     signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions`
     are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
     launched on. `exact` says that the kernel equals its reference bit for bit, so that no product may share a rounding
-    with a sum.
+    with a sum. `spills` are the bytes a thread may spill: 0, or a few where that happens once a block.
     """
 
     name: str
@@ -188,4 +188,5 @@ class LaunchConfig:
     instructions: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90, 100)
     exact: bool = False
+    spills: int = 0
     options: dict[str, Any] = field(default_factory=dict)

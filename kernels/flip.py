@@ -87,9 +87,9 @@ def block_side(rule: UpdateRule) -> int:
     return max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
 
 
-def warps_of(side: int) -> int:
+def warps_of(rule: str, side: int) -> int:
     """Warps of a program that owns a block of this side."""
-    return 8 if side == 128 else 4
+    return 8 if side == 128 or rule == "spectral" else 4
 
 
 # The torch reference
@@ -150,24 +150,22 @@ def _flip_kernel(
     place = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(inner, SIDE)
     row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
-    rows, columns = (row + tl.arange(0, SIDE))[:, None], (column + tl.arange(0, SIDE))[None, :]
-    inside = (rows < out) & (columns < inner)
-    pointers = rows.to(tl.int64) * inner + columns
-    matrix = place * out * inner
-    v = tl.load(votes + matrix + pointers, mask=inside, other=0)
+    down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    inside = (down < out - row) & (right < inner - column)
+    corner = (place * out + row) * inner + column  # int64; 32 bits do inside a block
+    offsets = down * inner + right
+    v = tl.load(votes + corner + offsets, mask=inside, other=0)
     if MOMENTUM:
-        scales = tl.cdiv(out, 64) * tl.cdiv(inner, 64)
+        scales = place * (tl.cdiv(out, 64) * tl.cdiv(inner, 64))
         v = momentum_block(
-            v, momentum + matrix, momentum_scale + place * scales, pointers, inside, row, column, out, inner,
-            rng, tl.load(layers + place), beta, 64,
+            v, momentum + corner + offsets, momentum_scale + scales, inside, row, column, out, inner, rng,
+            tl.load(layers + place), beta, 64,
         )  # fmt: skip
-    w = tl.load(weight + matrix + pointers, mask=inside, other=0)
-    s = score_block(v, w, RULE)
-    moves = topk_block(
-        s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile + place), Q, UNIT, TOPK
-    )  # fmt: skip
+    s = score_block(v, weight + corner + offsets, inside, RULE)
+    w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
+    moves = topk_block(s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile + place), Q, UNIT, TOPK)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
-    tl.store(weight + matrix + pointers, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
+    tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips + place, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
 
 
@@ -177,7 +175,7 @@ def flip(
 ) -> Tensor:  # fmt: skip
     """Make one step's moves in a stack of equal matrices, in place.
 
-    votes int32, int64 or float32 (L, out, in), weight int8 (L, out, in); momentum int8 like weight and momentum_scale
+    votes int32, int64 (below 2^53) or float32 (L, out, in), weight int8 (L, out, in); momentum int8 like weight and momentum_scale
     float32 (L, tiles) where the rule has momentum; all but votes contiguous. k float64 () is the share of a tile's
     weights to move, rng int64 (seed, step, ...); where stop, float32 (), is not 0 nothing changes. Returns the flips of
     each matrix, int64 (L,), on the device, without waiting for it. Raises ValueError on shapes that do not agree and on
@@ -219,7 +217,7 @@ def flip(
         TOPK=rule.topk_tile,
         SIDE=side,
         enable_fp_fusion=False,
-        num_warps=warps_of(side),
+        num_warps=warps_of(name, side),
         num_stages=1,
     )
     return flips
@@ -288,7 +286,10 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
         where = (90,) if side == 128 else (80, 90, 100)
         options = {"enable_fp_fusion": False}
         stages = 2 if "d" in operands else 1
-        found.append(LaunchConfig(label, kernel, given, fixed, warps_of(side), stages, products, where, options))
+        spills = 64 if side == 128 and decay else 0  # of triton 3.9; once a block, after thousands of products
+        found.append(LaunchConfig(
+            label, kernel, given, fixed, warps_of(rule, side), stages, products, where, spills=spills, options=options
+        ))  # fmt: skip
     return found
 
 

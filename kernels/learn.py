@@ -59,17 +59,19 @@ def _learn_kernel(
     row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
     rows, columns = row.to(tl.int64) + tl.arange(0, SIDE), column.to(tl.int64) + tl.arange(0, SIDE)
     v = votes_block(d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS)
-    pointers = rows[:, None] * inner + columns[None, :]
-    inside = (rows < out)[:, None] & (columns < inner)[None, :]
+    down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    inside = (down < out - row) & (right < inner - column)
+    corner = row.to(tl.int64) * inner + column  # 32 bits do inside a block
+    offsets = down * inner + right
     if MOMENTUM:
         v = momentum_block(
-            v, momentum, momentum_scale, pointers, inside, row, column, out, inner, rng, tl.load(layers), beta, 64
+            v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng, tl.load(layers), beta, 64
         )  # fmt: skip
-    w = tl.load(weight + pointers, mask=inside, other=0)
-    s = score_block(v, w, RULE)
+    s = score_block(v, weight + corner + offsets, inside, RULE)
+    w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
     moves = topk_block(s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile), Q, UNIT, TOPK)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
-    tl.store(weight + pointers, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
+    tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
 
 
@@ -127,7 +129,7 @@ def learn(
         SIDE=side,
         TOKENS=TOKENS,
         enable_fp_fusion=False,
-        num_warps=warps_of(side),
+        num_warps=warps_of(rule.rule, side),
         num_stages=2,
     )
     return flips

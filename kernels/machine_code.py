@@ -156,7 +156,7 @@ def _inspect(binary: Any, architecture: int) -> dict[str, Any]:
 def _problems(config: LaunchConfig, architecture: int, found: dict[str, Any], metadata: Any) -> list[str]:
     """What is wrong with a compiled kernel, each with its remedy."""
     problems = []
-    if found["spill_stores"] or found["spill_loads"]:
+    if max(found["spill_stores"], found["spill_loads"]) > config.spills:
         stored, loaded = found["spill_stores"], found["spill_loads"]
         problems.append(
             f"spills {stored} bytes of stores and {loaded} of loads with {found['registers']} registers a thread; "

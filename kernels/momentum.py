@@ -101,10 +101,10 @@ def momentum_tile(v, momentum, inside, scales, real, row_noise, col_noise, beta,
 
 
 @jit
-def momentum_block(v, momentum, scale, pointers, inside, row, column, out, inner, rng, layer, beta, SIDE: tl.constexpr):
-    """`momentum_tile` for the block whose first weight is (row, column) of one matrix (out, inner).
+def momentum_block(v, momentum, scale, inside, row, column, out, inner, rng, layer, beta, SIDE: tl.constexpr):
+    """`momentum_tile` for the block whose first weight is (row, column) of a matrix (out, inner).
 
-    momentum and scale belong to that matrix; pointers (M, N) are the offsets of the block's weights in it.
+    momentum and inside: pointers and mask of the block's momentum (M, N); scale points to the first scale of the matrix.
     """
     M: tl.constexpr = v.shape[0]
     N: tl.constexpr = v.shape[1]
@@ -116,7 +116,7 @@ def momentum_block(v, momentum, scale, pointers, inside, row, column, out, inner
     seed, step = tl.load(rng), tl.load(rng + 1)
     row_noise = dither_word(seed, step, 4 + 16 * layer, element)  # Stream.MOMENTUM_ROWS
     col_noise = dither_word(seed, step, 5 + 16 * layer, element)
-    return momentum_tile(v, momentum + pointers, inside, scale + tile, real, row_noise, col_noise, beta, SIDE)
+    return momentum_tile(v, momentum, inside, scale + tile, real, row_noise, col_noise, beta, SIDE)
 
 
 @jit
@@ -129,16 +129,15 @@ def _momentum_kernel(
     place = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(inner, SIDE)
     row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
-    rows, columns = (row + tl.arange(0, SIDE))[:, None], (column + tl.arange(0, SIDE))[None, :]
-    inside = (rows < out) & (columns < inner)
-    pointers = rows.to(tl.int64) * inner + columns
-    matrix = place * out * inner
-    v = tl.load(votes + matrix + pointers, mask=inside, other=0)
+    down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    inside = (down < out - row) & (right < inner - column)
+    offsets = (place * out + row) * inner + column + down * inner + right
+    v = tl.load(votes + offsets, mask=inside, other=0)
     v = momentum_block(
-        v, momentum + matrix, scale + place * tl.cdiv(out, SIDE) * across, pointers, inside, row, column, out, inner,
-        rng, tl.load(layers + place), beta, SIDE,
+        v, momentum + offsets, scale + place * (tl.cdiv(out, SIDE) * across), inside, row, column, out, inner, rng,
+        tl.load(layers + place), beta, SIDE,
     )  # fmt: skip
-    tl.store(evidence + matrix + pointers, v, mask=inside)
+    tl.store(evidence + offsets, v, mask=inside)
 
 
 def accumulate_momentum_(

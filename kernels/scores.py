@@ -136,12 +136,15 @@ def contribution_tile(v, w):
 
 
 @jit
-def score_block(v, w, RULE: tl.constexpr):
-    """Scores of a block in a kernel: v and w (M, N); the rule is "gain", "contribution" or "spectral" (M = N)."""
+def score_block(v, weight, inside, RULE: tl.constexpr):
+    """Scores of a block (M, N) of votes in a kernel: the rule is "gain", "contribution" or "spectral" (M = N).
+
+    weight and inside: pointers and mask of the block's weights, read by the rule that looks at them.
+    """
     if RULE == "spectral":
         s = orthogonalise_tile(v.to(tl.float32))
     elif RULE == "contribution":
-        s = contribution_tile(v, w)
+        s = contribution_tile(v, tl.load(weight, mask=inside, other=0))
     else:
         s = v
     return s

@@ -102,30 +102,35 @@ def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: i
 
 
 @jit
-def rank_block(s, w, Q: tl.constexpr, UNIT: tl.constexpr):
-    """`rank` in a kernel: scores int32, int64 or float32 and weights int8 of a block; int64 scores give int64."""
+def keys_of(s, w, Q: tl.constexpr, UNIT: tl.constexpr):
+    """`rank` in a kernel, twice, plus 1 where S > 0: one number holds what is compared and the direction of the move.
+
+    Scores int32 or float32 give uint32, int64 (below 2^61) give int64; weights w are int8.
+    """
     target = w.to(tl.int32) - tl.where(s > 0, UNIT, -UNIT)
     legal = (target <= Q) & (target >= -Q)  # past the edge S is 0
-    if s.dtype == tl.float32:
-        size = tl.abs(s).to(tl.int32, bitcast=True)
-    else:
+    if s.dtype == tl.int64:
         size = tl.abs(s)
-    return tl.where(legal & (s != 0), size, 0)
+    elif s.dtype == tl.float32:
+        size = tl.abs(s).to(tl.uint32, bitcast=True)
+    else:
+        size = tl.abs(s).to(tl.uint32)
+    return tl.where(legal & (s != 0), (size << 1) | (s > 0).to(size.dtype), 0)
 
 
 @jit
-def choose(ranks, m, BITS: tl.constexpr):
-    """`select` for tiles in registers: the m (tiles,) largest of ranks (tiles, n), non-negative, below 2^BITS, n a
-    power of two. Returns bool; a rank of 0 is never chosen."""
-    n: tl.constexpr = ranks.shape[1]
-    one = tl.full((ranks.shape[0],), 1, ranks.dtype)
-    threshold = one - 1  # the largest number that at least m ranks reach: the m-th largest rank
+def choose(keys, m, BITS: tl.constexpr):
+    """`select` for tiles in registers: the m (tiles,) of largest rank, keys (tiles, n) being those of `keys_of` with
+    ranks below 2^BITS, n a power of two. Returns bool; a rank of 0 is never chosen."""
+    n: tl.constexpr = keys.shape[1]
+    one = tl.full((keys.shape[0],), 1, keys.dtype)
+    threshold = one - one  # twice the m-th largest rank: the largest even number that at least m keys reach
     for i in range(BITS):
-        candidate = threshold | (one << (BITS - 1 - i))
-        enough = tl.sum((ranks >= candidate[:, None]).to(tl.int32), 1) >= m
+        candidate = threshold | (one << (BITS - i))
+        enough = tl.sum((keys >= candidate[:, None]).to(tl.int32), 1) >= m
         threshold = tl.where(enough, candidate, threshold)
-    tied = ranks == threshold[:, None]
-    places = m - tl.sum((ranks > threshold[:, None]).to(tl.int32), 1)
+    above, tied = (keys >> 1) > (threshold >> 1)[:, None], (keys >> 1) == (threshold >> 1)[:, None]
+    places = m - tl.sum(above.to(tl.int32), 1)
     index = tl.arange(0, n)[None, :]
     end = tl.zeros_like(m)  # the largest index that at most `places` tied ranks lie below
     bit = n
@@ -134,7 +139,7 @@ def choose(ranks, m, BITS: tl.constexpr):
         fits = tl.sum((tied & (index < candidate[:, None])).to(tl.int32), 1) <= places
         end = tl.where(fits & (candidate <= n), candidate, end)
         bit = bit // 2
-    return ((ranks > threshold[:, None]) | (tied & (index < end[:, None]))) & (ranks > 0)
+    return (above | (tied & (index < end[:, None]))) & (keys > 1)
 
 
 @jit
@@ -155,8 +160,8 @@ def topk_block(s, w, row, column, out, inner, k, rng, stream, first_tile, Q: tl.
     word = philox_words(tl.load(rng), tl.load(rng + 1), stream, element).to(tl.int64)
     share = tl.floor(tl.load(k) * 4294967296.0 + 0.5).to(tl.int64)
     m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
-    ranks = rank_block(s, w, Q, UNIT)
+    keys = block_to_tiles(keys_of(s, w, Q, UNIT), TILE)
     BITS: tl.constexpr = 62 if s.dtype == tl.int64 else 31
-    chosen = choose(block_to_tiles(ranks, TILE), m, BITS)
-    chosen = tiles_to_block(chosen.to(tl.int8), M, N, TILE)
-    return tl.where(s > 0, -chosen, chosen)
+    chosen = choose(keys, m, BITS)
+    moves = tl.where(chosen, tl.where((keys & 1) != 0, -1, 1), 0).to(tl.int8)
+    return tiles_to_block(moves, M, N, TILE)

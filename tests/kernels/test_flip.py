@@ -37,7 +37,7 @@ Case = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def case(shape: tuple[int, int, int], rule: UpdateRule, levels: int = 300, dtype: torch.dtype = torch.int32) -> Case:
     """Votes, weight, and momentum with its scales where the rule has it."""
     votes = some_votes(shape, levels)
-    votes = votes.long() * 2**31 if dtype == torch.int64 else votes.to(dtype)
+    votes = votes.long() * 2**22 if dtype == torch.int64 else votes.to(dtype)
     kept = some_momentum(shape) if rule.momentum else (None, None)
     return votes, some_weight(shape, rule.bits), *kept
 

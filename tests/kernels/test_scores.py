@@ -190,7 +190,7 @@ def test_an_unknown_rule_is_named():
 @jit
 def _score_kernel(votes, weight, out, RULE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     place = tl.program_id(0) * M * N + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out + place, score_block(tl.load(votes + place), tl.load(weight + place), RULE))
+    tl.store(out + place, score_block(tl.load(votes + place), weight + place, place >= 0, RULE))
 
 
 def in_a_kernel(rule: str, votes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,10 +14,10 @@ from kernels.philox import Stream, words_torch
 from kernels.topk import (
     apply_moves,
     choose,
+    keys_of,
     fixed_point,
     flip_probability,
     rank,
-    rank_block,
     select,
     select_reference,
     topk_count,
@@ -205,7 +205,11 @@ def test_flip_probability(gamma):
 def _choose_kernel(ranks, m, out, TILES: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
     tile = tl.arange(0, TILES)
     place = tile[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out + place, choose(tl.load(ranks + place), tl.load(m + tile), BITS).to(tl.int8))
+    keys = tl.load(ranks + place)
+    if BITS == 31:
+        keys = keys.to(tl.uint32, bitcast=True)
+    keys = (keys << 1) + (place % 3 == 0).to(keys.dtype)  # the direction of a move does not count
+    tl.store(out + place, choose(keys, tl.load(m + tile), BITS).to(tl.int8))
 
 
 def chosen_in_a_kernel(ranks: Tensor, m: Tensor) -> Tensor:
@@ -252,21 +256,21 @@ def test_the_largest_ranks_in_a_kernel(device):
 
 
 @jit
-def _rank_kernel(scores, weight, out, Q: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _keys_kernel(scores, weight, out, Q: tl.constexpr, UNIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     place = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out + place, rank_block(tl.load(scores + place), tl.load(weight + place), Q, UNIT))
+    tl.store(out + place, keys_of(tl.load(scores + place), tl.load(weight + place), Q, UNIT).to(tl.int64))
 
 
 @kernel_test
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32], ids=readable)
-def test_ranks_in_a_kernel(bits, dtype, device):
+def test_keys_in_a_kernel(bits, dtype, device):
     (q, unit), shape = BITS[bits], (32, 64)
     weight, scores = some_weight(shape, bits).to(device), some_votes(shape).to(device)
     scores = scores.long() * 133 if dtype == torch.int64 else scores.to(dtype)
     if dtype == torch.float32:
         scores[0, :4] = torch.tensor([1e-45, -1e-40, -0.0, -3e38], device=device)
-    expected = rank(scores, weight, q, unit)
-    out = torch.empty(shape, dtype=dtype if dtype == torch.int64 else torch.int32, device=device)
-    _rank_kernel[(1,)](scores, weight, out, Q=q, UNIT=unit, M=32, N=64)
-    assert torch.equal(out.long(), expected.long())
+    ranks = rank(scores, weight, q, unit).long()
+    out = torch.empty(shape, dtype=torch.int64, device=device)
+    _keys_kernel[(1,)](scores, weight, out, Q=q, UNIT=unit, M=32, N=64)
+    assert torch.equal(out >> 1, ranks) and torch.equal((out & 1)[ranks > 0], (scores > 0).long()[ranks > 0])
