@@ -69,7 +69,8 @@ def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
         return orthogonalise(x.mT, dtype).mT
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
-    norm = x.flatten(1).norm(dim=1)[:, None, None]
+    # In fp64, rounded once: the sum then does not depend on the order in which a kernel's layout takes it.
+    norm = x.flatten(1).to(torch.float64).square().sum(dim=1).sqrt().to(torch.float32)[:, None, None]
     x = (x / norm.clamp_min(TINY)).to(dtype)
     a, b, c = NEWTON_SCHULZ
     for step in range(NEWTON_SCHULZ_STEPS):
@@ -113,7 +114,8 @@ def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
 @jit
 def orthogonalise_tile(v):
     """`orthogonalise` of one square tile in registers, rounded to fp16 where torch's is: float32 (n, n) to float32."""
-    norm = tl.sqrt_rn(tl.sum(v * v))
+    wide = v.to(tl.float64)
+    norm = tl.sqrt(tl.sum(wide * wide)).to(tl.float32)
     x = tl.div_rn(v, tl.full(v.shape, 0.0, tl.float32) + tl.maximum(norm, 1e-20)).to(tl.float16)
     for _ in range(4):
         gram = tl.dot(x, tl.trans(x)).to(tl.float16)
