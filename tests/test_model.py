@@ -17,7 +17,9 @@ VOCAB = 13
 METHODS = ("gft", "adamw", "muon", "ste")
 
 
-def tiny(method: str = "gft", n_layer: int = 2, context: int = 12, bits: int = 6, seed: int = 1, **settings) -> Transformer:
+def tiny(
+    method: str = "gft", n_layer: int = 2, context: int = 12, bits: int = 6, seed: int = 1, **settings
+) -> Transformer:  # fmt: skip
     return Transformer(ModelConfig(VOCAB, n_layer, 2, 16, context, method, bits, **settings), seed=seed)
 
 

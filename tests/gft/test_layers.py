@@ -367,7 +367,8 @@ def test_a_layer_used_twice_sums_its_votes_on_the_larger_scale(factors, seen):
     used = [seen.grids[i] for i in (1, 0, 2)]  # backward passes come in the opposite order
     assert len(seen) == 3 and len({float(sigma) for _, sigma in seen}) == 3
     top = max(sigma for _, sigma in seen).double()
-    wanted = sum((d.long().T @ grid.long()) * (sigma.double() / top) for (d, sigma), grid in zip(seen, used, strict=True))
+    parts = zip(seen, used, strict=True)
+    wanted = sum((d.long().T @ grid.long()) * (sigma.double() / top) for (d, sigma), grid in parts)
     assert (layer.votes - wanted).abs().max() <= 2 and torch.equal(layer.votes_scale.double(), top)
 
 

@@ -1,4 +1,4 @@
-"""run/schedule.py: values at the ends and between, warm-up, step sizes against exact fractions, as a torch scheduler."""
+"""run/schedule.py: values at the ends and between, warm-up, step sizes as exact fractions; as a torch scheduler."""
 
 import math
 from fractions import Fraction
