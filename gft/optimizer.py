@@ -136,8 +136,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         """Move weights by the votes of the backward passes since the last step, and clear the votes.
 
         Nothing is read on the host where Triton kernels run, so a step can be captured in a CUDA graph (with `lr` a
-        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler, as delta has a scale of its own, and
-        if a layer's weight has been replaced since the optimizer was made.
+        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler, as delta has a scale of its own,
+        and if a layer's weight has been replaced since the optimizer was made.
         """
         loss = None
         if closure is not None:
@@ -160,8 +160,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         given = [p for group in self.param_groups for p in group["params"]]
         if any(layer.weight is not p for layer, p in zip(self.layers, given, strict=True)):
             raise RuntimeError(
-                "FlipOptimizer: a layer's weight is not the parameter that was given: load_state_dict(assign=True) or a "
-                "move to another device has replaced it; make the optimizer after that"
+                "FlipOptimizer: a layer's weight is not the parameter that was given: load_state_dict(assign=True) or "
+                "a move to another device has replaced it; make the optimizer after that"
             )
 
     def _flip(self, stack: Stack) -> None:
@@ -170,13 +170,14 @@ class FlipOptimizer(torch.optim.Optimizer):
         device = layers[0].weight.device
         k = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
         weights = [layer.weight for layer in layers]
-        kept = [[self.state[w][name] for w in weights] for name in ("momentum", "momentum_scale") if rule.momentum]
-        votes, weight, momentum = _stacked([layer.votes for layer in layers]), _stacked(weights), map(_stacked, kept)
-        own, changed = [weights, *kept], [weight, *momentum]
-        stack.flips += flip(votes, weight, k, layers[0].rng, stack.streams, self.found_inf, rule, *changed[1:])
-        if len(layers) > 1:
-            for theirs, ours in zip(own, changed, strict=True):
-                torch._foreach_copy_(theirs, list(ours.unbind()))
+        names = ("momentum", "momentum_scale") if rule.momentum else ()
+        changing = [weights, *([self.state[w][name] for w in weights] for name in names)]
+        votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
+        weight, *momentum = stacked
+        stack.flips += flip(votes, weight, k, layers[0].rng, stack.streams, self.found_inf, rule, *momentum)
+        if len(layers) > 1:  # the stacks are copies
+            for tensors, changed in zip(changing, stacked, strict=True):
+                torch._foreach_copy_(tensors, list(changed.unbind()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop votes of backward passes that no step has used; `set_to_none` is torch's and changes nothing."""
@@ -199,14 +200,16 @@ class FlipOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, into the tensors that are there, and start without votes and flips. Raises ValueError
-        if it is that of other layers or of another momentum setting."""
+        """Take what `state_dict` gave, into the tensors that are there, and start without votes and flips.
+
+        Raises ValueError if it is that of other layers or of another momentum setting.
+        """
         self.state_dict()
         own = [self.state[p] for group in self.param_groups for p in group["params"]]
         given = [state_dict["state"].get(i, {}) for i in range(len(own))]
         shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (own, given)]
         if len(state_dict["state"]) != len(own) or shapes[0] != shapes[1]:
-            raise ValueError("FlipOptimizer: this state has other layers or another momentum setting than the optimizer")
+            raise ValueError("FlipOptimizer: the state dict does not match: its layers or momentum setting differ from this optimizer's")
         super().load_state_dict(state_dict)
         for layer, state in zip([owner_of(p) for group in self.param_groups for p in group["params"]], own, strict=True):
             for name, tensor in state.items():
