@@ -65,7 +65,8 @@ def _learn_kernel(
     offsets = down * inner + right
     if MOMENTUM:
         v = momentum_block(
-            v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng, tl.load(layers), beta, 64
+            v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng,
+            tl.load(layers), beta, 64,
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers

@@ -104,7 +104,7 @@ def momentum_tile(v, momentum, inside, scales, real, row_noise, col_noise, beta,
 def momentum_block(v, momentum, scale, inside, row, column, out, inner, rng, layer, beta, SIDE: tl.constexpr):
     """`momentum_tile` for the block whose first weight is (row, column) of a matrix (out, inner).
 
-    momentum and inside: pointers and mask of the block's momentum (M, N); scale points to the first scale of the matrix.
+    momentum and inside: pointers and mask of the block's momentum (M, N); scale points to the matrix's first scale.
     """
     M: tl.constexpr = v.shape[0]
     N: tl.constexpr = v.shape[1]

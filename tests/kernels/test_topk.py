@@ -14,9 +14,9 @@ from kernels.philox import Stream, words_torch
 from kernels.topk import (
     apply_moves,
     choose,
-    keys_of,
     fixed_point,
     flip_probability,
+    keys_of,
     rank,
     select,
     select_reference,
