@@ -140,20 +140,20 @@ class Run:
         where = f"checkpoint {self.out / name}.json"
         different = differences(from_dict(meta["config"]), self.cfg)
         if different:
-            raise UserError(f"{where} is of another config: {'; '.join(different)}; give the same settings to go on, "
-                            "or another --out_dir for a new run")  # fmt: skip
+            raise UserError(f"{where} was trained with other settings: {'; '.join(different)}; use the same settings to "
+                            "resume, or another --out_dir for a new run")  # fmt: skip
         if meta["data"]["sha256"] != self.task.sha256:
             raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
                             f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
         read = json.loads(json.dumps(self.task.saved()))
         if other := [name for name in read if meta[name] != read[name]]:
-            raise UserError(f"{where} was trained on the same file, but what is read from it has changed ("
-                            f"{', '.join(other)}), as other versions of a decoder can bring about; go on where it was "
-                            "begun, or start anew in another --out_dir")  # fmt: skip
+            raise UserError(f"{where} was trained on the same file, but it now decodes differently ({', '.join(other)}), "
+                            "perhaps because of another library version; resume with the original versions, or start a "
+                            "new run in another --out_dir")  # fmt: skip
         now = self.on.environment()
         changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
         if changed:
-            print(f"note: going on exactly is promised on one set-up only: {'; '.join(changed)}", file=sys.stderr)
+            print(f"note: exact resumption is not guaranteed, because the setup has changed: {'; '.join(changed)}", file=sys.stderr)
         self.net.load_state_dict(checkpoint.group(tensors, "model"))
         self.step = meta["step"]
         self.rng[1] = self.step
@@ -215,8 +215,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             x, y = task.batch_at(rng, part)
             with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                 loss = loss_of(net(x), y)
-            # From a loss that is not finite on, no step moves an integer weight, and AdamW's moves none; the host learns
-            # of it when it reads, and saves nothing any more.
+            # After a loss that is not finite, FlipOptimizer and AdamW leave all weights unchanged. The host notices at its
+            # next read and saves nothing more.
             torch.maximum(found_inf, (~torch.isfinite(loss)).float(), out=found_inf)
             (loss * loss_scale).backward()
             log.loss += loss.detach()
@@ -237,7 +237,7 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
 
 
 class Log:
-    """What is read from the device, said, evaluated and saved between steps. Other steps wait for nothing."""
+    """Logs, evaluates and saves. It reads from the device after steps that are `due`; other steps wait for nothing."""
 
     def __init__(self, run: Run, metrics: Metrics):
         self.run, self.metrics, self.stopping = run, metrics, False
@@ -289,11 +289,11 @@ class Log:
     def _check_finite(self, loss: float) -> None:
         run = self.run
         if run.found_inf.item():
-            calmer = "--k" if run.cfg.method == "gft" else "--lr"
+            lower = "--k" if run.cfg.method == "gft" else "--lr"
             steps = f"step {run.step}" if run.step == self.last + 1 else f"one of the steps {self.last + 1} to {run.step}"
             raise UserError(
-                f"the loss became {loss} at {steps}, which was not made, nor was any after it; checkpoints saved before "
-                f"are intact. Start anew with a lower {calmer} in another --out_dir", DIVERGED,
+                f"the loss became {loss} at {steps}; that step and later ones were skipped, and saved checkpoints are "
+                f"intact. Start a new run with a lower {lower} in another --out_dir", DIVERGED,
             )  # fmt: skip
 
     def _evaluated(self) -> None:
@@ -373,7 +373,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     if summary is None:
         again = f"--resume last --out_dir {shlex.quote(str(out))}"  # a key given twice: the last counts
         print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
-              f"go on: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
+              f"resume with: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
     try:
         task.report(run.net, on.device, out)

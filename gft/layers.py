@@ -39,12 +39,12 @@ _layers: "weakref.WeakSet[IntLayer]" = weakref.WeakSet()
 def owner_of(weight: Tensor) -> "IntLayer":
     """The layer whose weight this is. Raises ValueError if it is no layer's.
 
-    Looked up, not noted on the Parameter: what is set there is lost by deepcopy.
+    Found by search, because deepcopy drops attributes set on a Parameter.
     """
     for layer in _layers:
         if layer.weight is weight:
             return layer
-    raise ValueError(f"a parameter {weight.dtype} {tuple(weight.shape)} is no IntLinear's or IntEmbedding's weight")
+    raise ValueError(f"a parameter {weight.dtype} {tuple(weight.shape)} does not belong to an IntLinear or IntEmbedding")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class IntLayer(nn.Module):
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
 
-    Rounding noise goes to rows in the order of the backward passes: a layer used twice in one forward pass learns
-    rightly, but not bit for bit alike for every number of micro-batches.
+    Rounding noise goes to rows in the order of the backward passes: a layer used twice in one forward pass trains
+    correctly, but its weights depend on the number of micro-batches.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class IntLayer(nn.Module):
         std = weight.to(torch.float64).std(correction=0).item()
         if std == 0:
             raise ValueError(
-                f"{type(self).__name__}: all {weight.numel()} first weights are equal and give no scale; raise init_std"
+                f"{type(self).__name__}: all {weight.numel()} initial weights are equal, so no scale can be computed; raise init_std"
             )
         self.bits, self.q, self.delta = bits, weight_limit(bits)[0], delta
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -160,7 +160,7 @@ class IntLayer(nn.Module):
         raise NotImplementedError
 
     def start_voting(self, dtype: torch.dtype | None) -> None:
-        """An empty buffer of votes, int32 or int64, or none: no votes are counted, or each pass learns at once."""
+        """Allocate the votes buffer, int32 or int64; None means that votes are not stored."""
         self.votes = None if dtype is None else torch.zeros(self.weight.shape, dtype=dtype, device=self.weight.device)
         self.votes_scale.zero_()
         self.learning = None

@@ -99,7 +99,7 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if missing:
         return False, f"because {why_missing}"
     if cfg.steps < STEPS_WORTH_COMPILING:
-        return False, f"because {cfg.steps} steps are too few to earn it back"
+        return False, f"because {cfg.steps} steps are too few to earn back compiling"
     if problem := fuse.trial(device):
         return False, f"because torch.compile does not work here ({problem})"
     return True, "because torch.compile works here (the first step takes a minute, later runs find its work cached)"
@@ -172,7 +172,7 @@ def _free_bytes() -> int | None:
 
 
 def processor(device: torch.device) -> str:
-    """What the GPU or CPU calls itself. Products of 16 bits, and so a run's last digits, differ between CPUs."""
+    """Name of the GPU or CPU. Recorded because 16-bit products round differently on different CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

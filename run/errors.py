@@ -7,7 +7,7 @@ DIVERGED = 3  # exit status of a training whose loss became infinite: the same c
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend.
+    """An error the user can fix.
 
     The message says what was seen, what the rule is and what to do. `code` is the
     program's exit status: 2 for a configuration, DIVERGED, 1 for everything else.

@@ -21,14 +21,14 @@ def choose_folder(cfg: Config) -> tuple[Path, FileLock]:
     folders = [first] if cfg.out_dir else _numbered(first)
     used = [folder for folder in folders if _has_run(folder)]
     if cfg.resume and not used:
-        remedy = "start one without --resume, or name its --out_dir"
-        raise UserError(f"--resume {cfg.resume}: {first} holds no run; {remedy}")
+        remedy = "drop --resume to start one, or give the run's --out_dir"
+        raise UserError(f"--resume {cfg.resume}: {first} contains no run; {remedy}")
     for folder in used[-1:] if cfg.resume else [folder for folder in folders if folder not in used]:
         if lock := _lock(folder):
             return folder, lock
         if cfg.out_dir or cfg.resume:
             raise UserError(f"another run is writing into {folder}; wait for it, or choose another --out_dir")
-    raise UserError(f"{first} already holds a run; --resume goes on with it, another --out_dir starts anew")
+    raise UserError(f"{first} already holds a run; use --resume to continue it, or another --out_dir for a new run")
 
 
 def _numbered(first: Path) -> list[Path]:

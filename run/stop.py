@@ -22,4 +22,4 @@ class Stop:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)

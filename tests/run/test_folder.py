@@ -26,7 +26,7 @@ def test_a_named_folder_is_taken_once(tmp_path):
         choose_folder(cfg)
     lock.release()
     save(folder)
-    with pytest.raises(UserError, match="already holds a run; --resume goes on with it"):
+    with pytest.raises(UserError, match="already holds a run; use --resume to continue it"):
         choose_folder(cfg)
 
 
@@ -52,7 +52,7 @@ def test_a_run_that_has_saved_nothing_yet_holds_its_folder(tmp_path, monkeypatch
 
 
 def test_resuming_without_a_run(tmp_path):
-    with pytest.raises(UserError, match="--resume best: .*o holds no run; start one without --resume"):
+    with pytest.raises(UserError, match="--resume best: .*o contains no run; drop --resume"):
         choose_folder(Config(out_dir=str(tmp_path / "o"), resume="best"))
     assert not (tmp_path / "o").exists()
 
