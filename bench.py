@@ -39,7 +39,7 @@ from torch import Tensor
 
 from experiments.steps import FULL_STEPS, QUICK_STEPS, SMALL_STEPS, bench_steps, step_table
 from kernels import backend
-from kernels.flip import Streams, UpdateRule, flip
+from kernels.flip import UpdateRule, flip
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn
 from kernels.quantize_delta import absmax, quantize_delta
@@ -226,7 +226,7 @@ def learn_cases(t: Timer, sizes: Sizes) -> list[Case]:
     tokens, outer, inner = shape = sizes.learn
     operations, read, area = 2 * tokens * outer * inner, tokens * (outer + inner), outer * inner
     k, zero = torch.tensor(K, dtype=torch.float64, device=t.device), torch.zeros(1, dtype=torch.int64, device=t.device)
-    settings = (k, t.rng(), Streams(layers=zero, topk=0, first_tile=zero), t.number(0.0))
+    settings = (k, t.rng(), zero, t.number(0.0))
 
     def with_rule(update: Callable, rule: str) -> Callable[..., None]:
         def run(*inputs: Tensor) -> None:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from gft.layers import IntLayer, owner_of
-from kernels.flip import Streams, UpdateRule, flip
+from kernels.flip import UpdateRule, flip
 from kernels.limits import MAX_REDUCTION, RULES
 from kernels.momentum import empty_momentum
-from kernels.tiles import tile_count
 
 RULE_KEYS = tuple(f.name for f in fields(UpdateRule) if f.name != "bits")  # bits are the layer's
 
@@ -33,7 +32,7 @@ class Stack:
 
     group: int
     layers: list[IntLayer]
-    streams: Streams
+    numbers: Tensor  # of the layers in the optimizer, int64 (L,): each has random streams of its own
     flips: Tensor
 
 
@@ -92,25 +91,21 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.found_inf = torch.zeros((), device=device)
         if in_backward:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
-        first, tile, alike = len(self.layers), 0, {}
+        votes_dtype = torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32
+        alike: dict[Any, list[int]] = {}  # the numbers of layers that one call can move
         for layer in layers:
-            place = len(self.layers)
+            state, number_of_layer = self.state[layer.weight], len(self.layers)
             layer.first_column = sum(other.delta_width for other in self.layers)
+            layer.start_voting(None if in_backward else votes_dtype)
+            if group["momentum"] and "momentum" not in state:
+                state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
             self.layers.append(layer)
-            if group["momentum"] and "momentum" not in self.state[layer.weight]:
-                self.state[layer.weight]["momentum"], self.state[layer.weight]["momentum_scale"] = empty_momentum(layer.weight)
-            layer.start_voting(None if in_backward else torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32)
-            kind = (layer.weight.shape, layer.bits) if group["topk_tile"] and not in_backward else place
-            alike.setdefault(kind, []).append((layer, place, tile))
-            tile += tile_count(tuple(layer.weight.shape), group["topk_tile"]) if group["topk_tile"] else 0
-        for members in alike.values():
-            stacked, places, tiles = zip(*members, strict=True)
-            streams = Streams(
-                torch.tensor(places, device=device), first if group["topk_tile"] else places[0],
-                torch.tensor(tiles, device=device),
-            )  # fmt: skip
-            flips = torch.zeros(len(stacked), dtype=torch.int64, device=device)
-            self.stacks.append(Stack(number, list(stacked), streams, flips))
+            kind = number_of_layer if in_backward else (layer.weight.shape, layer.bits)
+            alike.setdefault(kind, []).append(number_of_layer)
+        for numbers in alike.values():
+            flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+            members = [self.layers[i] for i in numbers]
+            self.stacks.append(Stack(number, members, torch.tensor(numbers, device=device), flips))
         self._learn_in_backward()
 
     def _learn_in_backward(self) -> None:
@@ -121,9 +116,9 @@ class FlipOptimizer(torch.optim.Optimizer):
                 continue
             state, rule = self.state[layer.weight], self._rule(stack)
             layer.learning = (
-                group["lr"], self.found_inf, stack.streams.layers, stack.streams.first_tile, stack.flips,
+                group["lr"], self.found_inf, stack.numbers, stack.flips,
                 torch.zeros((), dtype=torch.bool), state.get("momentum"), state.get("momentum_scale"),
-                stack.streams.topk, rule.rule, rule.bits, rule.ortho_tile, rule.topk_tile, rule.momentum,
+                rule.rule, rule.bits, rule.ortho_tile, rule.topk_tile, rule.momentum,
                 rule.step_size, rule.flip_prob, rule.flip_gamma,
             )  # fmt: skip
 
@@ -174,7 +169,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         changing = [weights, *([self.state[w][name] for w in weights] for name in names)]
         votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
         weight, *momentum = stacked
-        stack.flips += flip(votes, weight, k, layers[0].rng, stack.streams, self.found_inf, rule, *momentum)
+        stack.flips += flip(votes, weight, k, layers[0].rng, stack.numbers, self.found_inf, rule, *momentum)
         if len(layers) > 1:  # the stacks are copies
             for tensors, changed in zip(changing, stacked, strict=True):
                 torch._foreach_copy_(tensors, list(changed.unbind()))

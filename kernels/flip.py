@@ -44,16 +44,6 @@ class UpdateRule:
     flip_gamma: float = 1.0
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Where each stacked matrix draws its random numbers: the numbers of their layers, int64 (L,) on the device; the top-k's
-    stream and where in it the tiles of each matrix begin, int64 (L,)."""
-
-    layers: Tensor
-    topk: int
-    first_tile: Tensor
-
-
 def unsupported_reason(rule: UpdateRule) -> str:
     """Why no Triton kernel makes these flips, "" if one does; torch makes them otherwise."""
     if rule.topk_tile not in TOPK_TILES:
@@ -96,20 +86,20 @@ def warps_of(rule: str, side: int) -> int:
 
 
 def flip_torch(
-    votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
     momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flip` in torch."""
     if stop.item():
         return torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     if momentum is not None:
-        votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, streams.layers, stop)
+        votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
     scores = score(rule.rule, votes, weight, rule.ortho_tile)
-    return select_and_move(scores, weight, k, rng, streams, rule)
+    return select_and_move(scores, weight, k, rng, layers, rule)
 
 
 def select_and_move(
-    scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, rule: UpdateRule
+    scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, rule: UpdateRule
 ) -> Tensor:
     """The last part of `flip_torch`: scores (L, out, in) to moves of weight, in place. Returns the flips int64 (L,)."""
     count, *shape = weight.shape
@@ -119,15 +109,14 @@ def select_and_move(
         return (to_tiles(matrices, side) if side else matrices).reshape(-1, area)
 
     def draw(stream: int, each: int) -> Tensor:
-        parts = [words_from(rng, stream, tiles * each, first * each) for first in streams.first_tile.tolist()]
-        return torch.cat(parts)
+        return words_from(rng, stream, tiles * each, layers=layers).flatten()
 
     w, s, (q, unit) = tiled(weight), tiled(scores), weight_limit(rule.bits)
     ranks = rank(s, w, q, unit)
     sizes = tile_sizes(tuple(shape), side).to(weight.device).repeat(count)
-    chosen = select(ranks, topk_count(k, sizes, draw(Stream.TOPK + 16 * streams.topk, 1)))
+    chosen = select(ranks, topk_count(k, sizes, draw(Stream.TOPK, 1)))
     if rule.flip_prob == "score":
-        uniform = draw(Stream.FLIP + 16 * streams.topk, area).to(torch.float64) * 2.0**-32
+        uniform = draw(Stream.FLIP, area).to(torch.float64) * 2.0**-32
         chosen &= uniform.view(ranks.shape) < flip_probability(ranks, s, rule.flip_gamma)
     moved = apply_moves(w, s, chosen, q, unit * rule.step_size)
     weight.copy_(from_tiles(moved.view(-1, side, side), tuple(shape)) if side else moved.view(weight.shape))
@@ -139,8 +128,7 @@ def select_and_move(
 
 @jit
 def _flip_kernel(
-    votes, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, beta,
-    step_size,
+    votes, weight, momentum, momentum_scale, flips, k, rng, layers, stop, out, inner, beta, step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
     SIDE: tl.constexpr,
 ):  # fmt: skip
@@ -154,30 +142,32 @@ def _flip_kernel(
     inside = (down < out - row) & (right < inner - column)
     corner = (place * out + row) * inner + column  # int64; 32 bits do inside a block
     offsets = down * inner + right
+    layer = tl.load(layers + place)
     v = tl.load(votes + corner + offsets, mask=inside, other=0)
     if MOMENTUM:
         scales = place * (tl.cdiv(out, 64) * tl.cdiv(inner, 64))
         v = momentum_block(
             v, momentum + corner + offsets, momentum_scale + scales, inside, row, column, out, inner, rng,
-            tl.load(layers + place), beta, 64,
+            layer, beta, 64,
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile + place), Q, UNIT, TOPK)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, TOPK)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips + place, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
 
 
 def flip(
-    votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
     momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Make one step's moves in a stack of equal matrices, in place.
 
     votes int32, int64 (below 2^53) or float32 (L, out, in), weight int8 (L, out, in); momentum int8 like weight and
     momentum_scale float32 (L, tiles) where the rule has momentum; all but votes contiguous. k float64 () is the share of
-    a tile's weights to move, rng int64 (seed, step, ...); where stop, float32 (), is not 0 nothing changes. Returns the
+    a tile's weights to move, rng int64 (seed, step, ...); layers int64 (L,) numbers the
+    random streams of the matrices; where stop, float32 (), is not 0 nothing changes. Returns the
     flips of each matrix, int64 (L,), on the device, without waiting for it. Raises ValueError on shapes that do not
     agree and on other types.
     """
@@ -185,11 +175,11 @@ def flip(
         raise ValueError(f"flip: got votes {votes.dtype}; they must be int32, int64 or float32")
     count, out, inner = check_update(votes.shape, weight, rule, momentum, momentum_scale)
     if not on_triton(weight) or unsupported_reason(rule):
-        return flip_torch(votes, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+        return flip_torch(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
     name, beta = rule.rule, rule.momentum
     if unscored_reason(rule, capability_of(weight)):
         if momentum is not None:
-            votes = accumulate_momentum_(momentum, momentum_scale, votes, beta, rng, streams.layers, stop)
+            votes = accumulate_momentum_(momentum, momentum_scale, votes, beta, rng, layers, stop)
         votes, name, momentum = score(name, votes, weight, rule.ortho_tile), "gain", None
     side = rule.ortho_tile if name == "spectral" else max(rule.topk_tile, 0 if momentum is None else MOMENTUM_TILE)
     flips = torch.zeros(count, dtype=torch.int64, device=weight.device)
@@ -202,10 +192,8 @@ def flip(
         flips=flips,
         k=k,
         rng=rng,
-        layers=streams.layers,
-        first_tile=streams.first_tile,
+        layers=layers,
         stop=stop,
-        stream_id=Stream.TOPK + 16 * streams.topk,
         out=out,
         inner=inner,
         beta=beta,
@@ -265,9 +253,9 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
     """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, at each side."""
     pointers = operands | {
         "weight": "*i8", "momentum": "*i8", "momentum_scale": "*fp32", "flips": "*i64", "k": "*fp64", "rng": "*i64",
-        "layers": "*i64", "first_tile": "*i64", "stop": "*fp32",
+        "layers": "*i64", "stop": "*fp32",
     }  # fmt: skip
-    numbers = dict.fromkeys(("stream_id", "out", "inner", "step_size"), "i32") | {"beta": "fp32"}
+    numbers = dict.fromkeys(("out", "inner", "step_size"), "i32") | {"beta": "fp32"}
     if "d" in operands:
         numbers |= dict.fromkeys(("tokens", "d_row", "x_row"), "i32")
     found = []

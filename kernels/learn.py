@@ -15,7 +15,6 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
 from kernels.flip import (
-    Streams,
     UpdateRule,
     block_side,
     capability_of,
@@ -29,7 +28,6 @@ from kernels.flip import (
 )
 from kernels.limits import MAX_REDUCTION
 from kernels.momentum import momentum_block
-from kernels.philox import Stream
 from kernels.scores import score_block
 from kernels.topk import topk_block, weight_limit
 from kernels.votes import accumulate_votes, votes_block, votes_torch
@@ -38,16 +36,16 @@ TOKENS = 64  # of one step through the operands
 
 
 def learn_torch(
-    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
     momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`learn` in torch: votes, then what `flip` does."""
-    return flip_torch(votes_torch(d, x)[None], weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+    return flip_torch(votes_torch(d, x)[None], weight, k, rng, layers, stop, rule, momentum, momentum_scale)
 
 
 @jit
 def _learn_kernel(
-    d, x, weight, momentum, momentum_scale, flips, k, rng, layers, first_tile, stop, stream_id, out, inner, tokens,
+    d, x, weight, momentum, momentum_scale, flips, k, rng, layers, stop, out, inner, tokens,
     d_row, d_column, x_row, x_column, beta, step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
     SIDE: tl.constexpr, TOKENS: tl.constexpr,
@@ -63,21 +61,22 @@ def _learn_kernel(
     inside = (down < out - row) & (right < inner - column)
     corner = row.to(tl.int64) * inner + column  # 32 bits do inside a block
     offsets = down * inner + right
+    layer = tl.load(layers)
     if MOMENTUM:
         v = momentum_block(
             v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng,
-            tl.load(layers), beta, 64,
+            layer, beta, 64,
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, stream_id, tl.load(first_tile), Q, UNIT, TOPK)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, TOPK)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
 
 
 def learn(
-    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, streams: Streams, stop: Tensor, rule: UpdateRule,
+    d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
     momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Learn from one batch: d int8 (T, out), x int8 (T, in) of any stride; weight int8 (1, out, in) changes in place.
@@ -92,11 +91,11 @@ def learn(
     if d.dtype != torch.int8 or x.dtype != torch.int8:
         raise ValueError(f"learn: got delta {d.dtype} and activations {x.dtype}; both must be int8")
     if not on_triton(weight):
-        return learn_torch(d, x, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+        return learn_torch(d, x, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
     if unsupported_reason(rule) or unscored_reason(rule, capability_of(weight)) or len(d) > MAX_REDUCTION:
         votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=d.device)
         accumulate_votes(d, x, votes[0], rng.clone())
-        return flip(votes, weight, k, rng, streams, stop, rule, momentum, momentum_scale)
+        return flip(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
     side = block_side(rule)
     flips = torch.zeros(1, dtype=torch.int64, device=weight.device)
     q, unit = weight_limit(rule.bits)
@@ -109,10 +108,8 @@ def learn(
         flips=flips,
         k=k,
         rng=rng,
-        layers=streams.layers,
-        first_tile=streams.first_tile,
+        layers=layers,
         stop=stop,
-        stream_id=Stream.TOPK + 16 * streams.topk,
         out=out,
         inner=inner,
         tokens=len(d),
@@ -142,8 +139,8 @@ def learn(
 )  # fmt: skip
 def learn_in_backward(
     d: Tensor, operand: Tensor, weight: Tensor, rng: Tensor, k: Tensor, stop: Tensor, layers: Tensor,
-    first_tile: Tensor, flips: Tensor, used: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None,
-    topk_stream: int, rule: str, bits: int, ortho_tile: int, topk_tile: int, beta: float, step_size: int,
+    flips: Tensor, used: Tensor, momentum: Tensor | None, momentum_scale: Tensor | None,
+    rule: str, bits: int, ortho_tile: int, topk_tile: int, beta: float, step_size: int,
     flip_prob: str, flip_gamma: float,
 ) -> None:  # fmt: skip
     """`learn` as an operator that a compiled backward pass can call, for one weight int8 (out, in).
@@ -159,14 +156,13 @@ def learn_in_backward(
         )
     used.fill_(True)
     settings = UpdateRule(rule, bits, ortho_tile, topk_tile, beta, step_size, flip_prob, flip_gamma)
-    streams = Streams(layers, topk_stream, first_tile)
     kept = (None, None) if momentum is None else (momentum[None], momentum_scale[None])
     if operand.dtype == torch.int64:
         votes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
         accumulate_embedding_votes(d, operand, votes)
-        flips += flip(votes[None], weight[None], k, rng, streams, stop, settings, *kept)
+        flips += flip(votes[None], weight[None], k, rng, layers, stop, settings, *kept)
     else:
-        flips += learn(d, operand, weight[None], k, rng, streams, stop, settings, *kept)
+        flips += learn(d, operand, weight[None], k, rng, layers, stop, settings, *kept)
 
 
 def launch_configs() -> list[LaunchConfig]:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, tl
 from kernels.fuse import fused
-from kernels.philox import DITHER_BITS, Stream, dither, dither_at, dither_word, words_from
+from kernels.philox import (
+    DITHER_BITS,
+    MOMENTUM_COLUMNS_STREAM,
+    MOMENTUM_ROWS_STREAM,
+    Stream,
+    dither,
+    dither_at,
+    dither_word,
+    words_from,
+)
 from kernels.tiles import block_to_tiles, from_tiles, tile_count, tile_grid, tiles_to_block, to_tiles
 
 MOMENTUM_TILE = 64  # one scale per tile of this side
@@ -45,19 +54,18 @@ def momentum_step(
     return v + beta * m, rounded.to(torch.int8), new_scale
 
 
-def momentum_noise(rng: Tensor, layers: list[int], tiles: int) -> tuple[Tensor, Tensor]:
+def momentum_noise(rng: Tensor, layers: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     """Rounding noise for stacked momenta of `tiles` tiles each: int32 (L * tiles, n, 1) and (L * tiles, 1, n)."""
     n = MOMENTUM_TILE
 
     def draw(stream: int) -> Tensor:
-        words = [words_from(rng, stream + 16 * layer, tiles * n) for layer in layers]
-        return (torch.cat(words) >> (32 - DITHER_BITS)).to(torch.int32)
+        return (words_from(rng, stream, tiles * n, layers=layers) >> (32 - DITHER_BITS)).to(torch.int32)
 
     return draw(Stream.MOMENTUM_ROWS).view(-1, n, 1), draw(Stream.MOMENTUM_COLUMNS).view(-1, 1, n)
 
 
 def accumulate_momentum_torch_(
-    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: list[int]
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor
 ) -> Tensor:
     """`accumulate_momentum_` in torch."""
     shape = tuple(momentum.shape[1:])
@@ -114,8 +122,8 @@ def momentum_block(v, momentum, scale, inside, row, column, out, inner, rng, lay
     tile = tile_row * tl.cdiv(inner, SIDE) + tile_column
     element = (tile[:, None] * SIDE + tl.arange(0, SIDE)[None, :]).to(tl.int64)
     seed, step = tl.load(rng), tl.load(rng + 1)
-    row_noise = dither_word(seed, step, 4 + 16 * layer, element)  # Stream.MOMENTUM_ROWS
-    col_noise = dither_word(seed, step, 5 + 16 * layer, element)
+    row_noise = dither_word(seed, step, 16 * layer + MOMENTUM_ROWS_STREAM, element)
+    col_noise = dither_word(seed, step, 16 * layer + MOMENTUM_COLUMNS_STREAM, element)
     return momentum_tile(v, momentum, inside, scale + tile, real, row_noise, col_noise, beta, SIDE)
 
 
@@ -152,7 +160,7 @@ def accumulate_momentum_(
     if not on_triton(momentum):
         if stop.item():
             return votes.to(torch.float32)
-        return accumulate_momentum_torch_(momentum, scale, votes, beta, rng, layers.tolist())
+        return accumulate_momentum_torch_(momentum, scale, votes, beta, rng, layers)
     count, out, inner = momentum.shape
     down, across = tile_grid((out, inner), MOMENTUM_TILE)
     evidence = torch.zeros(momentum.shape, dtype=torch.float32, device=momentum.device)

@@ -36,7 +36,8 @@ WORDS_BLOCK = 1024  # words of a program
 
 
 class Stream:
-    """What a number is drawn for: one id per use, so that no two uses share numbers."""
+    """What a number is drawn for: one id per use, plus 16 times the number of a layer where layers draw apart, so that no
+    two uses share numbers."""
 
     ROWS, COLUMNS, TOPK, FLIP, MOMENTUM_ROWS, MOMENTUM_COLUMNS, BATCH, INIT, SAMPLE, MONITOR = range(10)
 
@@ -56,13 +57,15 @@ def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:
     return c0, c1, c2, c3
 
 
-def words(seed: int, step: int, stream: int, n: int, start: int = 0) -> np.ndarray:
-    """Words of elements start .. start + n - 1 as uint64 values below 2^32, shape (n,)."""
+def words(seed: int, step: int, stream: int | np.ndarray, n: int, start: int = 0) -> np.ndarray:
+    """Words of elements start .. start + n - 1 as uint64 values below 2^32, shape (n,); (L, n) of L streams."""
     first, last = start // 4, (start + n + 3) // 4
     group = np.arange(first, last, dtype=np.uint64)
-    counter = (group & np.uint64(MASK), group >> np.uint64(32), step & MASK, stream & MASK)
+    streams = np.asarray(stream, dtype=np.uint64)[..., None] & np.uint64(MASK)
+    counter = (group & np.uint64(MASK), group >> np.uint64(32), step & MASK, streams)
     four = np.broadcast_arrays(*philox4x32(counter, (seed & MASK, (seed >> 32) & MASK)))
-    return np.stack(four, axis=1).reshape(-1)[start - 4 * first : start - 4 * first + n]
+    flat = np.stack(four, axis=-1).reshape(*streams.shape[:-1], -1)
+    return flat[..., start - 4 * first : start - 4 * first + n]
 
 
 def uniform(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
@@ -87,6 +90,10 @@ def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 
 # In kernels
+
+TOPK_STREAM = tl.constexpr(Stream.TOPK) if triton else None
+MOMENTUM_ROWS_STREAM = tl.constexpr(Stream.MOMENTUM_ROWS) if triton else None
+MOMENTUM_COLUMNS_STREAM = tl.constexpr(Stream.MOMENTUM_COLUMNS) if triton else None
 
 
 @jit
@@ -114,29 +121,39 @@ def dither_at(row_noise, col_noise):
 
 
 @jit
-def _words_kernel(out, rng, stream_id, start, count, BLOCK: tl.constexpr):
+def _words_kernel(out, rng, layers, stream_id, start, count, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    if layers is not None:
+        stream_id += 16 * tl.load(layers + row)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = philox_words(tl.load(rng), tl.load(rng + 1), stream_id, start + place)
-    tl.store(out + place, word.to(tl.int64), mask=place < count)
+    tl.store(out + row * count + place, word.to(tl.int64), mask=place < count)
 
 
 # For torch
 
 
-@opaque_operator("words_torch", fake=lambda rng, stream, count, start=0: rng.new_empty(count))
-def words_torch(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+def _empty_words(rng: Tensor, stream: int, count: int, start: int = 0, layers: Tensor | None = None) -> Tensor:
+    return rng.new_empty(count if layers is None else (len(layers), count))
+
+
+@opaque_operator("words_torch", fake=_empty_words)
+def words_torch(rng: Tensor, stream: int, count: int, start: int = 0, layers: Tensor | None = None) -> Tensor:
     """`words_from` in torch. It reads `rng` on the host."""
     seed, step = rng[:2].tolist()
-    return torch.from_numpy(words(seed, step, stream, count, start).astype(np.int64)).to(rng.device)
+    streams = stream if layers is None else stream + 16 * layers.cpu().numpy()
+    return torch.from_numpy(words(seed, step, streams, count, start).astype(np.int64)).to(rng.device)
 
 
 @operator("words")
-def words_triton(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+def words_triton(rng: Tensor, stream: int, count: int, start: int = 0, layers: Tensor | None = None) -> Tensor:
     """`words_from` on a GPU."""
-    out = torch.empty(count, dtype=torch.int64, device=rng.device)
-    wrap_triton(_words_kernel)[(triton.cdiv(count, WORDS_BLOCK),)](
+    shape = (count,) if layers is None else (layers.shape[0], count)
+    out = torch.empty(shape, dtype=torch.int64, device=rng.device)
+    wrap_triton(_words_kernel)[(triton.cdiv(count, WORDS_BLOCK), 1 if layers is None else layers.shape[0])](
         out=out,
         rng=rng,
+        layers=layers,
         stream_id=stream,
         start=start,
         count=count,
@@ -145,12 +162,13 @@ def words_triton(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor
     return out
 
 
-def words_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
+def words_from(rng: Tensor, stream: int, count: int, start: int = 0, layers: Tensor | None = None) -> Tensor:
     """Words start .. start + count - 1 of the step for `stream`: int64 (count,) below 2^32, on rng's device.
 
-    Where Triton kernels run, nothing is read on the host.
+    With `layers`, int64 (L,), those of each layer's own stream: (L, count). Where Triton kernels run, nothing is read
+    on the host.
     """
-    return (words_triton if on_triton(rng) else words_torch)(rng, stream, count, start)
+    return (words_triton if on_triton(rng) else words_torch)(rng, stream, count, start, layers)
 
 
 def uniform_from(rng: Tensor, stream: int, count: int, start: int = 0) -> Tensor:
@@ -191,5 +209,5 @@ def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tens
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check philox` compiles."""
-    signature = {"out": "*i64", "rng": "*i64", "stream_id": "i32", "start": "i32", "count": "i32"}
+    signature = {"out": "*i64", "rng": "*i64", "layers": "*i64", "stream_id": "i32", "start": "i32", "count": "i32"}
     return [LaunchConfig("words", _words_kernel, signature, {"BLOCK": WORDS_BLOCK})]

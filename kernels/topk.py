@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl
 from kernels.fuse import fused
-from kernels.philox import philox_words
+from kernels.philox import TOPK_STREAM, philox_words
 from kernels.tiles import block_to_tiles, tiles_to_block
 
 
@@ -143,12 +143,13 @@ def choose(keys, m, BITS: tl.constexpr):
 
 
 @jit
-def topk_block(s, w, row, column, out, inner, k, rng, stream, first_tile, Q: tl.constexpr, UNIT: tl.constexpr,
-               TILE: tl.constexpr):  # fmt: skip
+def topk_block(
+    s, w, row, column, out, inner, k, rng, layer, Q: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """The moves of a block (M, N) of scores, whose first weight is (row, column) of a matrix (out, inner).
 
-    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); in the
-    random stream that rounds m, the matrix's tiles begin at first_tile.
+    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); layer is the
+    number of the matrix, which has a random stream of its own to round m.
     """
     M: tl.constexpr = s.shape[0]
     N: tl.constexpr = s.shape[1]
@@ -156,8 +157,8 @@ def topk_block(s, w, row, column, out, inner, k, rng, stream, first_tile, Q: tl.
     tile_row, tile_column = row // TILE + tile // (N // TILE), column // TILE + tile % (N // TILE)
     height = tl.maximum(tl.minimum(out - tile_row * TILE, TILE), 0)
     size = (height * tl.maximum(tl.minimum(inner - tile_column * TILE, TILE), 0)).to(tl.int64)
-    element = first_tile + tile_row * tl.cdiv(inner, TILE) + tile_column
-    word = philox_words(tl.load(rng), tl.load(rng + 1), stream, element).to(tl.int64)
+    element = tile_row * tl.cdiv(inner, TILE) + tile_column
+    word = philox_words(tl.load(rng), tl.load(rng + 1), 16 * layer + TOPK_STREAM, element).to(tl.int64)
     share = tl.floor(tl.load(k) * 4294967296.0 + 0.5).to(tl.int64)
     m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
     keys = block_to_tiles(keys_of(s, w, Q, UNIT), TILE)

@@ -24,7 +24,7 @@ from tests.kernels.update_inputs import (
     share,
     some_momentum,
     some_rng,
-    some_streams,
+    some_layers,
     some_votes,
     some_weight,
     torch_backend,
@@ -51,7 +51,7 @@ def flipped(tensors: Case, rule: UpdateRule, k: float, stop: float = 0.0) -> Ten
     votes, weight, *kept = tensors
     device = weight.device
     return flip(
-        votes, weight, share(k, device), some_rng(device), some_streams(len(weight), device),
+        votes, weight, share(k, device), some_rng(device), some_layers(len(weight), device),
         torch.tensor(stop, device=device), rule, *kept,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def agree(tensors: Case, rule: UpdateRule, k: float, device: torch.device) -> Te
 def flipped_by_hand(
     votes: Tensor, weight: Tensor, side: int, q: int, unit: int, size: int, k: float
 ) -> list[list[int]]:  # fmt: skip
-    """Gain, weight by weight, on one matrix of a stack: tiles from number 0 of `some_streams`' stream."""
+    """Gain, weight by weight, on one matrix of a stack: the first of `some_layers`."""
     rows, columns = weight.shape
     tall, wide = (side, side) if side else (rows, columns)
     w, v = weight.tolist(), votes.tolist()
@@ -89,7 +89,7 @@ def flipped_by_hand(
     for top in range(0, rows, tall):
         for left in range(0, columns, wide):
             places = [(r, c) for r in range(top, min(top + tall, rows)) for c in range(left, min(left + wide, columns))]
-            u = int(words(SEED, STEP, Stream.TOPK + 16 * some_streams(1).topk, 1, tile)[0])
+            u = int(words(SEED, STEP, Stream.TOPK + 16 * int(some_layers(1)[0]), 1, tile)[0])
             m = (int(k * 2**32 + 0.5) * len(places) + u) // 2**32
             legal = [(r, c) for r, c in places if v[r][c] and abs(w[r][c] - unit * (1 if v[r][c] > 0 else -1)) <= q]
             for r, c in sorted(legal, key=lambda place: -abs(v[place[0]][place[1]]))[:m]:  # a stable sort
@@ -107,9 +107,9 @@ def test_reference_against_brute_force(bits, size, topk_tile, k):
     for shape, levels in (((1, 7), 0), ((33, 65), 3), ((65, 130), 0)):
         votes, weight, *_ = case((1, *shape), rule, levels)
         expected = flipped_by_hand(votes[0], weight[0], topk_tile, *BITS[bits], size, k)
-        streams = replace(some_streams(1), first_tile=torch.tensor([0]))
+        layers = some_layers(1)
         before = weight.clone()
-        flips = flip(votes, weight, share(k), some_rng(), streams, torch.zeros(()), rule)
+        flips = flip(votes, weight, share(k), some_rng(), layers, torch.zeros(()), rule)
         assert weight[0].tolist() == expected and weight.dtype == torch.int8
         assert flips.tolist() == [(weight != before).sum()]
 
@@ -128,8 +128,8 @@ def test_reference_flips_by_its_scores(rule):
 def test_reference_scores_the_momentum():
     rule = UpdateRule("gain", momentum=0.8)
     votes, weight, stored, scale = case((3, 33, 65), rule)
-    other, kept, streams = weight.clone(), (stored.clone(), scale.clone()), some_streams(3)
-    evidence = accumulate_momentum_(*kept, votes, 0.8, some_rng(), streams.layers, torch.zeros(()))
+    other, kept, layers = weight.clone(), (stored.clone(), scale.clone()), some_layers(3)
+    evidence = accumulate_momentum_(*kept, votes, 0.8, some_rng(), layers, torch.zeros(()))
     flips = flipped((votes, weight, stored, scale), rule, 0.3)
     assert torch.equal(flipped((evidence, other, None, None), UpdateRule("gain"), 0.3), flips)
     assert torch.equal(other, weight) and torch.equal(stored, kept[0]) and torch.equal(scale, kept[1])
@@ -143,11 +143,11 @@ def test_reference_flips_with_a_probability(topk_tile):
     selected, found = weight.clone(), weight.clone()
     flipped((votes, selected, None, None), replace(rule, flip_prob="one"), 0.3)
     flips = flipped((votes, found, None, None), rule, 0.3)
-    streams, area = some_streams(3), topk_tile**2 or 33 * 65
+    layers, area = some_layers(3), topk_tile**2 or 33 * 65
     side = topk_tile or 65
     expected = selected.clone()
-    for place, first in enumerate(streams.first_tile.tolist()):
-        numbers = words(SEED, STEP, Stream.FLIP + 16 * streams.topk, area * (6 if topk_tile else 1), first * area)
+    for place, layer in enumerate(layers.tolist()):
+        numbers = words(SEED, STEP, Stream.FLIP + 16 * layer, area * (6 if topk_tile else 1))
         for tile in range(6 if topk_tile else 1):
             top, left = tile // 3 * side, tile % 3 * side
             part = slice(top, top + side), slice(left, left + side)
@@ -165,11 +165,10 @@ def test_reference_of_stacked_matrices_is_that_of_single_ones():
     rule = UpdateRule("gain", momentum=0.9)
     together = case((3, 33, 65), rule)
     alone = to_device(together, torch.device("cpu"))
-    flips, streams = flipped(together, rule, 0.3), some_streams(3)
+    flips, layers = flipped(together, rule, 0.3), some_layers(3)
     for i in range(3):
-        own = replace(streams, layers=streams.layers[i : i + 1], first_tile=streams.first_tile[i : i + 1])
         votes, weight, stored, scale = (t[i : i + 1] for t in alone)
-        count = flip(votes, weight, share(0.3), some_rng(), own, torch.zeros(()), rule, stored, scale)
+        count = flip(votes, weight, share(0.3), some_rng(), layers[i : i + 1], torch.zeros(()), rule, stored, scale)
         assert count.item() == flips[i].item()
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
@@ -226,7 +225,7 @@ def test_none_and_all(name, momentum, device):
 @pytest.mark.parametrize("topk_tile", [32, 64])
 def test_counts_are_exact(topk_tile, device):
     """Where every move is legal: m = floor(k n + u) in every tile, ragged ones as they are."""
-    rule, streams = UpdateRule("gain", topk_tile=topk_tile), some_streams(1)
+    rule, layer = UpdateRule("gain", topk_tile=topk_tile), int(some_layers(1)[0])
     votes, weight = torch.ones(1, 65, 33, dtype=torch.int32, device=device), torch.zeros(1, 65, 33, dtype=torch.int8)
     weight = weight.to(device)
     flipped((votes, weight, None, None), rule, 0.1)
@@ -234,8 +233,7 @@ def test_counts_are_exact(topk_tile, device):
     for tile in range(-(-65 // topk_tile) * across):
         top, left = tile // across * topk_tile, tile % across * topk_tile
         part = weight[0, top : top + topk_tile, left : left + topk_tile]
-        first = int(streams.first_tile[0])
-        u = int(words(SEED, STEP, Stream.TOPK + 16 * streams.topk, 1, first + tile)[0])
+        u = int(words(SEED, STEP, Stream.TOPK + 16 * layer, 1, tile)[0])
         m = (int(0.1 * 2**32 + 0.5) * part.numel() + u) // 2**32
         moved = (part.flatten() == -1).tolist()
         assert moved == [True] * m + [False] * (part.numel() - m), "ties go to the lower index"
@@ -246,13 +244,12 @@ def test_counts_are_exact(topk_tile, device):
 def test_k_is_rounded_to_units_of_32_bits(where, device):
     """At a word so large that one unit makes one move: half a unit is rounded up to it, less is none."""
     backend.use("torch" if where == "torch" else "triton")
-    streams = some_streams(1, device)
-    streams = replace(streams, first_tile=torch.tensor([1_679_780], device=device))
-    assert words(SEED, STEP, Stream.TOPK + 16 * streams.topk, 1, 1_679_780) == 2**32 - 2815
+    layers = torch.tensor([873_744], device=device)
+    assert words(SEED, STEP, Stream.TOPK + 16 * 873_744, 1) == 2**32 - 1471
     votes = torch.ones(1, 64, 64, dtype=torch.int32, device=device)
     for k, expected in ((2.0**-32, 1), (2.0**-33, 1), (0.49 * 2.0**-32, 0)):
         weight, stop = torch.zeros(1, 64, 64, dtype=torch.int8, device=device), torch.zeros((), device=device)
-        flips = flip(votes, weight, share(k, device), some_rng(device), streams, stop, UpdateRule("gain"))
+        flips = flip(votes, weight, share(k, device), some_rng(device), layers, stop, UpdateRule("gain"))
         assert flips.item() == expected and weight[0, 0, 0] == -expected
 
 
@@ -315,8 +312,8 @@ def test_scores_that_look_past_a_block_are_formed_in_torch(name, ortho_tile, dev
     mine = to_device(case((3, 7, 63), rule, 3000), device)
     votes, weight, stored, scale = to_device(mine, device)
     flips = flipped(mine, rule, 0.3)
-    stop, streams = torch.zeros((), device=device), some_streams(3, device)
-    evidence = accumulate_momentum_(stored, scale, votes, 0.9, some_rng(device), streams.layers, stop)
+    stop, layers = torch.zeros((), device=device), some_layers(3, device)
+    evidence = accumulate_momentum_(stored, scale, votes, 0.9, some_rng(device), layers, stop)
     scores = score(name, evidence, weight, ortho_tile)
     expected = flipped((scores, weight, None, None), UpdateRule("gain", topk_tile=64), 0.3)
     assert torch.equal(flips, expected) and (flips > 0).all() and torch.equal(mine[1], weight)

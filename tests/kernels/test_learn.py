@@ -23,7 +23,7 @@ from tests.kernels.update_inputs import (
     share,
     some_momentum,
     some_rng,
-    some_streams,
+    some_layers,
     some_weight,
     torch_backend,
     unharmed,
@@ -48,7 +48,7 @@ def learned(tensors: Case, rule: UpdateRule, k: float = 0.3, stop: float = 0.0) 
     d, x, weight, *kept = tensors
     device = weight.device
     return learn(
-        d, x, weight, share(k, device), some_rng(device), some_streams(1, device), torch.tensor(stop, device=device),
+        d, x, weight, share(k, device), some_rng(device), some_layers(1, device), torch.tensor(stop, device=device),
         rule, *kept,
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def voted_and_flipped(tensors: Case, rule: UpdateRule, k: float = 0.3) -> Tensor
     votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=device)
     accumulate_votes(d, x, votes[0], some_rng(device))
     return flip(
-        votes, weight, share(k, device), some_rng(device), some_streams(1, device), torch.zeros((), device=device),
+        votes, weight, share(k, device), some_rng(device), some_layers(1, device), torch.zeros((), device=device),
         rule, *kept,
     )  # fmt: skip
 
@@ -259,12 +259,12 @@ def test_refusals(where, device):
 def backward_arguments(tensors: Case, rule: UpdateRule, operand: Tensor, used: bool = False) -> tuple:
     """Of `learn_in_backward`, for one weight (out, in) as a layer has it."""
     d, _, weight, stored, scale = tensors
-    device, streams = weight.device, some_streams(1, weight.device)
+    device = weight.device
     flips = torch.full((1,), 40, device=device)
     kept = (None, None) if stored is None else (stored[0], scale[0])
     return (
-        d, operand, weight[0], some_rng(device), share(0.3, device), torch.zeros((), device=device), streams.layers,
-        streams.first_tile, flips, torch.tensor(used), *kept, streams.topk, rule.rule, rule.bits, rule.ortho_tile,
+        d, operand, weight[0], some_rng(device), share(0.3, device), torch.zeros((), device=device), some_layers(1, device),
+        flips, torch.tensor(used), *kept, rule.rule, rule.bits, rule.ortho_tile,
         rule.topk_tile, rule.momentum, rule.step_size, rule.flip_prob, rule.flip_gamma,
     )  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_in_the_backward_pass(rule, where, device):
     two = copied(one, device)
     arguments = backward_arguments(one, rule, one[1])
     assert learn_in_backward(*arguments) is None
-    flips, used = arguments[8:10]
+    flips, used = arguments[7:9]
     assert torch.equal(learned(two, rule) + 40, flips) and equal(one, two) and used.item() and flips > 40
     assert arguments[3].tolist() == some_rng().tolist()
 
@@ -303,10 +303,10 @@ def test_an_embedding_in_the_backward_pass(momentum, where, device):
     votes = torch.zeros(1, 19, 33, dtype=torch.int32, device=device)
     accumulate_embedding_votes(d, tokens, votes[0])
     expected = flip(
-        votes, two[2], share(0.3, device), some_rng(device), some_streams(1, device), torch.zeros((), device=device),
+        votes, two[2], share(0.3, device), some_rng(device), some_layers(1, device), torch.zeros((), device=device),
         rule, *two[3:],
     )  # fmt: skip
-    assert torch.equal(arguments[8], expected + 40) and equal(one[2:], two[2:]) and expected > 0
+    assert torch.equal(arguments[7], expected + 40) and equal(one[2:], two[2:]) and expected > 0
 
 
 @kernel_test
@@ -317,7 +317,7 @@ def test_a_second_use_is_refused_and_changes_nothing(device):
     arguments = backward_arguments(tensors, rule, tensors[1], used=True)
     with pytest.raises(ValueError, match='used twice in one step with update = "backward".* take update = "step"'):
         learn_in_backward(*arguments)
-    assert equal(tensors, before) and arguments[8].item() == 40
+    assert equal(tensors, before) and arguments[7].item() == 40
     once = backward_arguments(tensors, rule, tensors[1])
     learn_in_backward(*once)
     with pytest.raises(ValueError, match="used twice in one step"):
@@ -335,4 +335,4 @@ def test_as_a_torch_operator(momentum, device):
     after, expected = (backward_arguments(t, rule, t[1]) for t in (mine, theirs))
     opaque(learn_in_backward)(*after)
     learn_in_backward(*expected)
-    assert equal(mine, theirs) and torch.equal(after[8], expected[8]) and after[9].item()
+    assert equal(mine, theirs) and torch.equal(after[7], expected[7]) and after[8].item()

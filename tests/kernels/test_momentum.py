@@ -104,7 +104,7 @@ def test_without_votes_it_fades_to_nothing():
 
 def test_noise_of_stacked_momenta():
     """A layer's streams are its own; their elements go tile by tile."""
-    rows, columns = momentum_noise(some_rng(), [5, 0], 3)
+    rows, columns = momentum_noise(some_rng(), torch.tensor([5, 0]), 3)
     assert rows.dtype == columns.dtype == torch.int32
     n = MOMENTUM_TILE
     assert rows.shape == (6, n, 1) and columns.shape == (6, 1, n)
@@ -126,7 +126,7 @@ def test_whole_matrices_are_their_tiles(shape):
     """`accumulate_momentum_` in torch is `momentum_step` on tiles, padded with zeros, with the layers' noise."""
     (stored, scale), votes = some_momentum(shape), some_votes(shape, 9000)
     layers = torch.tensor([4, 9, 2][: shape[0]])
-    noise = momentum_noise(some_rng(), layers.tolist(), scale.shape[1])
+    noise = momentum_noise(some_rng(), layers, scale.shape[1])
     expected = momentum_step(to_tiles(stored, 64), scale.flatten(), to_tiles(votes, 64), 0.9, *noise)
     evidence = accumulate_momentum_(stored, scale, votes, 0.9, some_rng(), layers, torch.zeros(()))
     assert torch.equal(to_tiles(evidence, 64), expected[0])

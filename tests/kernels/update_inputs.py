@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.flip import Streams
 from kernels.momentum import MOMENTUM_TILE
 from kernels.tiles import tile_count
 from tests.kernels.inputs import generator
@@ -59,10 +58,9 @@ def some_rng(device: torch.device | str = "cpu", step: int = STEP) -> Tensor:
     return torch.tensor([SEED, step, 5], device=device)
 
 
-def some_streams(count: int, device: torch.device | str = "cpu") -> Streams:
-    """Of `count` stacked matrices, which are neither neighbours nor in order."""
-    layers, first_tile = [5, 2, 9], [3, 2**33 + 1, 0]
-    return Streams(torch.tensor(layers[:count], device=device), 7, torch.tensor(first_tile[:count], device=device))
+def some_layers(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers of `count` stacked matrices, which are neither neighbours nor in order: int64 (count,)."""
+    return torch.tensor([5, 2, 9][:count], device=device)
 
 
 def share(k: float, device: torch.device | str = "cpu") -> Tensor:
