@@ -177,6 +177,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop votes of backward passes that no step has used; `set_to_none` is torch's and changes nothing."""
         _clear(self.layers)
+        if newest := [layer.delta_history[0] for layer in self.layers if layer.delta_history is not None]:
+            torch._foreach_zero_(newest)
         self._learn_in_backward()
 
     @torch.no_grad()
@@ -229,16 +231,16 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _clear(layers: list[IntLayer]) -> None:
-    """Votes and their scales to 0."""
+    """Votes, their scales and the rows seen to 0."""
+    torch._foreach_zero_([layer.rng[2] for layer in layers])
     torch._foreach_zero_([layer.votes_scale for layer in layers])
     if votes := [layer.votes for layer in layers if layer.votes is not None]:
         torch._foreach_zero_(votes)
 
 
 def _advance(layers: list[IntLayer], found_inf: Tensor) -> None:
-    """To the next step: the step's number, no rows seen, no votes, histories of delta one further."""
+    """To the next step: the step's number, no votes, histories of delta one further."""
     torch._foreach_add_([layer.rng[1] for layer in layers], 1)
-    torch._foreach_zero_([layer.rng[2] for layer in layers])
     _clear(layers)
     if histories := [layer.delta_history for layer in layers if layer.delta_history is not None]:
         old = torch.stack(histories)

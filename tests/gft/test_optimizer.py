@@ -401,29 +401,35 @@ def test_two_runs_are_equal_and_another_seed_is_not():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_drops_votes_but_not_the_place_in_the_random_stream(set_to_none):
-    """What is drawn is a function of the step and of the rows seen in it, dropped ones included or not."""
-    net = tiny_net()
-    opt = optimizer(net)
-    loss_of(net, tokens_of(77)).backward()
-    assert all(layer.votes.any() for layer in net)
-    opt.zero_grad(set_to_none)
-    assert not any(layer.votes.any() or layer.votes_scale for layer in net)
-    train(net, opt, 0, 2)
-    assert all(layer.rng.tolist() == [1, 2, 0] for layer in net)
+@pytest.mark.parametrize("delta", [Delta(), DELAYED], ids=["step", "delayed"])
+def test_zero_grad_drops_votes_their_place_in_the_random_stream_and_their_scale(set_to_none, delta):
+    ends = []
+    for detour in (False, True):
+        net = tiny_net(delta=delta)
+        opt = optimizer(net)
+        train(net, opt, 0, 1)
+        if detour:
+            (100 * loss_of(net, tokens_of(77))).backward()
+            assert all(layer.votes.any() and layer.rng[2] > 0 for layer in net)
+            opt.zero_grad(set_to_none)
+            assert not any(layer.votes.any() or layer.votes_scale or layer.rng[2] for layer in net)
+        train(net, opt, 1, 4)
+        ends.append(weights(net))
+    assert same(*ends)
 
 
-def test_step_drops_the_votes_it_used_and_without_any_only_advances():
+def test_step_drops_the_votes_it_used_and_momentum_goes_on_without_any():
+    """As torch's SGD does where a gradient is zero."""
     net = tiny_net()
     opt = optimizer(net, momentum=0.9)
-    flips = train(net, opt, 0, 1)
-    before, state = weights(net), copy.deepcopy(opt.state_dict()["state"])
+    train(net, opt, 0, 1)
     assert not any(layer.votes.any() for layer in net)
-    opt.zero_grad()
+    before, scales = weights(net), [opt.state[layer.weight]["momentum_scale"].clone() for layer in net]
     opt.step()
-    after = opt.state_dict()["state"]
-    assert all(state[i]["rng"].tolist() == [1, 1, 0] and after[i]["rng"].tolist() == [1, 2, 0] for i in range(3))
-    assert int(opt.flips()) >= flips[0] and len(before) == 3
+    assert all(layer.rng.tolist() == [1, 2, 0] for layer in net)
+    assert not any(map(torch.equal, before, weights(net)))
+    for layer, scale in zip(net, scales, strict=True):
+        torch.testing.assert_close(opt.state[layer.weight]["momentum_scale"], 0.9 * scale)
 
 
 def test_without_momentum_a_step_without_votes_moves_nothing():
