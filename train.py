@@ -140,20 +140,21 @@ class Run:
         where = f"checkpoint {self.out / name}.json"
         different = differences(from_dict(meta["config"]), self.cfg)
         if different:
-            raise UserError(f"{where} was trained with other settings: {'; '.join(different)}; use the same settings to "
+            raise UserError(f"{where} was trained with other settings: {'; '.join(different)}; use the same to "
                             "resume, or another --out_dir for a new run")  # fmt: skip
         if meta["data"]["sha256"] != self.task.sha256:
             raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
                             f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
         read = json.loads(json.dumps(self.task.saved()))
         if other := [name for name in read if meta[name] != read[name]]:
-            raise UserError(f"{where} was trained on the same file, but it now decodes differently ({', '.join(other)}), "
-                            "perhaps because of another library version; resume with the original versions, or start a "
-                            "new run in another --out_dir")  # fmt: skip
+            raise UserError(f"{where} was trained on the same file, but it now decodes differently ("
+                            f"{', '.join(other)}), perhaps because of another library version; resume with the "
+                            "original versions, or start a new run in another --out_dir")  # fmt: skip
         now = self.on.environment()
         changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
         if changed:
-            print(f"note: exact resumption is not guaranteed, because the setup has changed: {'; '.join(changed)}", file=sys.stderr)
+            print(f"note: exact resumption is not guaranteed, because the setup has changed: {'; '.join(changed)}",
+                  file=sys.stderr)  # fmt: skip
         self.net.load_state_dict(checkpoint.group(tensors, "model"))
         self.step = meta["step"]
         self.rng[1] = self.step
@@ -215,8 +216,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             x, y = task.batch_at(rng, part)
             with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                 loss = loss_of(net(x), y)
-            # After a loss that is not finite, FlipOptimizer and AdamW leave all weights unchanged. The host notices at its
-            # next read and saves nothing more.
+            # After a loss that is not finite, FlipOptimizer and AdamW leave all weights unchanged. The host notices at
+            # its next read and saves nothing more.
             torch.maximum(found_inf, (~torch.isfinite(loss)).float(), out=found_inf)
             (loss * loss_scale).backward()
             log.loss += loss.detach()
@@ -290,7 +291,8 @@ class Log:
         run = self.run
         if run.found_inf.item():
             lower = "--k" if run.cfg.method == "gft" else "--lr"
-            steps = f"step {run.step}" if run.step == self.last + 1 else f"one of the steps {self.last + 1} to {run.step}"
+            one = run.step == self.last + 1
+            steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
             raise UserError(
                 f"the loss became {loss} at {steps}; that step and later ones were skipped, and saved checkpoints are "
                 f"intact. Start a new run with a lower {lower} in another --out_dir", DIVERGED,
@@ -364,7 +366,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     print(f"data: {task.about}")
     print("\n".join(on.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
-          + (f", {cfg.bits} bits, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))  # fmt: skip
+          + (f", {cfg.bits} bits, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
     metrics = Metrics(out / "metrics.jsonl", run.step)
     if not cfg.resume:
@@ -403,10 +405,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped before the first step", file=sys.stderr)
         return 130
-    except BlockingIOError:
-        print("error: another run is writing into this folder; wait for it, or choose another --out_dir",
-              file=sys.stderr)  # fmt: skip
-        return 1
     except BrokenPipeError:  # the reader of our output has gone
         sys.stdout = None
         return 141

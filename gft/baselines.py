@@ -65,7 +65,7 @@ def fake_quantize(w: Tensor, bits: int | None) -> Tensor:
 
 
 class SignSGD(torch.optim.Optimizer):
-    """Every weight moves by lr against the sign of its gradient (Bernstein et al. 2018); decay is decoupled. No state."""
+    """Every weight moves by lr against the sign of its gradient (Bernstein et al. 2018). Weight decay is decoupled."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})

@@ -1,7 +1,7 @@
 """Layers whose weights are small integers: IntLinear and IntEmbedding.
 
 A weight is an int8 `nn.Parameter` without a gradient. In the backward pass a layer puts delta on its int8 grid, hands
-delta on, and adds D^T X to its `votes`, the buffer that is to an integer weight what `.grad` is to a float one. autograd
+delta on, and adds D^T X to its `votes`, a buffer that is to an integer weight what `.grad` is to a float one. autograd
 carries delta between layers but has no weight to differentiate. What makes it call a layer's backward at all, even
 where the input needs no delta, is `tap`: a leaf of zero elements.
 
@@ -44,7 +44,7 @@ def owner_of(weight: Tensor) -> "IntLayer":
     for layer in _layers:
         if layer.weight is weight:
             return layer
-    raise ValueError(f"a parameter {weight.dtype} {tuple(weight.shape)} does not belong to an IntLinear or IntEmbedding")
+    raise ValueError(f"a {weight.dtype} {tuple(weight.shape)} parameter belongs to no living IntLinear or IntEmbedding")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class IntLayer(nn.Module):
         std = weight.to(torch.float64).std(correction=0).item()
         if std == 0:
             raise ValueError(
-                f"{type(self).__name__}: all {weight.numel()} initial weights are equal, so no scale can be computed; raise init_std"
+                f"{type(self).__name__}: all {weight.numel()} initial weights are equal, so no scale can be computed; "
+                "raise init_std"
             )
         self.bits, self.q, self.delta = bits, weight_limit(bits)[0], delta
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -256,7 +257,7 @@ def int_layers(module: nn.Module) -> list[IntLayer]:
 def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
     """Scale of delta (T, n) from earlier steps, float32 (T, 1); delta's own largest value is noted in delta_history[0].
 
-    In the first step there are no earlier ones: every row has a scale of its own, which no split of the batch can change.
+    In the first step there are no earlier ones: every row has its own scale, which no split of the batch can change.
     """
     delta_history[0] = torch.maximum(delta_history[0], absmax(delta))
     earlier = delta_history[1:].amax() * (HEADROOM / levels)

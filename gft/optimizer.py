@@ -4,7 +4,7 @@
     scheduler = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=steps)
     loss.backward(); opt.step(); scheduler.step()
 
-`lr` is the paper's k, the share of the weights that may move in a step. Without `momentum` nothing is kept between steps
+`lr` is the paper's k, the share of weights that may move in a step. Without `momentum` nothing is kept between steps
 but their number. Float parameters belong to a torch optimizer beside it.
 """
 
@@ -206,9 +206,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         given = [state_dict["state"].get(i, {}) for i in range(len(own))]
         shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (own, given)]
         if len(state_dict["state"]) != len(own) or shapes[0] != shapes[1]:
-            raise ValueError("FlipOptimizer: the state dict does not match: its layers or momentum setting differ from this optimizer's")
+            raise ValueError(
+                "FlipOptimizer: the state dict does not match: its layers or momentum differ from this optimizer's"
+            )
         super().load_state_dict(state_dict)
-        for layer, state in zip([owner_of(p) for group in self.param_groups for p in group["params"]], own, strict=True):
+        layers = [owner_of(p) for group in self.param_groups for p in group["params"]]
+        for layer, state in zip(layers, own, strict=True):
             for name, tensor in state.items():
                 tensor.copy_(self.state[layer.weight][name])
             self.state[layer.weight] = state
@@ -254,8 +257,8 @@ def _layer_of(group: dict[str, Any], place: int) -> IntLayer:
     p = group["params"][place]
     name = group["param_names"][place] if "param_names" in group else f"number {place} of the group"
     if p.dtype != torch.int8:
-        raise ValueError(f"FlipOptimizer: parameter {name} is {p.dtype}; it moves int8 weights only, so give this one to "
-                         "a torch optimizer such as AdamW")  # fmt: skip
+        raise ValueError(f"FlipOptimizer: parameter {name} is {p.dtype}; it moves int8 weights only, so give this one "
+                         "to a torch optimizer such as AdamW")  # fmt: skip
     try:
         return owner_of(p)
     except ValueError as error:

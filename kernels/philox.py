@@ -36,8 +36,7 @@ WORDS_BLOCK = 1024  # words of a program
 
 
 class Stream:
-    """What a number is drawn for: one id per use, plus 16 times the number of a layer where layers draw apart, so that no
-    two uses share numbers."""
+    """What a number is drawn for: one id per use, plus 16 times the number of a layer where layers draw apart."""
 
     ROWS, COLUMNS, TOPK, FLIP, MOMENTUM_ROWS, MOMENTUM_COLUMNS, BATCH, INIT, SAMPLE, MONITOR = range(10)
 

@@ -430,7 +430,7 @@ def test_the_owner_of_a_weight_is_its_layer():
     layer = IntLinear(8, 4)
     assert owner_of(layer.weight) is layer
     for other in (layer.weight.data, copy.deepcopy(layer.weight), nn.Parameter(torch.zeros(2))):
-        with pytest.raises(ValueError, match="does not belong to an IntLinear or IntEmbedding"):
+        with pytest.raises(ValueError, match="belongs to no living IntLinear or IntEmbedding"):
             owner_of(other)
 
 

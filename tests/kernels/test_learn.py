@@ -263,8 +263,8 @@ def backward_arguments(tensors: Case, rule: UpdateRule, operand: Tensor, used: b
     flips = torch.full((1,), 40, device=device)
     kept = (None, None) if stored is None else (stored[0], scale[0])
     return (
-        d, operand, weight[0], some_rng(device), share(0.3, device), torch.zeros((), device=device), some_layers(1, device),
-        flips, torch.tensor(used), *kept, rule.rule, rule.bits, rule.ortho_tile,
+        d, operand, weight[0], some_rng(device), share(0.3, device), torch.zeros((), device=device),
+        some_layers(1, device), flips, torch.tensor(used), *kept, rule.rule, rule.bits, rule.ortho_tile,
         rule.topk_tile, rule.momentum, rule.step_size, rule.flip_prob, rule.flip_gamma,
     )  # fmt: skip
 
