@@ -13,7 +13,7 @@ votes.
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import OUTPUT_TYPES
 from kernels.limits import MAX_REDUCTION
 
@@ -29,15 +29,10 @@ def embedding_torch(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.
     return (weight[tokens].to(torch.float32) * scale).to(dtype)
 
 
-@torch.library.custom_op("nanogft::accumulate_embedding_votes_torch", mutates_args=("votes",))
+@opaque_operator("accumulate_embedding_votes_torch", fake=lambda *_: None, mutates_args=("votes",))
 def accumulate_embedding_votes_torch(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
     """`accumulate_embedding_votes` in torch."""
     votes.index_add_(0, tokens, d.to(votes.dtype))
-
-
-@accumulate_embedding_votes_torch.register_fake
-def _(d, tokens, votes):
-    return None
 
 
 # The kernels
