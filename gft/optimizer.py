@@ -89,8 +89,6 @@ class FlipOptimizer(torch.optim.Optimizer):
         device, in_backward = layers[0].weight.device, group["update"] == "backward"
         if not hasattr(self, "found_inf"):
             self.found_inf = torch.zeros((), device=device)
-        if in_backward:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
         votes_dtype = torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32
         alike: dict[Any, list[int]] = {}  # the numbers of layers that one call can move
         for layer in layers:
@@ -106,14 +104,20 @@ class FlipOptimizer(torch.optim.Optimizer):
             flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
             members = [self.layers[i] for i in numbers]
             self.stacks.append(Stack(number, members, torch.tensor(numbers, device=device), flips))
-        self._learn_in_backward()
+        self.settings_changed()
 
-    def _learn_in_backward(self) -> None:
-        """Tell the layers of groups with update = "backward" how they learn."""
+    def settings_changed(self) -> None:
+        """Tell the layers of groups with update = "backward" how they learn in the next backward pass.
+
+        `step` does so too; call it after a change of a group's settings that must not wait for the next step.
+        """
         for stack in self.stacks:
             group, layer = self.param_groups[stack.group], stack.layers[0]
             if group["update"] != "backward":
                 continue
+            lr, device = group["lr"], layer.weight.device  # a tensor, so that a change compiles nothing anew
+            numeric = not isinstance(lr, Tensor)
+            group["lr"] = torch.full((), lr, dtype=torch.float64, device=device) if numeric else lr.to(device)
             state, rule = self.state[layer.weight], self._rule(stack)
             layer.learning = (
                 group["lr"], self.found_inf, stack.numbers, stack.flips,
@@ -143,7 +147,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             if self.param_groups[stack.group]["update"] == "step":
                 self._flip(stack)
         _advance(self.layers, self.found_inf)
-        self._learn_in_backward()
+        self.settings_changed()
         return loss
 
     def _check_usable(self) -> None:
@@ -179,7 +183,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         _clear(self.layers)
         if newest := [layer.delta_history[0] for layer in self.layers if layer.delta_history is not None]:
             torch._foreach_zero_(newest)
-        self._learn_in_backward()
+        self.settings_changed()
 
     @torch.no_grad()
     def flips(self) -> Tensor:

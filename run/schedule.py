@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from gft.optimizer import FlipOptimizer
+
 KINDS = ("linear", "quadratic", "cosine", "constant")
 
 
@@ -55,9 +57,13 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
         self._set_step_sizes()
 
     def _set_step_sizes(self) -> None:
+        changed = False
         for group, start in zip(self.optimizer.param_groups, self.step_sizes, strict=True):
             if start is not None:
-                group["step_size"] = step_size_at(start, self.last_epoch, self.steps)
+                before, group["step_size"] = group["step_size"], step_size_at(start, self.last_epoch, self.steps)
+                changed |= group["step_size"] != before
+        if changed and isinstance(self.optimizer, FlipOptimizer):
+            self.optimizer.settings_changed()
 
     def go_to(self, step: int) -> None:
         """Set the lr of `step`, as when a run is taken up again."""

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from gft import FlipOptimizer, IntLinear
 from run.schedule import KINDS, Schedule, fraction, scheduled, step_size_at
 
 
@@ -118,3 +119,37 @@ def test_groups_fall_from_rates_of_their_own():
         schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.25, 0.05])
     assert all("step_size" not in group for group in optimizer.param_groups)
+
+
+def moves(update: str, first: int, steps: int = 6) -> list[int]:
+    """The largest move of every step from `first` on; where the run is taken up the schedule goes there at once."""
+    layer = IntLinear(64, 64, bits=8, seed=3, index=0)
+    flips = FlipOptimizer(layer.parameters(), lr=0.5, rule="gain", step_size=4, update=update)
+    schedule, found = Schedule(flips, steps), []
+    schedule.go_to(first)
+    for _ in range(first, steps):
+        before = layer.weight.int()
+        layer(torch.randn(32, 64)).square().sum().backward()
+        flips.step()
+        schedule.step()
+        found.append(int((layer.weight - before).abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_moves_of_both_ways_to_update_have_the_step_size_of_their_step(first):
+    expected = [step_size_at(4, step, 6) for step in range(first, 6)]
+    assert moves("step", first) == moves("backward", first) == expected
+
+
+def test_a_share_may_be_set_as_a_number_between_steps():
+    layer = IntLinear(64, 64)
+    flips, found = FlipOptimizer(layer.parameters(), lr=0.5, update="backward"), []
+    for lr in (0.0, 0.25, 0.0):
+        flips.param_groups[0]["lr"] = lr
+        flips.settings_changed()
+        before = layer.weight.clone()
+        layer(torch.randn(32, 64)).square().sum().backward()
+        flips.step()
+        found.append(float((layer.weight != before).float().mean()))
+    assert found == pytest.approx([0.0, 0.25, 0.0], abs=0.01)
