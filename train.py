@@ -386,7 +386,8 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     print(f"use: {python()} {task.usage(out)}")
     if task.notice:
         print(task.notice)
-    print(json.dumps({key: None if value != value else value for key, value in summary.items()}, allow_nan=False))
+    endless = {key for key, value in summary.items() if isinstance(value, float) and not math.isfinite(value)}
+    print(json.dumps(summary | dict.fromkeys(endless), allow_nan=False))  # null, as JSON has no NaN and no infinity
     return 0
 
 

@@ -134,9 +134,10 @@ class FlipOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Move weights by the votes of the backward passes since the last step, and clear the votes.
 
-        Nothing is read on the host where Triton kernels run, so a step can be captured in a CUDA graph (with `lr` a
-        tensor). Returns what closure returned. Raises RuntimeError under a GradScaler, as delta has a scale of its own,
-        and if a layer's weight has been replaced since the optimizer was made.
+        Nothing is read on the host where Triton kernels make the moves (`unsupported_reason` in kernels/flip.py says
+        where not), so a step can be captured in a CUDA graph (with `lr` a tensor). Returns what closure returned.
+        Raises RuntimeError under a GradScaler, as delta has a scale of its own, and if a layer's weight has been
+        replaced since the optimizer was made.
         """
         loss = None
         if closure is not None:

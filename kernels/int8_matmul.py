@@ -229,7 +229,7 @@ def int8_matmul(
         )
     if on_triton(x):
         return _int8_matmul(x, across, scale, residual, dtype, factor)
-    return _scaled(int8_product_torch(x, across), scale * factor, residual, dtype)
+    return int8_matmul_torch(x, w, scale, residual, dtype, factor)
 
 
 # What `kernels.check` compiles

@@ -145,6 +145,7 @@ def learn_in_backward(
 ) -> None:  # fmt: skip
     """`learn` as an operator that a compiled backward pass can call, for one weight int8 (out, in).
 
+    An embedding's votes, and those of rules and tiles that `_learn_kernel` does not know, lie in memory for a moment.
     operand is X int8 (T, in), or the tokens int64 (T,) of an embedding. flips int64 (1,) grows by the moves made;
     used, a bool on the CPU whatever the device, says that this weight has learned since the last step. Raises
     ValueError if it has: the host knows that without waiting for the device.
