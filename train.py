@@ -244,13 +244,13 @@ class Log:
         self.run, self.metrics, self.stopping = run, metrics, False
         self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
         self.meter = Meter.on(run.device.type, run.device.index)
+        self.meter.start()  # watches the idle device for two seconds, which are no part of the training
         self.first = self.last = run.step  # the step that this process began with, and that of the last read
         self.begun, self.flips = time.perf_counter(), 0
         self.loss = torch.zeros((), device=run.device)  # summed since the last read
         self.found: dict[str, float] = {}
         self.resident: list[int] = []
         self.said: set[str] = set()
-        self.meter.start()
 
     def due(self) -> bool:
         """Whether this step is one to read after."""
