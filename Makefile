@@ -34,7 +34,8 @@ clean: ## remove .venv and caches; out/, the trained models, stays
 
 $(STAMP): requirements.txt
 	@command -v $(PYTHON) >/dev/null || { \
-	    echo "error: no $(PYTHON) found; install Python 3.11 or newer, or name it: make setup PYTHON=/path/to/python3" >&2; \
+	    echo "error: no $(PYTHON) found; install Python 3.11 or newer," \
+	         "or name it: make setup PYTHON=/path/to/python3" >&2; \
 	    exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), and Python 3.11 or newer is needed;" \

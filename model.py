@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
-from run.config import LAYER_KINDS, Config
 from gft.layers import Delta, IntEmbedding, IntLinear
+from run.config import LAYER_KINDS, Config
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
