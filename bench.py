@@ -39,12 +39,13 @@ from torch import Tensor
 
 from experiments.steps import FULL_STEPS, QUICK_STEPS, SMALL_STEPS, bench_steps, step_table
 from kernels import backend
-from kernels.flip import UpdateRule, flip
+from kernels.flip import flip
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn
 from kernels.quantize_delta import absmax, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
+from kernels.update_rule import UpdateRule
 from kernels.votes import accumulate_votes
 
 ROOT = Path(__file__).resolve().parent
@@ -400,7 +401,7 @@ def place(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "triton": getattr(backend.triton, "__version__", None),
         "backend": "triton" if backend.on_triton(torch.empty(0, device=device)) else "torch",
-        "why_not_triton": backend.problem() if cuda else "the device is a CPU",
+        "triton_unavailable": backend.problem() if cuda else "the device is a CPU",
     }  # fmt: skip
 
 
@@ -424,7 +425,7 @@ def main(argv: list[str]) -> int:
     chosen = "quick" if options.quick else "full" if device.type == "cuda" else "small"
     sizes, steps = {"quick": (QUICK, QUICK_STEPS), "full": (FULL, FULL_STEPS), "small": (SMALL, SMALL_STEPS)}[chosen]
     result: dict[str, Any] = {**place(device), "sizes": chosen}
-    why = f", because {result['why_not_triton']}" if result["why_not_triton"] else ""
+    why = f", because {result['triton_unavailable']}" if result["triton_unavailable"] else ""
     print(f"{result['device']}; torch {result['torch']}, triton {result['triton']}; backend {result['backend']}{why}")
     if "kernels" in sections:
         result |= bench_kernels(device, sizes)

@@ -294,8 +294,8 @@ class Log:
             one = run.step == self.last + 1
             steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
             raise UserError(
-                f"the loss became {loss} at {steps}; that step and later ones were skipped, and saved checkpoints are "
-                f"intact. Start a new run with a lower {lower} in another --out_dir", DIVERGED,
+                f"the loss became {loss} at {steps}; nothing after it was saved, and earlier checkpoints are intact. "
+                f"Start a new run with a lower {lower} in another --out_dir", DIVERGED,
             )  # fmt: skip
 
     def _evaluated(self) -> None:
@@ -347,7 +347,10 @@ def python() -> str:
     """How to call this interpreter from here: by its path if it is that of a virtual environment not activated."""
     if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
         return "python"
-    return shlex.quote(os.path.relpath(sys.executable))
+    try:
+        return shlex.quote(os.path.relpath(sys.executable))
+    except ValueError:  # on Windows, another drive
+        return shlex.quote(sys.executable)
 
 
 def run_config(cfg: Config, argv: list[str]) -> int:

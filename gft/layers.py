@@ -259,10 +259,11 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
 
     In the first step there are no earlier ones: every row has its own scale, which no split of the batch can change.
     """
-    delta_history[0] = torch.maximum(delta_history[0], absmax(delta))
+    largest = absmax(delta)
+    delta_history[0] = torch.maximum(delta_history[0], largest)
     earlier = delta_history[1:].amax() * (HEADROOM / levels)
     own = delta.abs().amax(dim=-1, keepdim=True).float() / levels
-    return torch.where(earlier > 0, earlier, own)
+    return torch.where(earlier > 0, earlier, own) + (largest - largest)  # NaN, for all layers below, if not finite
 
 
 def _to_int8(delta: Tensor, rng: Tensor, delta_history: Tensor | None, about_delta: tuple[str, int, int]):
@@ -284,15 +285,18 @@ def _vote(voter: Tensor, operand: Tensor, sigma: Tensor, ctx) -> None:
     """
     rng, votes, votes_scale, delta_history, learning, (kind, _, _) = ctx.voting
     if learning is not None:
-        learn_in_backward(voter, operand, ctx.weight, rng, *learning)
+        k, found_inf, *others = learning
+        largest = sigma if delta_history is None else delta_history[0]
+        stop = torch.maximum(found_inf, (~torch.isfinite(largest)).float())  # such a delta says nothing of weights
+        learn_in_backward(voter, operand, ctx.weight, rng, k, stop, *others)
         return
     if votes is None:  # no optimizer moves this weight
         return
     ratios = ()
-    if kind == "int8" and delta_history is None:
-        # Passes of one step have scales of their own: the buffer is kept in units of the largest.
+    if delta_history is None:
+        # Passes of one step have scales of their own: the buffer is kept in units of the largest. Signs have no unit.
         top = torch.maximum(votes_scale, sigma).clamp_min(TINY)
-        ratios = votes_scale / top, sigma / top
+        ratios = (votes_scale / top, sigma / top) if kind == "int8" else ()
         votes_scale.copy_(top)
     if operand.dtype != torch.int64:
         accumulate_votes(voter, operand, votes, rng, *ratios)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gft.layers import IntLayer, owner_of
-from kernels.flip import UpdateRule, flip
+from kernels.flip import flip
 from kernels.limits import MAX_REDUCTION, RULES
 from kernels.momentum import empty_momentum
+from kernels.update_rule import UpdateRule
 
 RULE_KEYS = tuple(f.name for f in fields(UpdateRule) if f.name != "bits")  # bits are the layer's
 
@@ -51,7 +52,8 @@ class FlipOptimizer(torch.optim.Optimizer):
                                   reach memory; a weight may then be used once between two steps
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
-    Where `found_inf`, float32 () on the device, is not 0, a step changes no weight and no state.
+    A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was not
+    finite.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
@@ -134,7 +136,7 @@ class FlipOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Move weights by the votes of the backward passes since the last step, and clear the votes.
 
-        Nothing is read on the host where Triton kernels make the moves (`unsupported_reason` in kernels/flip.py says
+        Nothing is read on the host where Triton kernels make the moves (`unsupported_reason` in kernels/update_rule.py says
         where not), so a step can be captured in a CUDA graph (with `lr` a tensor). Returns what closure returned.
         Raises RuntimeError under a GradScaler, as delta has a scale of its own, and if a layer's weight has been
         replaced since the optimizer was made.
@@ -144,10 +146,11 @@ class FlipOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
+        stop = self._stop()
         for stack in self.stacks:
             if self.param_groups[stack.group]["update"] == "step":
-                self._flip(stack)
-        _advance(self.layers, self.found_inf)
+                self._flip(stack, stop)
+        _advance(self.layers, stop)
         self.settings_changed()
         return loss
 
@@ -158,13 +161,19 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.found_inf = torch.zeros((), device=self.layers[0].weight.device)
             raise RuntimeError("FlipOptimizer: integer layers need no GradScaler; call loss.backward() and opt.step()")
         given = [p for group in self.param_groups for p in group["params"]]
-        if any(layer.weight is not p for layer, p in zip(self.layers, given, strict=True)):
+        moved = any(layer.weight.device != self.found_inf.device for layer in self.layers)
+        if moved or any(layer.weight is not p for layer, p in zip(self.layers, given, strict=True)):
             raise RuntimeError(
-                "FlipOptimizer: a layer's weight is not the parameter that was given: load_state_dict(assign=True) or "
-                "a move to another device has replaced it; make the optimizer after that"
+                "FlipOptimizer: a layer's weight is not where, or what, it was: load_state_dict(assign=True) or a move "
+                "to another device has replaced it; make the optimizer after that"
             )
 
-    def _flip(self, stack: Stack) -> None:
+    def _stop(self) -> Tensor:
+        """Not 0 where `found_inf` is not, or a layer's delta was not finite in this step: float32 ()."""
+        largest = [la.votes_scale if la.delta_history is None else la.delta_history[0] for la in self.layers]
+        return torch.maximum(self.found_inf, (~torch.isfinite(torch.stack(largest))).any().float())
+
+    def _flip(self, stack: Stack, stop: Tensor) -> None:
         """The step of one stack."""
         layers, rule, lr = stack.layers, self._rule(stack), self.param_groups[stack.group]["lr"]
         device = layers[0].weight.device
@@ -174,7 +183,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         changing = [weights, *([self.state[w][name] for w in weights] for name in names)]
         votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
         weight, *momentum = stacked
-        stack.flips += flip(votes, weight, k, layers[0].rng, stack.numbers, self.found_inf, rule, *momentum)
+        stack.flips += flip(votes, weight, k, layers[0].rng, stack.numbers, stop, rule, *momentum)
         if len(layers) > 1:  # the stacks are copies
             for tensors, changed in zip(changing, stacked, strict=True):
                 torch._foreach_copy_(tensors, list(changed.unbind()))
@@ -246,7 +255,7 @@ def _clear(layers: list[IntLayer]) -> None:
         torch._foreach_zero_(votes)
 
 
-def _advance(layers: list[IntLayer], found_inf: Tensor) -> None:
+def _advance(layers: list[IntLayer], stop: Tensor) -> None:
     """To the next step: the step's number, no votes, histories of delta one further."""
     torch._foreach_add_([layer.rng[1] for layer in layers], 1)
     _clear(layers)
@@ -254,7 +263,7 @@ def _advance(layers: list[IntLayer], found_inf: Tensor) -> None:
         old = torch.stack(histories)
         moved = torch.nan_to_num(torch.cat([torch.zeros_like(old[:, :1]), old[:, :-1]], dim=1), nan=0.0, posinf=0.0)
         kept = torch.cat([torch.zeros_like(old[:, :1]), old[:, 1:]], dim=1)
-        torch._foreach_copy_(histories, list(torch.where(found_inf > 0, kept, moved).unbind()))
+        torch._foreach_copy_(histories, list(torch.where(stop > 0, kept, moved).unbind()))
 
 
 def _layer_of(group: dict[str, Any], place: int) -> IntLayer:

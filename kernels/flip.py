@@ -9,78 +9,26 @@ and shares every step after them. Rules that look at whole matrices are scored i
 kernel takes their scores as it takes votes.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
-from kernels.momentum import MOMENTUM_TILE, accumulate_momentum_, momentum_block
+from kernels.momentum import accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
 from kernels.scores import score, score_block
 from kernels.tiles import from_tiles, tile_count, tile_sizes, to_tiles
 from kernels.topk import apply_moves, flip_probability, rank, select, topk_block, topk_count, weight_limit
-
-TOPK_TILES, ORTHO_TILES = (32, 64, 128), (32, 64, 128)  # sides that the kernels are made for
-BLOCK_RULES = ("gain", "contribution", "spectral")  # those that look at no more than a block
-OLD_COMPILER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """How votes become moves. Sides of tiles are in weights; 0 is the whole matrix.
-
-    rule and ortho_tile: kernels/scores.py; momentum is its decay, 0 for none; step_size is the largest move in units;
-    flip_prob "one" moves every selected weight, "score" with p = (|S| / largest of the tile)^flip_gamma.
-    """
-
-    rule: str = "spectral"
-    bits: int = 6
-    ortho_tile: int = 128
-    topk_tile: int = 64
-    momentum: float = 0.0
-    step_size: int = 1
-    flip_prob: str = "one"
-    flip_gamma: float = 1.0
-
-
-def unsupported_reason(rule: UpdateRule) -> str:
-    """Why no Triton kernel makes these flips, "" if one does; torch makes them otherwise."""
-    if rule.topk_tile not in TOPK_TILES:
-        return f"topk_tile is {rule.topk_tile}; the kernels select in tiles of {', '.join(map(str, TOPK_TILES))}"
-    if rule.flip_prob != "one":
-        return f"flip_prob is {rule.flip_prob}; the kernels move every selected weight"
-    return ""
-
-
-def unscored_reason(rule: UpdateRule, capability: tuple[int, int] = (9, 0)) -> str:
-    """Why scores cannot be formed in the kernel that selects, "" if they can; torch scores otherwise."""
-    if rule.rule not in BLOCK_RULES:
-        return f"rule is {rule.rule}; it looks at whole matrices"
-    if rule.rule != "spectral":
-        return ""
-    side = max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
-    if rule.ortho_tile not in ORTHO_TILES or rule.ortho_tile < side:
-        sides = ", ".join(map(str, ORTHO_TILES))
-        return f"ortho_tile is {rule.ortho_tile}; a block of {sides} must hold tiles of {side}"
-    if rule.ortho_tile == 128 and capability[0] != 9:
-        return f"this GPU is sm_{capability[0]}{capability[1]}; products of 128 x 128 fit into registers on sm_90 alone"
-    if capability[0] > 9 and OLD_COMPILER:
-        return f"triton {triton.__version__} cannot compile its products for sm_{capability[0]}{capability[1]}; 3.8 can"
-    return ""
-
-
-def block_side(rule: UpdateRule) -> int:
-    """Side of the block that a program owns."""
-    if rule.rule == "spectral":
-        return rule.ortho_tile
-    return max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
-
-
-def warps_of(rule: str, side: int) -> int:
-    """Warps of a program that owns a block of this side."""
-    return 8 if side == 128 or rule == "spectral" else 4
-
+from kernels.update_rule import (
+    UpdateRule,
+    block_side,
+    capability_of,
+    check_update,
+    unscored_reason,
+    unsupported_reason,
+    warps_of,
+)
 
 # The torch reference
 
@@ -176,19 +124,19 @@ def flip(
     count, out, inner = check_update(votes.shape, weight, rule, momentum, momentum_scale)
     if not on_triton(weight) or unsupported_reason(rule):
         return flip_torch(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
-    name, beta = rule.rule, rule.momentum
     if unscored_reason(rule, capability_of(weight)):
         if momentum is not None:
-            votes = accumulate_momentum_(momentum, momentum_scale, votes, beta, rng, layers, stop)
-        votes, name, momentum = score(name, votes, weight, rule.ortho_tile), "gain", None
-    side = rule.ortho_tile if name == "spectral" else max(rule.topk_tile, 0 if momentum is None else MOMENTUM_TILE)
+            votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
+        votes = score(rule.rule, votes, weight, rule.ortho_tile)
+        rule, momentum, momentum_scale = replace(rule, rule="gain", momentum=0.0), None, None
+    side = block_side(rule)
     flips = torch.zeros(count, dtype=torch.int64, device=weight.device)
     q, unit = weight_limit(rule.bits)
     _flip_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side), count)](
         votes=votes.contiguous(),
         weight=weight,
         momentum=momentum,
-        momentum_scale=momentum_scale if momentum is not None else None,
+        momentum_scale=momentum_scale,
         flips=flips,
         k=k,
         rng=rng,
@@ -196,57 +144,19 @@ def flip(
         stop=stop,
         out=out,
         inner=inner,
-        beta=beta,
+        beta=rule.momentum,
         step_size=rule.step_size,
-        RULE=name,
+        RULE=rule.rule,
         Q=q,
         UNIT=unit,
         MOMENTUM=momentum is not None,
         TOPK=rule.topk_tile,
         SIDE=side,
         enable_fp_fusion=False,
-        num_warps=warps_of(name, side),
+        num_warps=warps_of(rule.rule, side),
         num_stages=1,
     )
     return flips
-
-
-def capability_of(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the tensor's GPU; in the interpreter that of the GPU everything runs on."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
-
-
-def check_update(
-    shape: tuple[int, ...], weight: Tensor, rule: UpdateRule, momentum: Tensor | None, momentum_scale: Tensor | None
-) -> tuple[int, int, int]:
-    """The shape (L, out, in) of weight. Raises ValueError if votes of `shape`, weight and momentum do not agree."""
-    if weight.dtype != torch.int8 or weight.dim() != 3 or 0 in weight.shape or not weight.is_contiguous():
-        raise ValueError(
-            f"flip: got a weight {weight.dtype} {tuple(weight.shape)}; "
-            "it must be int8 (L, out, in), contiguous, not empty"
-        )
-    if tuple(shape) != tuple(weight.shape):
-        raise ValueError(f"flip: got votes {tuple(shape)} for a weight {tuple(weight.shape)}; they must agree")
-    wanted = rule.momentum > 0
-    if (momentum is not None) != wanted or (momentum_scale is not None) != wanted:
-        found = "missing" if wanted else "given"
-        raise ValueError(f"flip: momentum is {rule.momentum} and its buffer or its scales are {found}")
-    if momentum is not None:
-        tiles = tile_count(tuple(weight.shape[1:]), MOMENTUM_TILE)
-        if momentum.shape != weight.shape or tuple(momentum_scale.shape) != (weight.shape[0], tiles):
-            raise ValueError(
-                f"flip: got momentum {tuple(momentum.shape)} and scales {tuple(momentum_scale.shape)}; "
-                f"need {tuple(weight.shape)} and {(weight.shape[0], tiles)}"
-            )
-        if momentum.dtype != torch.int8 or momentum_scale.dtype != torch.float32:
-            raise ValueError(
-                f"flip: got momentum {momentum.dtype} and scales {momentum_scale.dtype}; need int8 and float32"
-            )
-        if not momentum.is_contiguous() or not momentum_scale.is_contiguous():
-            raise ValueError("flip: momentum and its scales must be contiguous")
-    if not 1 <= rule.bits <= 8:
-        raise ValueError(f"flip: got bits {rule.bits}; weights have 1 to 8 bits")
-    return tuple(weight.shape)
 
 
 def learning_configs(name: str, kernel, operands: dict[str, str], constants: dict) -> list[LaunchConfig]:

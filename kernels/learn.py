@@ -14,22 +14,20 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
-from kernels.flip import (
-    UpdateRule,
-    block_side,
-    capability_of,
-    check_update,
-    flip,
-    flip_torch,
-    learning_configs,
-    unscored_reason,
-    unsupported_reason,
-    warps_of,
-)
+from kernels.flip import flip, flip_torch, learning_configs
 from kernels.limits import MAX_REDUCTION
 from kernels.momentum import momentum_block
 from kernels.scores import score_block
 from kernels.topk import topk_block, weight_limit
+from kernels.update_rule import (
+    UpdateRule,
+    block_side,
+    capability_of,
+    check_update,
+    unscored_reason,
+    unsupported_reason,
+    warps_of,
+)
 from kernels.votes import accumulate_votes, votes_block, votes_torch
 
 TOKENS = 64  # of one step through the operands

@@ -68,8 +68,8 @@ def _absmax_kernel(
 
 @jit
 def rounded_down(v, LIMIT: tl.constexpr):
-    """floor(v) clipped to [-LIMIT, LIMIT]: int32. On a GPU `tl.floor` takes subnormal numbers, negative too, as 0."""
-    v = tl.minimum(tl.maximum(v, -1.0 * LIMIT), 1.0 * LIMIT)
+    """floor(v) clipped to [-LIMIT, LIMIT], NaN to 0: int32. On a GPU `tl.floor` takes subnormal numbers, negative too, as 0."""
+    v = tl.where(v == v, tl.minimum(tl.maximum(v, -1.0 * LIMIT), 1.0 * LIMIT), 0.0)
     q = v.to(tl.int32)
     return q - (v < q.to(tl.float32)).to(tl.int32)
 

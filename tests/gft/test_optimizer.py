@@ -575,6 +575,26 @@ def test_found_inf_stops_weights_momentum_and_delayed_scales(update, backend, re
     assert all(changed[:3]) and all(changed[-3:]) and int(opt.flips()) > flips
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("delta", [None, DELAYED, Delta(kind="sign")], ids=["step", "delayed", "sign"])
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_a_delta_that_is_not_finite_moves_nothing(update, delta, value, backend, request):
+    """Its votes would be noise. The next step learns as if nothing had been."""
+    if backend == "triton":
+        request.getfixturevalue("on_triton")
+    net = tiny_net(width=32) if delta is None else tiny_net(delta=delta, width=32)
+    opt = optimizer(net, momentum=0.9, update=update, rule="gain")
+    train(net, opt, 0, 2)
+    before = [t.clone() for t in (*weights(net), *(opt.state[w]["momentum"] for w in net.parameters()))]
+    (loss_of(net, tokens_of(2)) * value).backward()
+    opt.step()
+    after = [*weights(net), *(opt.state[w]["momentum"] for w in net.parameters())]
+    assert same(before, after) and not any(layer.votes is not None and layer.votes.any() for layer in net)
+    train(net, opt, 3, 4)
+    assert not any(torch.equal(a, b) for a, b in zip(before[:3], weights(net), strict=True))
+
+
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_a_step_reads_nothing_on_the_host(update, on_triton):
     """Forward, backward, the flag of a bad loss, step and schedule, with kernels as on a GPU."""

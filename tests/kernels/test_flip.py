@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kernels import backend
 from kernels import scores as scores_module
-from kernels.flip import UpdateRule, flip, unscored_reason, unsupported_reason
+from kernels.flip import flip
 from kernels.momentum import accumulate_momentum_
 from kernels.philox import Stream, words
 from kernels.scores import score
+from kernels.update_rule import UpdateRule, unscored_reason, unsupported_reason
 from tests.kernels.inputs import kernel_test, readable
 from tests.kernels.update_inputs import (
     BITS,
@@ -379,7 +380,7 @@ def test_what_the_kernels_leave_to_torch():
 
 
 def test_an_old_compiler_does_not_score_on_new_gpus(monkeypatch):
-    monkeypatch.setattr("kernels.flip.OLD_COMPILER", True)
+    monkeypatch.setattr("kernels.update_rule.OLD_COMPILER", True)
     assert "cannot compile its products for sm_100" in unscored_reason(UpdateRule("spectral", ortho_tile=64), (10, 0))
     assert unscored_reason(UpdateRule("spectral", ortho_tile=64), (9, 0)) == ""
 

@@ -13,9 +13,10 @@ import kernels.learn as module
 from kernels import backend
 from kernels.backend import INTERPRETED
 from kernels.embedding import accumulate_embedding_votes
-from kernels.flip import UpdateRule, flip
+from kernels.flip import flip
 from kernels.learn import learn, learn_in_backward
 from kernels.limits import MAX_REDUCTION
+from kernels.update_rule import UpdateRule
 from kernels.votes import accumulate_votes
 from tests.kernels.inputs import LAYOUTS, generator, inner_block, int8s, kernel_test, layouts, opaque
 from tests.kernels.update_inputs import (
