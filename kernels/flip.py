@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.fuse import fused
 from kernels.momentum import accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
 from kernels.scores import score, score_block
@@ -46,6 +47,18 @@ def flip_torch(
     return select_and_move(scores, weight, k, rng, layers, rule)
 
 
+@fused(dynamic=False)
+def _tiled(matrices: Tensor, side: int) -> Tensor:
+    """(L, out, in) to (L * tiles, side * side), or of whole matrices (L, out * in)."""
+    return (to_tiles(matrices, side) if side else matrices).flatten(1)
+
+
+@fused(dynamic=False)
+def _untiled(tiles: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `_tiled`; shape is (out, in)."""
+    return from_tiles(tiles.unflatten(1, (side, side)), shape) if side else tiles.unflatten(1, shape)
+
+
 def select_and_move(
     scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, rule: UpdateRule
 ) -> Tensor:
@@ -53,13 +66,10 @@ def select_and_move(
     count, *shape = weight.shape
     side, tiles, area = rule.topk_tile, tile_count(tuple(shape), rule.topk_tile), rule.topk_tile**2 or weight[0].numel()
 
-    def tiled(matrices: Tensor) -> Tensor:
-        return (to_tiles(matrices, side) if side else matrices).reshape(-1, area)
-
     def draw(stream: int, each: int) -> Tensor:
         return words_from(rng, stream, tiles * each, layers=layers).flatten()
 
-    w, s, (q, unit) = tiled(weight), tiled(scores), weight_limit(rule.bits)
+    w, s, (q, unit) = _tiled(weight, side), _tiled(scores, side), weight_limit(rule.bits)
     ranks = rank(s, w, q, unit)
     sizes = tile_sizes(tuple(shape), side).to(weight.device).repeat(count)
     chosen = select(ranks, topk_count(k, sizes, draw(Stream.TOPK, 1)))
@@ -67,7 +77,7 @@ def select_and_move(
         uniform = draw(Stream.FLIP, area).to(torch.float64) * 2.0**-32
         chosen &= uniform.view(ranks.shape) < flip_probability(ranks, s, rule.flip_gamma)
     moved = apply_moves(w, s, chosen, q, unit * rule.step_size)
-    weight.copy_(from_tiles(moved.view(-1, side, side), tuple(shape)) if side else moved.view(weight.shape))
+    weight.copy_(_untiled(moved, side, tuple(shape)))
     return chosen.view(count, -1).sum(dim=1)
 
 
