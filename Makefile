@@ -23,7 +23,7 @@ train: $(READY) ## train configs/shakespeare_char_small.toml; more settings thro
 	@exec $(VENV_PYTHON) train.py configs/shakespeare_char_small.toml $(ARGS)
 
 test: $(READY) ## run the tests; pytest's options through ARGS="-k config"
-	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m pytest -q -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 gpu: $(READY) ## tests, benchmarks and trainings on a GPU, into results/gpu; ARGS=--rehearse: tiny, on the CPU
 	@status=0; for part in A B C; do $(VENV_PYTHON) -m experiments.gpu $$part $(ARGS) || status=1; done; exit $$status
