@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
-from kernels.fuse import fused
 from kernels.momentum import accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
 from kernels.scores import score, score_block
@@ -47,13 +46,11 @@ def flip_torch(
     return select_and_move(scores, weight, k, rng, layers, rule)
 
 
-@fused(dynamic=False)
 def _tiled(matrices: Tensor, side: int) -> Tensor:
     """(L, out, in) to (L * tiles, side * side), or of whole matrices (L, out * in)."""
     return (to_tiles(matrices, side) if side else matrices).flatten(1)
 
 
-@fused(dynamic=False)
 def _untiled(tiles: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
     """The inverse of `_tiled`; shape is (out, in)."""
     return from_tiles(tiles.unflatten(1, (side, side)), shape) if side else tiles.unflatten(1, shape)
