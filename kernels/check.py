@@ -5,7 +5,7 @@
     python -m kernels.check flip --compile --only gain  only compile, and only configurations named "...gain..."
 
     values     the file's tests (tests/kernels/test_NAME.py) in Triton's interpreter, on the CPU: the torch reference
-               against plain formulas, the kernel against the reference
+               against plain formulas, the kernel against the reference, every address against the kernel's arguments
     compiled   its `launch_configs()` for sm_80, sm_90 and sm_100, without a GPU
     gpu        the same tests on the GPU, if there is one
 

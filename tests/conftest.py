@@ -1,5 +1,5 @@
 """Kernels are tested on the GPU if there is one, else in Triton's interpreter,
-which must be chosen before they are imported."""
+which must be chosen before they are imported and is watched by tests/addresses.py."""
 
 import os
 
@@ -10,6 +10,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from kernels import backend
+
+if backend.INTERPRETED:
+    from tests import addresses
+
+    addresses.watch()
 
 
 @pytest.fixture

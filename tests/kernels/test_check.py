@@ -106,7 +106,7 @@ TOY_TEST = '''
 import pytest
 import torch
 
-from kernels.toy import _add_kernel
+from kernels.toy import _add_kernel, _sum_kernel
 
 
 @pytest.mark.usefixtures("on_triton")
@@ -115,6 +115,14 @@ def test_add(device):
     out = torch.empty_like(a)
     _add_kernel[(2,)](a, a, out, 300)
     assert torch.equal(out, WANTED * a)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_sum_without_masks(device):
+    a = torch.ones(34 - WANTED, device=device)
+    out = torch.empty_like(a)
+    _sum_kernel[(1,)](a, a, a, out, True)
+    assert (out == 2).all()
 '''
 
 
@@ -161,12 +169,13 @@ def test_torch_compile_finds_the_kernels_of_each_launcher():
 
 
 def scratch(folder: Path, wanted: int = 2, **sources: str) -> Path:
-    """A tree with check.py and toy kernel files in it. The toy's test passes if `wanted` is 2."""
+    """A tree with check.py and toy kernel files in it. The toy's tests pass if `wanted` is 2, and not if it is 3."""
     for part in ("kernels", "tests/kernels"):
         (folder / part).mkdir(parents=True)
     for file in ("__init__.py", "backend.py", "check.py", "machine_code.py"):
         shutil.copy(check.ROOT / "kernels" / file, folder / "kernels" / file)
-    shutil.copy(check.ROOT / "tests" / "conftest.py", folder / "tests" / "conftest.py")
+    for file in ("conftest.py", "addresses.py"):
+        shutil.copy(check.ROOT / "tests" / file, folder / "tests" / file)
     for name, source in sources.items():
         (folder / "kernels" / f"{name}.py").write_text(TOY + source)
         test = TOY_TEST.replace("kernels.toy", f"kernels.{name}").replace("WANTED", str(wanted))
@@ -234,7 +243,7 @@ def test_spills_are_measured(refused):
 def test_good_kernels_pass(tmp_path):
     ran = run(scratch(tmp_path, good=GOOD), "good", TRITON_INTERPRET="1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "interpreter: 1 passed" in ran.stdout
+    assert "interpreter: 2 passed" in ran.stdout
     assert "IMMA" in ran.stdout
     assert "HMMA" in ran.stdout
     assert f"triton {triton.__version__}" in ran.stdout
@@ -244,7 +253,8 @@ def test_good_kernels_pass(tmp_path):
 def test_failures_are_named_and_end_with_1(bad):
     ran = run(bad, "all")
     assert ran.returncode == 1, ran.stderr
-    assert "1 failed" in ran.stdout
+    assert "2 failed" in ran.stdout
+    assert "_sum_kernel: load at 1 of 32 addresses outside the launch's arguments" in ran.stdout
     assert "has_no_dot on sm_90 has no int8 tensor-core product" in ran.stdout
     assert "tests/kernels/test_untested.py does not exist" in ran.stdout
     assert "registers spill in bad: spills on sm_80, bad: spills on sm_90, bad: spills on sm_100\n" in ran.stdout
