@@ -286,7 +286,9 @@ def _vote(voter: Tensor, operand: Tensor, sigma: Tensor, ctx) -> None:
     rng, votes, votes_scale, delta_history, learning, (kind, _, _) = ctx.voting
     if learning is not None:
         k, found_inf, *others = learning
-        largest = sigma if delta_history is None else delta_history[0]
+        largest = delta_history[0] if delta_history is not None else torch.maximum(votes_scale, sigma)
+        if delta_history is None:
+            votes_scale.copy_(largest)  # for the optimizer to see whether it is finite
         stop = torch.maximum(found_inf, (~torch.isfinite(largest)).float())  # such a delta says nothing of weights
         learn_in_backward(voter, operand, ctx.weight, rng, k, stop, *others)
         return
@@ -322,7 +324,7 @@ class _IntLinearFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         if residual is not None:
             residual = residual.reshape(-1, weight.shape[0]).to(dtype)
-        y = int8_matmul(x_int8, weight, scale, residual, dtype, act_range / 127.0)  # (T, out)
+        y = int8_matmul(x_int8, weight, scale, residual, dtype, act_range / 127.0, inv_rms)  # (T, out)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

@@ -53,7 +53,7 @@ class FlipOptimizer(torch.optim.Optimizer):
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was not
-    finite.
+    finite; `stopped`, float32 () on the device, is then 1 until the next step.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
@@ -146,7 +146,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
-        stop = self._stop()
+        stop = self.stopped = self._stop()
         for stack in self.stacks:
             if self.param_groups[stack.group]["update"] == "step":
                 self._flip(stack, stop)

@@ -74,10 +74,13 @@ def _scaled(accumulator: Tensor, scale: Tensor, residual: Tensor | None, dtype: 
 
 def int8_matmul_torch(
     x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32,
-    factor: float = 1.0,
+    factor: float = 1.0, inv_rms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_matmul` in torch."""
-    return _scaled(int8_product_torch(x, w.t()), scale * factor, residual, dtype)
+    scale = scale * factor
+    if inv_rms is not None:
+        scale = torch.where(inv_rms == inv_rms, scale, inv_rms)
+    return _scaled(int8_product_torch(x, w.t()), scale, residual, dtype)
 
 
 # The kernel
@@ -96,7 +99,8 @@ def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.c
 
 @jit
 def _int8_matmul_kernel(
-    a, b, out, scale, residual, factor, M, N, K, a_row, a_k, b_k, b_column, scale_row, residual_row, residual_column,
+    a, b, out, scale, residual, inv_rms, factor, M, N, K, a_row, a_k, b_k, b_column, scale_row, residual_row,
+    residual_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of a (M, K) times b (K, N), scaled and added to the residual where these are given."""
@@ -126,6 +130,9 @@ def _int8_matmul_kernel(
     y = sums
     if scale is not None:
         scales = tl.load(scale + rows * scale_row, mask=rows < M, other=0.0) * tl.cast(factor, tl.float32)
+        if inv_rms is not None:
+            norm = tl.load(inv_rms + rows, mask=rows < M, other=0.0)
+            scales = tl.where(norm == norm, scales, norm)
         y = mul_rn(y.to(tl.float32), scales[:, None])
     if residual is not None:
         added = residual + rows[:, None] * residual_row + columns[None, :] * residual_column
@@ -153,8 +160,9 @@ def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
 
 @operator("int8_matmul")
 def _int8_matmul(
-    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, factor: float = 1.0
-) -> Tensor:
+    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, factor: float = 1.0,
+    inv_rms: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(a @ b) * (scale * factor) + residual as `dtype` (M, N); without a scale, int32 sums."""
     (m, k), n = a.shape, b.shape[1]
     blocks = _blocks(a, b)
@@ -165,6 +173,7 @@ def _int8_matmul(
         out=out,
         scale=scale,
         residual=residual,
+        inv_rms=inv_rms,
         factor=factor,
         M=m,
         N=n,
@@ -206,13 +215,13 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 def int8_matmul(
     x: Tensor, w: Tensor, scale: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32,
-    factor: float = 1.0,
+    factor: float = 1.0, inv_rms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y = (X W^T) * (scale * factor) + residual: x int8 (T, in), w int8 (out, in), scale float32 () or (T, 1), residual
     (T, out).
 
-    y and the residual are of `dtype`: float32, float16 or bfloat16. Raises ValueError as `int8_product` does, and on
-    another type or a residual that does not match.
+    y and the residual are of `dtype`: float32, float16 or bfloat16. Rows whose inv_rms, float32 (T, 1) by rows, is NaN
+    are NaN. Raises ValueError as `int8_product` does, and on another type or a residual that does not match.
     """
     across = w.t()
     _check(x, across)
@@ -227,9 +236,11 @@ def int8_matmul(
             f"int8_matmul: got a residual {residual.dtype} {tuple(residual.shape)}; "
             f"it must be {dtype} {(x.shape[0], w.shape[0])}, as y is"
         )
+    if inv_rms is not None and (inv_rms.shape != (x.shape[0], 1) or inv_rms.dtype != torch.float32):
+        raise ValueError(f"int8_matmul: got inv_rms {inv_rms.dtype} {tuple(inv_rms.shape)}; need torch.float32 (T, 1)")
     if on_triton(x):
-        return _int8_matmul(x, across, scale, residual, dtype, factor)
-    return int8_matmul_torch(x, w, scale, residual, dtype, factor)
+        return _int8_matmul(x, across, scale, residual, dtype, factor, inv_rms)
+    return int8_matmul_torch(x, w, scale, residual, dtype, factor, inv_rms)
 
 
 # What `kernels.check` compiles
@@ -245,7 +256,8 @@ def _launch_config(
     signature |= dict.fromkeys(("K", "a_row", "b_k" if backward else "b_column"), whole)
     constants = {"a_k": 1, "b_column" if backward else "b_k": 1, "scale_row": 0} | block
     signature |= {"scale": "*fp32"} if scaled else {}
-    constants |= {} if scaled else {"scale": None}
+    signature |= {"inv_rms": "*fp32"} if residual else {}
+    constants |= ({} if scaled else {"scale": None}) | ({} if residual else {"inv_rms": None})
     signature |= {"residual": f"*{out}", "residual_row": whole} if residual else {}
     constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
     name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {'D W' if backward else 'X W^T'} {out}"

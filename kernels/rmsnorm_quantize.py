@@ -3,11 +3,14 @@
     x^ = x / rms(x),  rms over a row          X = clip(round(x^ * 127 / A), -127, 127)
 
 Rounding is to nearest, halves to even. With `squared_relu` the norm is taken of relu(x)^2, so an MLP's hidden layer is
-read once. A row of zeros has x^ = 0 and 1 / rms = 0: no delta passes it.
+read once. A row of zeros has x^ = 0 and 1 / rms = 0: no delta passes it. A row with a NaN, an infinity or numbers whose
+squares overflow has 1 / rms = NaN, which `int8_matmul` and the backward pass hand on: int8 could not say it.
 
 Memory, for x of b bytes an element: b T n bytes read, T n + 4 T written; about 10 operations an element, two of them
 fp64. A program holds whole rows in its registers, so x is read once; that limits a row to `MAX_COLUMNS`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -45,6 +48,7 @@ def rmsnorm_quantize_torch(x: Tensor, act_range: float, squared_relu: bool = Fal
     # By way of fp64: torch's own fp32 square root on a CPU is not always the nearest number, the GPU's is.
     rms = torch.sqrt(mean_square.to(torch.float64)).to(torch.float32)
     inv_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, 1.0 / rms, 0.0)
+    inv_rms = torch.where(mean_square < math.inf, inv_rms, math.nan)
     rounded = torch.round(x * inv_rms * (127.0 / act_range))
     return rounded.clamp(-127, 127).to(torch.int8), inv_rms
 
@@ -86,10 +90,11 @@ def _rmsnorm_quantize_kernel(
     pointers = x + row[:, None] * x_row + column.to(tl.int64) * x_column
     value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if SQUARED_RELU:
-        value = tl.maximum(value, 0.0)
+        value = tl.where(value < 0.0, 0.0, value)  # tl.maximum makes 0 of a NaN
         value = value * value
     mean_square = mean_of(tl.sum((value * value).to(tl.float64), axis=1), columns)
     inverse = reciprocal(tl.sqrt_rn(tl.where(mean_square > 1e-30, mean_square, 0.0)), 0.0)
+    inverse = tl.where(mean_square < float("inf"), inverse, float("nan"))
     tl.store(inv_rms + row, inverse, mask=row < rows)
     nearest = _nearest(value * inverse[:, None] * tl.cast(steps, tl.float32))
     tl.store(x_int8 + row[:, None] * columns + column, nearest, mask=mask)
@@ -146,8 +151,8 @@ def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) ->
     """Normalise rows and put them on the int8 grid.
 
     x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n) and 1 / rms float32
-    (T, 1), 0 for rows of zeros. Raises ValueError on another shape or type, an empty batch, or rows over `MAX_COLUMNS`
-    on the Triton backend.
+    (T, 1), 0 for rows of zeros and NaN for rows that are not finite, whose X means nothing. Raises ValueError on another
+    shape or type, an empty batch, or rows over `MAX_COLUMNS` on the Triton backend.
     """
     check_rows("rmsnorm_quantize", x)
     if not on_triton(x):

@@ -10,9 +10,11 @@ from torch import nn
 from gft import layers
 from gft.layers import Delta, IntEmbedding, IntLinear, initial_weight, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
+from kernels import fuse
 from kernels.philox import Stream, words
 from kernels.topk import weight_limit
 
+needs_compiler = pytest.mark.skipif(fuse.compiler() is None, reason="torch.compile needs a C++ compiler")
 A = 6.0
 Q = {1: 1, 2: 1, 3: 3, 4: 7, 5: 15, 6: 31, 7: 63, 8: 127}
 WORD = 2**23
@@ -607,6 +609,34 @@ def test_a_frozen_layer_does_not_move_and_has_no_votes():
     assert net[1].votes is None and net[0].votes.any() and net[2].votes.any()
     opt.step()
     assert [torch.equal(layer.weight, w) for layer, w in zip(net, before, strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)], ids=["plain", "compiled"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
+def test_a_row_that_is_not_finite_does_not_hide_in_int8(value, compiled):
+    """As behind nn.Linear: the row is NaN, others are not touched, and no weight learns from it."""
+    net = nn.Sequential(IntLinear(20, 32, index=0), nn.ReLU(), IntLinear(32, 2, index=1))
+    call = torch.compile(net, dynamic=False) if compiled else net
+    opt, x = optimizer(net, lr=0.5), randn(6, 20)
+    clean = call(x).detach()
+    x[4, 3] = value
+    y = call(x)
+    assert y[4].isnan().all() and torch.equal(y[[0, 1, 2, 3, 5]], clean[[0, 1, 2, 3, 5]])
+    before = [layer.weight.clone() for layer in int_layers(net)]
+    y.square().sum().backward()
+    opt.step()
+    assert all(map(torch.equal, before, net.parameters())) and opt.stopped == 1
+    call(randn(6, 20)).square().sum().backward()
+    opt.step()
+    assert not any(map(torch.equal, before, net.parameters())) and opt.stopped == 0
+
+
+@pytest.mark.parametrize("squared_relu", [False, True], ids=["plain", "squared_relu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_in_front_that_is_not_finite_does_not_hide(dtype, squared_relu):
+    net = nn.Sequential(nn.Linear(20, 20), IntLinear(20, 2, squared_relu=squared_relu)).to(dtype)
+    nn.init.constant_(net[0].weight, float("nan"))
+    assert net(randn(3, 20).to(dtype)).isnan().all()
 
 
 def test_ddp_of_a_net_of_integers_is_refused(tmp_path):

@@ -178,6 +178,19 @@ def test_a_factor_of_the_scale(device):
 
 @kernel_test
 @pytest.mark.usefixtures("tile")
+def test_a_row_without_a_norm_is_nan(device):
+    x, w, scale = int8s(63, 37, device), int8s(40, 37, device, 1), torch.tensor(0.013, device=device)
+    inv_rms = floats(63, 1, device).abs()
+    inv_rms[17] = float("nan")
+    expected = int8_matmul_torch(x, w, scale, factor=0.1)
+    expected[17] = float("nan")
+    for product in (int8_matmul, int8_matmul_torch):
+        torch.testing.assert_close(product(x, w, scale, factor=0.1, inv_rms=inv_rms), expected, rtol=0, atol=0,
+                                   equal_nan=True)  # fmt: skip
+
+
+@kernel_test
+@pytest.mark.usefixtures("tile")
 def test_a_backward_product(device):
     """D W with W as it is stored, out along its rows: the reduced axis is not the contiguous one."""
     d, w = int8s(63, 123, device), int8s(123, 37, device, 1)
@@ -281,5 +294,7 @@ def test_matmul_refuses(backend_and_device):
     for wrong in (torch.ones(4, 1, device=device), scale.double()):
         with pytest.raises(ValueError, match=r"need torch.float32 \(\) or \(5, 1\)"):
             int8_matmul(x, w, wrong)
+    with pytest.raises(ValueError, match=r"got inv_rms torch.float32 \(5,\); need torch.float32 \(T, 1\)"):
+        int8_matmul(x, w, scale, inv_rms=torch.ones(5, device=device))
     with pytest.raises(ValueError, match=r"a residual torch.float32 \(5, 4\); it must be torch.float16 \(5, 4\)"):
         int8_matmul(x, w, scale, floats(5, 4, device), torch.float16)

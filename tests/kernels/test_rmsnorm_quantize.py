@@ -137,6 +137,22 @@ def test_kernel_with_rows_that_have_no_direction(device):
     assert found[1][2] == 0 and (found[0][2] == 0).all() and found[1][3] > 0
 
 
+@squared
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25], ids=str)
+def test_rows_that_are_not_finite_have_no_norm(value, backend, squared_relu, device, request):
+    """int8 could not say it. The square of 1e25 is infinite."""
+    if backend == "triton":
+        request.getfixturevalue("on_triton")
+    x = floats(7, 37, device)
+    clean = rmsnorm_quantize(x, 6.0, squared_relu)
+    x[2, 5] = value
+    x_int8, inv_rms = rmsnorm_quantize(x, 6.0, squared_relu)
+    others = [0, 1, 3, 4, 5, 6]
+    assert inv_rms[2].isnan()
+    assert torch.equal(inv_rms[others], clean[1][others]) and torch.equal(x_int8[others], clean[0][others])
+
+
 @kernel_test
 def test_nothing_outside_is_touched(device, monkeypatch):
     x = inner_block(floats(37, 63, device))
