@@ -11,6 +11,7 @@ training. So `merges` are the ranks from 256 on, and the text is cut here as it 
 
 import heapq
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 # A run of letters, of up to three digits or of other signs, each with the space before it; and white space, of which
 # the last one is left to the next word. Runs end at 64 so that no text, however odd, makes a word slow to encode.
@@ -19,16 +20,19 @@ PATTERN = r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}|\s{1,
 Pair = tuple[int, int]
 
 
-def train_bpe(text: str, vocab_size: int) -> list[bytes]:
-    """The byte strings of a vocabulary learned from `text`, in rank order: the 256 bytes, then the joined tokens.
+def train_bpe(pieces: Iterable[str], vocab_size: int) -> list[bytes]:
+    """The byte strings of a vocabulary learned from a text, in rank order: the 256 bytes, then the joined tokens.
 
+    The text comes in `pieces`, cut where words end.
     Equal counts go to the lower pair of ids, so the result is a function of the text. It is shorter than `vocab_size`
     where no pair is left that occurs twice.
     """
     import regex
 
     vocabulary = [bytes([byte]) for byte in range(256)]
-    counts = Counter(regex.findall(PATTERN, text))
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts.update(regex.findall(PATTERN, piece))
     words = [list(word.encode("utf-8")) for word in counts]
     frequency = list(counts.values())
     pair_count: Counter[Pair] = Counter()

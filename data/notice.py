@@ -2,14 +2,39 @@
 
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 BOX_WIDTH = 76  # of the text; the frame takes four columns more
+PATIENCE = 2.0  # seconds that work may take without a progress bar
+REDRAW, QUIET = 0.2, 15.0  # seconds between two bars on a terminal, and between two lines elsewhere
 
 
 def notice(message: str) -> None:
     """Prints one line that opens with `data: `."""
     print(f"data: {message}", file=sys.stderr, flush=True)
+
+
+def with_bar(pieces: Iterable[bytes], size: int, doing: str) -> Iterator[bytes]:
+    """Yields the `pieces`, of `size` bytes together, and shows on stderr how far their reader is if that takes long."""
+    begun, done, terminal = time.monotonic(), 0, sys.stderr.isatty()
+    due = begun + (PATIENCE if terminal else QUIET)
+    start, end = ("\r\x1b[K", "") if terminal else ("", "\n")
+    drawn = False
+    try:
+        for piece in pieces:
+            yield piece
+            done += len(piece)
+            now = time.monotonic()
+            if now >= due:
+                share = min(done / size, 1) if size else 1
+                left = (now - begun) * (1 / share - 1)
+                bar = f"[{'#' * int(20 * share):<20}] {share:4.0%}, {left:.0f} s left"
+                print(f"{start}data: {doing} {bar}", end=end, file=sys.stderr, flush=True)
+                due, drawn = now + (REDRAW if terminal else QUIET), True
+    finally:
+        if drawn and terminal:
+            print(start, end="", file=sys.stderr, flush=True)
 
 
 def box(paragraphs: Sequence[str]) -> str:

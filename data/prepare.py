@@ -8,17 +8,25 @@ The parts are cut in the text, at 81 and at 90 % of its characters, and encoded 
 same stretch of text under every tokenizer, and none of it has been seen by the training of a BPE vocabulary.
 """
 
+import errno
+import hashlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.cache import Damaged, cache_root, read_record, sha256, write_atomic, write_record
+from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
 from data.notice import notice
+from data.textfile import CHUNK, TextSource
 from data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
+from run.errors import UserError
 
-FORMAT = 1  # goes up when the same text and settings give other files
+FORMAT = 2  # goes up when the same text and settings give other files
 
 
 @dataclass(frozen=True)
@@ -61,38 +69,90 @@ def load_prepared(text_sha256: str, kind: str, vocab_size: int) -> Prepared | No
     return Prepared(ids, Parts(**record["parts"]), tokenizer_from_json(record["tokenizer"]))
 
 
-def prepare(text: str, text_sha256: str, kind: str, vocab_size: int) -> Prepared:
+def prepare(text: TextSource, text_sha256: str, kind: str, vocab_size: int) -> Prepared:
     """Makes the tokenizer, encodes `text` and keeps both in the cache; where that cannot be written, in memory only.
 
-    Raises UserError when the tokenizer cannot be made.
+    The text is read once to see what is in it, once to train a BPE vocabulary, and once to encode it. Raises UserError
+    when it is none, or the tokenizer cannot be made.
     """
-    chars_81, chars_90 = int(0.81 * len(text)), int(0.9 * len(text))
+    chars, alphabet = text.survey(text_sha256)
+    ends = int(0.81 * chars), int(0.9 * chars), chars
     if kind == "bpe":
         notice(f"training a bpe vocabulary of {vocab_size:,} on the first 81 % of the text (once).")
-    tokenizer = make_tokenizer(kind, vocab_size, text, bpe_text=text[:chars_81])
-    pieces = [tokenizer.encode_array(part) for part in (text[:chars_81], text[chars_81:chars_90], text[chars_90:])]
-    ids = np.concatenate(pieces)
-    ids.flags.writeable = False
-    tokens_81 = len(pieces[0])
-    parts = Parts(tokens_81, tokens_81 + len(pieces[1]), len(ids), chars_81, chars_90, len(text))
+    with closing(parts_of(text.chunks(text_sha256, "learning the words of"), ends)) as pieces:
+        learned_from = (piece for _, piece in itertools.takewhile(lambda numbered: numbered[0] == 0, pieces))
+        tokenizer = make_tokenizer(kind, vocab_size, "".join(alphabet), learned_from)
     stem = cache_root() / "prepared" / file_stem(text_sha256, kind, vocab_size)
-    record = {
-        "parts": asdict(parts),
-        "dtype": ids.dtype.str,
-        "ids_sha256": sha256(ids.data),
-        "tokenizer": tokenizer.to_json(),
-    }
     try:
-        write_atomic(stem.with_suffix(".bin"), ids.data)
+        with open_atomic(stem.with_suffix(".bin")) as file:
+            record = _encode(text, text_sha256, tokenizer, ends, file)
         write_record(stem.with_suffix(".json"), record)
     except OSError as error:
         notice(
             f"the prepared text cannot be kept in {stem.parent} ({error.strerror or error}); it stays in memory, and "
             "the next run prepares it again. NANOGFT_CACHE=FOLDER names another cache."
         )
+        memory = io.BytesIO()
+        record = _encode(text, text_sha256, tokenizer, ends, memory)
+        ids = np.frombuffer(memory.getbuffer(), tokenizer.dtype)
+        ids.flags.writeable = False
     else:
-        ids = np.memmap(stem.with_suffix(".bin"), dtype=ids.dtype, mode="r")
-    return Prepared(ids, parts, tokenizer)
+        ids = _map(stem.with_suffix(".bin"), tokenizer.dtype)
+    return Prepared(ids, Parts(**record["parts"]), tokenizer)
+
+
+def _encode(
+    text: TextSource, text_sha256: str, tokenizer: Tokenizer, ends: tuple[int, int, int], file: BinaryIO
+) -> dict[str, Any]:
+    """Writes the ids to `file`; what `load_prepared` needs to know of them."""
+    tokens, digest = [0, 0, 0], hashlib.sha256()
+    for part, piece in parts_of(text.chunks(text_sha256, "encoding"), ends):
+        try:
+            ids = tokenizer.encode_array(piece)
+        except UserError as error:  # a character that was not there before
+            raise text.changed() from error
+        tokens[part] += len(ids)
+        digest.update(ids.data)
+        file.write(ids.data)
+    return {
+        "parts": asdict(Parts(*itertools.accumulate(tokens), *ends)),
+        "dtype": tokenizer.dtype.str,
+        "ids_sha256": digest.hexdigest(),
+        "tokenizer": tokenizer.to_json(),
+    }
+
+
+def parts_of(chunks: Iterable[str], ends: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """The text of `chunks`, cut anew: with each piece comes the number of its part; parts end at `ends`, in characters.
+
+    Inside a part cuts are where a word ends. No token of a BPE or of GPT-2 goes on from a sign into white space, so
+    pieces have the tokens of the whole part; only a word that is longer than a chunk may be cut.
+    """
+    part, start, rest = 0, 0, ""
+    for chunk in chunks:
+        if part == len(ends):  # the text has grown, as its reader will see at the end
+            continue
+        rest += chunk
+        while part < len(ends) and start + len(rest) >= ends[part]:
+            size = ends[part] - start
+            yield part, rest[:size]
+            part, start, rest = part + 1, ends[part], rest[size:]
+        blank = max(rest.rfind(" "), rest.rfind("\n"), 0)
+        size = len(rest[:blank].rstrip())
+        if not size and len(rest) >= CHUNK:
+            size = len(rest)
+        if size:
+            yield part, rest[:size]
+            start, rest = start + size, rest[size:]
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        if error.errno == errno.ENOMEM:  # of addresses
+            raise MemoryError(f"{path} cannot be mapped") from error
+        raise
 
 
 def _map_ids(path: Path, record: dict[str, Any]) -> np.ndarray:
@@ -101,7 +161,7 @@ def _map_ids(path: Path, record: dict[str, Any]) -> np.ndarray:
     size = path.stat().st_size
     if size != count * dtype.itemsize:
         raise Damaged(f"{path.name} has {size:,} bytes, not {count * dtype.itemsize:,}")
-    ids = np.memmap(path, dtype=dtype, mode="r")
-    if sha256(ids.data) != record["ids_sha256"]:
-        raise Damaged(f"{path.name} has changed since it was written")
-    return ids
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != record["ids_sha256"]:
+            raise Damaged(f"{path.name} has changed since it was written")
+    return _map(path, dtype)

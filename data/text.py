@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import stdlib_text, textfile, tinyshakespeare
-from data.cache import Found, sha256
 from data.prepare import load_prepared, prepare
+from data.textfile import TextSource
 from data.tokenizers import Tokenizer, check_request, tell_if_smaller
 from run.errors import UserError
 
@@ -41,10 +41,15 @@ def load_text(name: str, tokenizer: str, vocab_size: int, data_dir: str = "", ev
     if eval_on not in ("val", "tune"):
         raise UserError(f"eval_on = {eval_on!r} is unknown. It is val or tune.", code=2)
     found = find_text(name, data_dir)
-    digest = sha256(found.content)
-    prepared = load_prepared(digest, tokenizer, vocab_size)
-    if prepared is None:
-        prepared = prepare(textfile.decode(found.content, found.where), digest, tokenizer, vocab_size)
+    try:
+        digest = found.sha256()
+        prepared = load_prepared(digest, tokenizer, vocab_size) or prepare(found, digest, tokenizer, vocab_size)
+    except MemoryError as error:
+        raise UserError(
+            f"out of memory while preparing the text {found.where} ({str(error) or 'none is left'}). It is read in "
+            "small chunks, but a bpe vocabulary needs all different words at once, and without a cache on disk the tokens "
+            "stay in memory. Free memory, raise its limit (ulimit -v), or give a shorter text."
+        ) from error
     tell_if_smaller(prepared.tokenizer, tokenizer, vocab_size)
     ids, parts = prepared.ids, prepared.parts
     if eval_on == "val":
@@ -68,8 +73,9 @@ def load_text(name: str, tokenizer: str, vocab_size: int, data_dir: str = "", ev
     )
 
 
-def find_text(name: str, data_dir: str = "") -> Found:
-    """The bytes of the text `name` and where they are. Raises UserError when there is no such text."""
+def find_text(name: str, data_dir: str = "") -> TextSource:
+    """The text `name`, to be read. Raises UserError when there is no such text."""
     if name in DATA_SETS:
-        return DATA_SETS[name](data_dir)
+        found = DATA_SETS[name](data_dir)
+        return TextSource.of_bytes(found.content, found.where, found.why)
     return textfile.find(name, data_dir, DATA_SETS)

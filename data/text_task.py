@@ -133,7 +133,8 @@ class TextTask(Task):
     def usage(self, folder: Path) -> str:
         """Sample, beginning with a word of the text: its alphabet may have no other letters."""
         words = self.tokenizer.decode(self.data.val[:1000].tolist()).partition("\n")[2].split()
-        return shlex.join(["sample.py", str(folder), "--prompt", words[0] if words else ""])
+        word = next(filter(str.isprintable, words), "")  # control characters would act on the terminal
+        return shlex.join(["sample.py", str(folder), "--prompt", word])
 
     def saved(self) -> dict[str, Any]:
         """The tokenizer."""

@@ -97,10 +97,6 @@ class CharTokenizer(Tokenizer):
         self._points = _code_points(self._chars)
         self.vocab_size = len(self._chars)
 
-    @classmethod
-    def of_text(cls, text: str) -> CharTokenizer:
-        return cls("".join(map(chr, np.unique(_code_points(text)))))
-
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
@@ -172,13 +168,13 @@ class Gpt2Tokenizer(Tokenizer):
         return self._encoding.decode_single_token_bytes(token)
 
 
-def make_tokenizer(kind: str, vocab_size: int, text: str, bpe_text: str) -> Tokenizer:
-    """A new tokenizer of `kind`: characters are those of all of `text`, BPE tokens are learned from `bpe_text` only.
+def make_tokenizer(kind: str, vocab_size: int, chars: str, bpe_text: Iterable[str]) -> Tokenizer:
+    """A new tokenizer of `kind`: of all `chars`, or of BPE tokens learned from `bpe_text`, in pieces cut between words.
 
     `vocab_size` is for "bpe" alone. Raises UserError when gpt2 cannot be fetched.
     """
     if kind == "char":
-        return CharTokenizer.of_text(text)
+        return CharTokenizer(chars)
     if kind == "gpt2":
         return Gpt2Tokenizer()
     return BpeTokenizer(train_bpe(bpe_text, vocab_size))

@@ -1,17 +1,28 @@
 """Prepared texts: made once, also by two processes at once; damage, a cache that cannot be written, the split."""
 
 import errno
+import io
 import os
+import random
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+from tiktoken_ext.openai_public import r50k_pat_str
 
+from data import notice, prepare, textfile
+from data.bpe import PATTERN, train_bpe
 from data.cache import cache_root, sha256, write_atomic
+from data.notice import with_bar
+from data.prepare import parts_of
 from data.text import load_text
+from data.tokenizers import CharTokenizer
+from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
@@ -225,3 +236,100 @@ def test_bpe_of_a_short_text_says_that_it_is_smaller(tmp_path, capsys):
     for _ in range(2):
         text = load(path, "bpe", 5000)
         assert f"has {text.tokenizer.vocab_size} tokens, not vocab_size = 5,000" in capsys.readouterr().err
+
+
+# Chunks
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    for module in (textfile, prepare):
+        monkeypatch.setattr(module, "CHUNK", 32)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_a_text_in_chunks_has_the_tokens_of_the_whole(play, small_chunks, tokenizer):
+    content = CONTENT.decode("utf-8")
+    text, n81, n90 = load(play, tokenizer), int(0.81 * len(content)), int(0.9 * len(content))
+    if tokenizer == "bpe":
+        assert text.tokenizer._vocabulary == train_bpe([content[:n81]], 300)
+    parts = [text.tokenizer.encode(part) for part in (content[:n81], content[n81:n90], content[n90:])]
+    assert text.train.tolist() == parts[0] + parts[1] and text.val.tolist() == parts[2]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, r50k_pat_str], ids=["bpe", "gpt2"])
+def test_cuts_between_chunks_are_where_words_end(small_chunks, pattern):
+    draw = random.Random(0)
+    signs = ["a", "bc", "é", "1", "23", "!", "'s", " ", "  ", "\n", "\r\n", "\t ", "\xa0", "\u3000", "日本"]
+    for _ in range(300):
+        text = "".join(draw.choices(signs, k=150))
+        ends = sorted(draw.choices(range(len(text)), k=2)) + [len(text)]
+        pieces = list(parts_of((text[at : at + 40] for at in range(0, len(text), 40)), ends))
+        assert len(pieces) > 4
+        for part, (start, end) in enumerate(zip([0, *ends], ends)):
+            inside = [piece for number, piece in pieces if number == part]
+            assert "".join(inside) == text[start:end]
+            words = [word for piece in inside for word in regex.findall(pattern, piece)]
+            assert words == regex.findall(pattern, text[start:end])
+
+
+def test_a_word_longer_than_a_chunk_is_cut(small_chunks):
+    pieces = list(parts_of(["x" * 32] * 9, (200, 250, 288)))
+    assert [len(piece) for _, piece in pieces] == [32] * 6 + [8, 50, 38]
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_preparing_takes_memory_for_a_few_chunks(tmp_path, tokenizer):
+    path = str(put(tmp_path / "long.txt", CONTENT * (2_000_000 // len(CONTENT))))
+    tracemalloc.start()
+    try:
+        load(path, tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 40 * textfile.CHUNK
+    finally:
+        tracemalloc.stop()
+
+
+def no_addresses(*args, **kwargs):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+@pytest.mark.parametrize("where", ["encoding", "mapping", "mapping again"])
+def test_too_little_memory_is_put_down_to_the_text(play, monkeypatch, where):
+    if where == "mapping again":
+        load(play)
+    if where == "encoding":
+        monkeypatch.setattr(CharTokenizer, "encode_array", lambda *_: np.empty(1 << 50))
+    else:
+        monkeypatch.setattr(np, "memmap", no_addresses)
+    with pytest.raises(UserError, match="out of memory while preparing the text") as caught:
+        load(play)
+    assert play in str(caught.value) and "batch_size" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [_truncate, _alter, _empty, lambda path: put(path, CONTENT + b"more " * 200_000)])
+def test_a_text_that_changes_while_it_is_read(play, monkeypatch, change):
+    make = prepare.make_tokenizer
+
+    def change_and_make(*args, **kwargs):
+        change(Path(play))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(prepare, "make_tokenizer", change_and_make)
+    with pytest.raises(UserError, match="has changed while it was read"):
+        load(play)
+    assert all_files(cache_root()) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_shown_where_it_takes_long(monkeypatch, terminal):
+    said = io.StringIO()
+    said.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", said)
+    assert list(with_bar([b"ab", b"cd"], 4, "encoding a.txt")) == [b"ab", b"cd"] and said.getvalue() == ""
+    for name in ("PATIENCE", "REDRAW", "QUIET"):
+        monkeypatch.setattr(notice, name, 0.0)
+    list(with_bar([b"a", b"bcd"], 4, "encoding a.txt"))
+    first, second = said.getvalue().split("data: ")[1:]
+    assert first.startswith("encoding a.txt [#####               ]  25%, 0 s left")
+    assert second.startswith("encoding a.txt [####################] 100%")
+    assert said.getvalue().endswith("\r\x1b[K" if terminal else "left\n")

@@ -77,4 +77,7 @@ def test_usage_begins_with_a_word_of_the_text(tmp_path):
     made.tokenizer = CharTokenizer("\nROMEO: hark")
     made.data.val = made.tokenizer.encode_array("ark\nROMEO:\nhark")
     assert shlex.split(made.usage(tmp_path)) == ["sample.py", str(tmp_path), "--prompt", "ROMEO:"]
+    made.tokenizer = CharTokenizer("\n\x1b[OK hark")
+    made.data.val = made.tokenizer.encode_array("ark\n\x1b[O hark")
+    assert shlex.split(made.usage(tmp_path))[-1] == "hark"  # nothing that acts on a terminal
     assert made.saved() == {"tokenizer": made.tokenizer.to_json()}

@@ -20,8 +20,8 @@ TEXT = (
     "All:\nSpeak, speak, and we shall hear the farther further father.\n"
     "  12345 aaaa aaaaa été naïve 日本語 🙂\r\n\t!?..."
 ) * 3
-BPE = BpeTokenizer(train_bpe(TEXT, 330))
-CHAR = CharTokenizer.of_text(TEXT)
+BPE = BpeTokenizer(train_bpe([TEXT], 330))
+CHAR = CharTokenizer(TEXT)
 BOTH = pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
 
 
@@ -91,7 +91,7 @@ def test_id_out_of_range(tokenizer, offset):
 
 
 def test_char_ids_are_the_sorted_characters():
-    tokenizer = CharTokenizer.of_text("hello")
+    tokenizer = CharTokenizer("hello")
     assert tokenizer.vocab_size == 4
     assert tokenizer.encode("ehlo") == [0, 1, 2, 3]
 
@@ -128,7 +128,7 @@ def test_char_keeps_the_list_of_known_characters_short():
 )
 @pytest.mark.parametrize("vocab_size", [257, 262, 300, 2000])
 def test_trainer_equals_the_plain_one(text, vocab_size):
-    assert train_bpe(text, vocab_size) == plain_train(text, vocab_size)
+    assert train_bpe([text], vocab_size) == plain_train(text, vocab_size)
 
 
 def test_tiktoken_repeats_the_joins_of_training():
@@ -152,16 +152,16 @@ def test_bpe_has_the_size_asked_for_and_shortens_the_text():
 
 
 def test_bpe_stops_when_no_pair_occurs_twice():
-    assert len(train_bpe("abcdefgh", 400)) == 256
-    assert len(train_bpe("", 400)) == 256
-    assert train_bpe("abab", 400)[256:] == [b"ab"]
+    assert len(train_bpe(["abcdefgh"], 400)) == 256
+    assert len(train_bpe([""], 400)) == 256
+    assert train_bpe(["abab"], 400)[256:] == [b"ab"]
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "1", "-", "\n \t"], ids=repr)
 def test_long_runs_stay_fast(unit):
     text = unit * 200_000
     start = time.perf_counter()
-    tokenizer = BpeTokenizer(train_bpe(text, 300))
+    tokenizer = BpeTokenizer(train_bpe([text], 300))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert time.perf_counter() - start < 3
 
