@@ -130,13 +130,13 @@ def parts_of(chunks: Iterable[str], ends: Sequence[int]) -> Iterator[tuple[int, 
     """
     part, start, rest = 0, 0, ""
     for chunk in chunks:
-        if part == len(ends):  # the text has grown, as its reader will see at the end
-            continue
         rest += chunk
         while part < len(ends) and start + len(rest) >= ends[part]:
             size = ends[part] - start
             yield part, rest[:size]
             part, start, rest = part + 1, ends[part], rest[size:]
+        if part == len(ends):  # what comes now is not part of the text: `chunks` tells at its end that it has grown
+            rest = ""
         blank = max(rest.rfind(" "), rest.rfind("\n"), 0)
         size = len(rest[:blank].rstrip())
         if not size and len(rest) >= CHUNK:

@@ -47,8 +47,8 @@ def load_text(name: str, tokenizer: str, vocab_size: int, data_dir: str = "", ev
     except MemoryError as error:
         raise UserError(
             f"out of memory while preparing the text {found.where} ({str(error) or 'none is left'}). It is read in "
-            "small chunks, but a bpe vocabulary needs all different words at once, and without a cache on disk the tokens "
-            "stay in memory. Free memory, raise its limit (ulimit -v), or give a shorter text."
+            "small chunks, but a bpe vocabulary needs all different words at once, and without a cache on disk the "
+            "tokens stay in memory. Free memory, raise its limit (ulimit -v), or give a shorter text."
         ) from error
     tell_if_smaller(prepared.tokenizer, tokenizer, vocab_size)
     ids, parts = prepared.ids, prepared.parts

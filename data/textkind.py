@@ -1,4 +1,4 @@
-"""What a file is that is no UTF-8 text, and how to make a text of it: formats by how they begin, encodings by a guess."""
+"""What a file is that is no UTF-8 text, and how to make one of it: formats by how they begin, encodings by a guess."""
 
 import codecs
 import re
