@@ -22,7 +22,7 @@ from data import cache, text_task, tinyshakespeare
 from data.cache import OfficialFile
 from data.text import load_text
 from kernels import backend, fuse
-from run import checkpoint
+from run import checkpoint, log
 from run import device as machine
 from run.config import load
 from run.errors import DIVERGED
@@ -56,7 +56,7 @@ def clean(tmp_path, monkeypatch, request):
     handlers, the backend and fusing as the test found them."""
     monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
     if "curve" not in request.fixturenames:
-        monkeypatch.setattr(train, "draw", lambda *_: None)
+        monkeypatch.setattr(log, "draw", lambda *_: None)
     before, fusing, chosen = {n: signal.getsignal(n) for n in SIGNALS}, fuse.enabled(), backend.chosen()
     yield
     for number, handler in before.items():

@@ -1,0 +1,141 @@
+"""What a training reports: loss and flips at some steps, evaluations, samples, the curve, warnings; and when it saves."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gft.optimizer import FlipOptimizer
+from run import energy
+from run.config import Config
+from run.curve import draw
+from run.device import resident_bytes
+from run.errors import DIVERGED, UserError
+from run.meter import Meter
+from run.monitor import warnings
+from run.progress import Metrics, Progress
+
+
+class Run(Protocol):
+    """The run that is logged, train.Run."""
+
+    cfg: Config
+    task: Any  # data.task.Task
+    out: Path
+    device: torch.device
+    net: nn.Module
+    flip_optimizer: FlipOptimizer | None
+    found_inf: torch.Tensor
+    floats: int
+    weights: int
+    step: int
+    changed: int
+    seconds: float
+    losses: list[float]
+
+    def save(self, name: str) -> None:
+        """Write checkpoint `name`."""
+
+    def summary(self, found: dict[str, float], typical: float | None) -> dict:
+        """The final JSON object."""
+
+
+class Log:
+    """Logs, evaluates and saves. It reads from the device after steps that are `due`; other steps wait for nothing."""
+
+    def __init__(self, run: Run, metrics: Metrics, sample: Callable[[], str]):
+        self.run, self.metrics, self.sample, self.stopping = run, metrics, sample, False
+        self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
+        self.meter = Meter.on(run.device.type, run.device.index)
+        self.meter.start()  # watches the idle device for two seconds, which are no part of the training
+        self.first = self.last = run.step  # the step that this process began with, and that of the last read
+        self.begun, self.flips = time.perf_counter(), 0
+        self.loss = torch.zeros((), device=run.device)  # summed since the last read
+        self.found: dict[str, float] = {}
+        self.resident: list[int] = []
+        self.said: set[str] = set()
+
+    def due(self) -> bool:
+        """Whether this step is one to read after."""
+        run, cfg = self.run, self.run.cfg
+        every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every)
+        ends = run.step == cfg.steps or self.stopping
+        return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
+
+    def write(self, measured: dict) -> None:
+        """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the loss diverged."""
+        run, cfg = self.run, self.run.cfg
+        steps, loss = run.step - self.last, self.loss.item()  # waits for the device
+        self._check_finite(loss)
+        run.seconds += time.perf_counter() - self.begun
+        self.meter.poll()
+        flips = int(run.flip_optimizer.flips()) if run.flip_optimizer else 0
+        changed = flips - self.flips + steps * run.floats
+        run.changed += changed
+        record = {
+            "step": run.step, "loss": round(loss / steps / run.task.per_step, 5),
+            "flips": changed / steps / run.weights, "seconds": round(run.seconds, 4), **measured,
+        }  # fmt: skip
+        last = run.step == cfg.steps
+        if run.step % cfg.eval_every == 0 or last:
+            self.found = run.task.evaluate(run.net, run.device)
+            record |= {name: round(value, 5) for name, value in self.found.items()}
+            run.losses.append(self.found["val_loss"])
+        self.metrics.write(record)
+        self.progress.show(record)
+        if "val_loss" in record:
+            self._evaluated()
+        if run.step % cfg.save_every == 0 or last or self.stopping:
+            run.save("last")
+        self.loss.zero_()
+        self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
+
+    def _check_finite(self, loss: float) -> None:
+        run = self.run
+        if run.found_inf.item():
+            lower = "--k" if run.cfg.method == "gft" else "--lr"
+            one = run.step == self.last + 1
+            steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
+            raise UserError(
+                f"the loss became {loss} at {steps}; nothing after it was saved, and earlier checkpoints are intact. "
+                f"Start a new run with a lower {lower} in another --out_dir", DIVERGED,
+            )  # fmt: skip
+
+    def _evaluated(self) -> None:
+        """Show a sample and the curve, warn of known signs of failure, and keep the best net."""
+        run, task = self.run, self.run.task
+        if shown := self.sample():
+            self.progress.text(shown)
+        draw_curve(run)
+        self.resident.append(resident_bytes() or 0)
+        chance = math.log(task.outputs)
+        for sign, text in warnings(run.losses, run.step / run.cfg.steps, chance, self.resident).items():
+            if sign not in self.said:
+                self.said.add(sign)
+                self.progress.line(f"warning: {text}")
+        if run.losses[-1] <= min(run.losses):
+            run.save("best")
+
+    def finish(self) -> dict:
+        """The summary of a run that has come to its end."""
+        run = self.run
+        if not self.found:  # resumed at the end
+            self.found = run.task.evaluate(run.net, run.device)
+        used = energy.summary(energy.count(run.cfg, run.task.outputs, run.task.image), run.step, self.meter.stop())
+        if self.first:
+            used["energy_note"] += f"; measured from step {self.first} on, where this process took the run up"
+        return run.summary(self.found, self.progress.step_seconds) | used
+
+
+def draw_curve(run: Run) -> None:
+    """Draw loss.png anew; a disk that does not take it is no reason to stop."""
+    title = f"{run.cfg.name}: {run.cfg.method}, {run.weights / 1e6:.2f} M weights"
+    try:
+        draw(run.out / "metrics.jsonl", run.out / "loss.png", title, run.task.unit.removesuffix("s"))
+    except OSError as error:
+        print(f"note: {error.filename or 'loss.png'} cannot be written: {error.strerror}", file=sys.stderr)
