@@ -30,13 +30,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from run.errors import UserError
 
 FORMAT, VERSION = "nanogft-checkpoint", 2
 SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
-LEFTOVER = re.compile(r"(last|best|previous)(-\d{8}(-\d+)?\.safetensors|\.json)\.tmp")
+FIELDS = {"file": str, "bytes": int, "sha256": str, "meta": dict}  # of the JSON, besides format, version and its hash
+BODY = re.compile(r"(last|best)-\d{8,}(-\d+)?\.safetensors")
+LEFTOVER = re.compile(r"(last|best|previous)(-\d{8,}(-\d+)?\.safetensors|\.json)\.tmp")
 REMEDIES = {
     errno.ENOSPC: "free some disk space or choose another folder with --out_dir",
     errno.EDQUOT: "free some of your disk quota or choose another folder with --out_dir",
@@ -105,8 +108,8 @@ def load(out_dir: Path, name: str, option: str = "--resume") -> tuple[dict[str, 
     while True:
         before = _stamp(head)
         try:
-            record, data = _verified(head)
-            return safetensors.torch.load(data), record["meta"]
+            record, tensors = _verified(head)
+            return tensors, record["meta"]
         except UserError as exc:
             if _stamp(head) != before:  # a training run saved while this was reading: read the new one
                 continue
@@ -202,12 +205,12 @@ def _sync_folder(folder: Path) -> None:
 def _delete_older(out_dir: Path, name: str) -> None:
     """Delete tensors of `name` that no JSON refers to, and what interrupted saves left."""
     used = set()
-    for keeper in (name, "previous"):
+    for keeper in LOADED:
         with contextlib.suppress(UserError):  # a JSON that cannot be read keeps nothing
             used.add(_record(out_dir / f"{keeper}.json")["file"])
-    body = re.compile(rf"{name}-\d{{8}}(-\d+)?\.safetensors")
     for path in out_dir.iterdir():
-        if LEFTOVER.fullmatch(path.name) or (body.fullmatch(path.name) and path.name not in used):
+        body = BODY.fullmatch(path.name)
+        if LEFTOVER.fullmatch(path.name) or (body and body[1] == name and path.name not in used):
             with contextlib.suppress(OSError):  # the checkpoint is safe; a file left over only costs space
                 path.unlink()
 
@@ -244,7 +247,7 @@ def _record(head: Path) -> dict[str, Any]:
     text = _read(head)
     try:
         record = json.loads(text)
-    except ValueError as exc:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as exc:  # not UTF-8, not JSON, or lists in lists without end
         raise UserError(f"{head} is damaged: {len(text):,} bytes that are not JSON ({exc}).") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         seen = record.get("format") if isinstance(record, dict) else type(record).__name__
@@ -257,11 +260,15 @@ def _record(head: Path) -> dict[str, Any]:
     seen, expected = _content_sha256(record), record.get("content_sha256")
     if seen != expected:
         raise UserError(f"{head} is damaged or was edited: its content has SHA-256 {seen}, and it says {expected}.")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]
+    if wrong or not BODY.fullmatch(record["file"]) or not isinstance(record["meta"].get("step"), int):
+        wrong = ", ".join(wrong) or "the name of its file, or the step in meta,"
+        raise UserError(f"{head} was not written by this program, though its hash is right: {wrong} cannot be.")
     return record
 
 
-def _verified(head: Path) -> tuple[dict[str, Any], bytes]:
-    """A checkpoint's JSON and the bytes of its tensors, both verified: the bytes checked are the bytes used."""
+def _verified(head: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint's JSON and its tensors, both verified: the bytes checked are the bytes used."""
     record = _record(head)
     body = head.with_name(record["file"])
     data = _read(body)
@@ -270,7 +277,10 @@ def _verified(head: Path) -> tuple[dict[str, Any], bytes]:
     seen = hashlib.sha256(data).hexdigest()
     if seen != record["sha256"]:
         raise UserError(f"{body} is damaged: its SHA-256 is {seen} and {head.name} says {record['sha256']}.")
-    return record, data
+    try:
+        return record, safetensors.torch.load(data)
+    except (SafetensorError, KeyError) as exc:  # the second: a type of numbers that torch does not have
+        raise UserError(f"{body} was not written by this program, though its hash is right ({exc}).") from None
 
 
 def _good_json(head: Path) -> bytes | None:

@@ -17,9 +17,10 @@ from typing import Any
 
 from kernels.limits import MAX_REDUCTION, RULES
 from run.errors import closest, refuse
-from run.keys import convert, key, read_argv, show
+from run.keys import brief, convert, key, read_argv, show
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).resolve().parents[1].joinpath("configs").rglob("*.toml"))}
+LARGEST_FILE = 20_000  # characters: much more than all keys need; tomllib's time can grow with their square
 IMAGES = ("imagenette", "mnist")
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 METHODS = ("gft", "adamw", "muon", "sgd", "signsgd", "ste")  # sgd has momentum 0.9, ste latent weights
@@ -162,9 +163,13 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
 def read_file(target: str, problems: list[str]) -> tuple[str, dict[str, Any]]:
     """Name and content of the TOML file that a config's name or a path means; what is wrong is added to `problems`."""
     path = CONFIGS.get(target) or Path(target)
-    path = path if path.is_file() else CONFIGS.get(target.removesuffix(".toml"), path)
     try:
-        return path.stem, tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        path = path if path.is_file() else CONFIGS.get(target.removesuffix(".toml"), path)
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} characters, and a config a few thousand")
+        return path.stem, tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         near = closest(path.stem, CONFIGS, "did you mean {}? ")
         problems.append(f"{target!r} is neither a TOML file nor a name in configs/; {near}--help lists the names")
@@ -183,7 +188,7 @@ def build(values: Mapping[str, Any], name: str, problems: Sequence[str] = (), wh
             near = closest(OTHER_NAMES.get(k, k), FIELDS, "did you mean {}?") or "--help lists every key"
             problems.append(f"unknown key {k}{where.get(k, '')}; {near}")
         except ValueError as error:
-            problems.append(f"{k} = {str(value) or show(value)}{where.get(k, '')}: {error}")
+            problems.append(f"{k} = {brief(value)}{where.get(k, '')}: {error}")
     refuse(problems)
     cfg = Config(**known, name=name)
     scope = vars(cfg) | {"integer_kinds": cfg.integer_kinds}

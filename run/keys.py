@@ -13,6 +13,8 @@ from typing import Any
 
 from run.errors import UserError, closest
 
+SHOWN = 200  # characters of a value in an error
+
 
 def key(default: Any, help: str, allowed: Sequence = (), needs: str = "True", **rules: Any) -> Any:
     """Declare one setting: its default, its meaning, the allowed texts or the smallest and the largest number.
@@ -36,18 +38,28 @@ def rule(f: dataclasses.Field) -> str:
 
 def convert(f: dataclasses.Field, value: Any) -> Any:
     """`value`, or the text of one, in the type of `f`. Raises ValueError naming the rule and the closest choice."""
-    text, allowed = value if isinstance(value, str) else show(value), f.metadata["allowed"]
-    with contextlib.suppress(ValueError):  # of a text that is no number
+    text, allowed = "", f.metadata["allowed"]
+    with contextlib.suppress(ValueError, RecursionError):  # a text that is no number; what cannot be a text
+        text = value if isinstance(value, str) else show(value)
         typed = f.type(text)
         if not allowed or (typed in allowed if f.type is str else allowed[0] <= typed <= allowed[1]):
             return typed
     near = closest(text, allowed, '; did you mean "{}"?') if f.type is str else ""
-    raise ValueError(f"must be {rule(f)} (default {show(f.default)}){near}")
+    raise ValueError(f"must be {rule(f) or 'a text'} (default {show(f.default)}){near}")
 
 
 def show(value: Any) -> str:
     """`value` as TOML writes it."""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def brief(value: Any) -> str:
+    """`value` in an error: the beginning of what is long; of what Python will not print, what it is."""
+    try:
+        text = str(value) or show(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, tables in tables
+        text = f"({type(value).__name__}, too large to show)"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def read_argv(argv: Sequence[str], fields: dict[str, dataclasses.Field], prog: str, about: str) -> tuple[dict, list]:

@@ -1,6 +1,7 @@
 """run/checkpoint.py: what is saved comes back bit for bit, or an error names the file that is wrong."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -166,6 +167,26 @@ def old_version(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"version": 2', '"version": 1'), encoding="utf-8")
 
 
+def signed(**changes: object):
+    """Edits the JSON and gives it a hash that fits."""
+
+    def damage(head: Path) -> None:
+        record = json.loads(head.read_text()) | changes
+        head.write_text(json.dumps(record | {"content_sha256": checkpoint._content_sha256(record)}))
+
+    return damage
+
+
+def signed_tensors(content: bytes):
+    """Replaces the tensors and gives the JSON a hash that fits."""
+
+    def damage(path: Path) -> None:
+        path.write_bytes(content)
+        signed(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())(path.with_name("last.json"))
+
+    return damage
+
+
 DAMAGE = {
     "tensors flipped": ("body", flip_byte, "damaged: its SHA-256 is"),
     "tensors truncated": ("body", truncate, "bytes and last.json says"),
@@ -179,6 +200,12 @@ DAMAGE = {
     "json without format": ("head", lambda path: path.write_text("[1, 2]"), "\"format\" is 'list'"),
     "json of an old version": ("head", old_version, "was written by format version 1; this program reads 2: use the"),
     "json missing": ("head", Path.unlink, "is missing"),
+    "json nested": ("head", lambda path: path.write_text('{"format": ' + "[" * 100_000), "not JSON"),
+    "signed, a file elsewhere": ("head", signed(file="../x.safetensors"), "the name of its file"),
+    "signed, no file": ("head", signed(file=None, bytes="1"), "its hash is right: file, bytes cannot be"),
+    "signed, no step": ("head", signed(meta={}), "the step in meta, cannot be"),
+    "signed, header of 2^60": ("body", signed_tensors((2**60).to_bytes(8, "little") + b"{}"), "though its hash is right"),
+    "signed, no tensors": ("body", signed_tensors(b"\2\0\0\0\0\0\0\0[]"), "though its hash is right"),
 }
 
 
@@ -203,6 +230,14 @@ def test_a_damaged_last_never_pushes_out_a_good_previous(tmp_path):
     save(tmp_path, 200)
     assert_holds(tmp_path, "last", 200)
     assert_holds(tmp_path, "previous", 100)
+
+
+def test_a_copied_json_keeps_its_tensors(tmp_path):
+    for step in (100, 200, 300, 400):
+        save(tmp_path, step)
+        if step == 200:
+            (tmp_path / "best.json").write_bytes((tmp_path / "previous.json").read_bytes())
+    assert_holds(tmp_path, "best", 100)
 
 
 def test_the_error_says_where_nothing_good_is_left_and_uses_the_callers_option(tmp_path):

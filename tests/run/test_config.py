@@ -98,6 +98,7 @@ BAD_COMMAND_LINES = [
     ("--d-model 12 --n-head 4", ["d_model = 12, n_head = 4", "a multiple of 2 n_head"]),
     ("--d-model 7 --n-head 1", ["d_model = 7", "a multiple of 2 n_head"]),
     ("--grad-accum 5", ["batch_size = 48, grad_accum = 5", "must divide"]),
+    ("x" * 300, ["File name too long"]),
     ("--k 0.1 --k-end 0.2", ["k_end = 0.2, k = 0.1", "lower k_end", "constant"]),
     ("--ortho-tile 100", ["ortho_tile = 100", "multiple of 16"]),
     ("--rule gain --embedding-rule spectral --ortho-tile 8", ["ortho_tile = 8", "multiple of 16"]),
@@ -126,6 +127,11 @@ BAD_FILES = {
     "duplicate": ("k = 1\nk = 0.5\n", ["not readable TOML", "line 2"]),
     "not UTF-8": (b'data = "\xff"\n', ["not readable TOML", "utf-8"]),
     "digits": ("steps = " + "9" * 5000, ["not readable TOML"]),
+    "hexadecimal digits": ("steps = 0x" + "f" * 5000, ["steps = (int, too large to show) in bad.toml", "a whole number"]),
+    "tables in tables": ("k" + ".k" * 5000 + " = 1", ["k = (dict, too large to show) in bad.toml", "a number from 0 to 1"]),
+    "lists in lists": ("k = " + "[" * 9000 + "]" * 9000, ["not readable TOML"]),
+    "a long text": (f'method = "{"x" * 999}"', [f"method = {'x' * 200}... in bad.toml", "one of gft, adamw"]),
+    "too long": ("# nothing\n" * 2001, ["more than 20,000 characters"]),
     "unknown key": ("bit = 6\n", ["unknown key bit in bad.toml", "did you mean bits?"]),
     "dash": ("d-model = 64\n", ["unknown key d-model in bad.toml", "did you mean d_model?"]),
     "name": ('name = "x"\n', ["unknown key name"]),
@@ -215,7 +221,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "mine.toml").touch()
-    monkeypatch.setattr(Path, "read_text", deny)
+    monkeypatch.setattr(Path, "open", deny)
     assert "mine.toml is not readable TOML: [Errno 13] Permission denied" in refused([str(tmp_path / "mine.toml")])
 
 
