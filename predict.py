@@ -5,9 +5,10 @@
     python predict.py out/mnist digits/ --json
 
 The checkpoint is all it needs: no config file, no data. An image is cut to its middle square and resized as those of
-the training were; a net trained on grey images sees grey (and MNIST's digits are white on black). A folder is searched
-for image files, subfolders too, hidden ones not. Results go to standard output, a line for each file, all else to
-standard error. A file that cannot be used is named there and skipped, and the exit status is then 1.
+the training were, transparency is composited on white (data/decode.py); a net trained on grey images sees grey (and
+MNIST's digits are white on black). A folder is searched for images, whatever they are called, subfolders too, hidden
+ones not. Results go to standard output, a line for each image, all else to standard error. An image that cannot be used
+is named there and skipped, and the exit status is then 1; files of a folder that are no images are named at the end.
 
 torch and Pillow are imported where they are used: --help and a mistyped option are answered without waiting for them.
 """
@@ -16,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import mimetypes
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")  # of data.decode.FILE_FORMATS
-LARGEST_FILE = 64 << 20  # bytes
 LARGEST_BATCH, BATCH_PIXELS = 256, 1 << 20  # images at once, and their pixels together unless one image has more
-
-Skip = Callable[[str, str], None]  # told a file and why it is skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,59 +98,74 @@ def load(folder: Path, name: str | None, device: str) -> Classifier:
     return Classifier(net.to(device).eval(), torch.device(device), classes, side, channels, mean, std, about)
 
 
-def files_of(paths: Iterable[str], skip: Skip) -> Iterator[str]:
-    """The files among `paths` whatever they are called, and in place of a folder its image files, sorted."""
+@dataclass
+class Skipped:
+    """What gets no answer, told on standard error."""
+
+    faults: int = 0
+    others: list[str] = field(default_factory=list)  # of a folder, no images and not called so
+
+    def fault(self, file: str, why: str) -> None:
+        """Tells of a file or a folder that should have an answer."""
+        self.faults += 1
+        self._tell(f"skipped: {printable(file)}: {why}")
+
+    def tell_rest(self) -> None:
+        """Tells of the other files, and how many were skipped."""
+        from data.notice import few
+
+        if self.others:
+            self._tell(f"not images: {few(list(map(printable, self.others)))}")
+        if self.faults > 1:
+            self._tell(f"{self.faults} skipped")
+
+    def _tell(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def images_of(paths: Iterable[str], side: int, channels: int, skipped: Skipped) -> Iterator[tuple[str, np.ndarray]]:
+    """Each image among `paths`, and in place of a folder the images in it: uint8 (side, side, channels)."""
+    from data.image_folder import files_in
+
     for path in paths:
-        if os.path.isdir(path):
-            yield from _search(path, skip)
+        if not os.path.isdir(path):
+            yield from _image(path, side, channels, skipped, searched=False)
+            continue
+        faults, images = skipped.faults, 0
+        for file in files_in(path, skipped.fault):
+            for image in _image(file, side, channels, skipped, searched=True):
+                images += 1
+                yield image
+        if not images and faults == skipped.faults:
+            skipped.fault(path, "a folder without images")
+
+
+def _image(file: str, side: int, channels: int, skipped: Skipped, searched: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The file and its image, or nothing; `searched` tells that the file was found in a folder."""
+    from data.decode import BrokenImage, NotAnImage, decode, is_blank, read_file
+
+    try:
+        image = decode(read_file(file), side, channels)
+    except BrokenImage as error:
+        if searched and isinstance(error, NotAnImage) and not _called_image(file):
+            skipped.others.append(file)
         else:
-            yield path
+            skipped.fault(file, str(error))
+    except OSError as error:
+        skipped.fault(file, error.strerror or str(error))
+    else:
+        if is_blank(image):
+            print(f"note: {printable(file)} is blank: all its pixels have one colour (transparency is composited on "
+                  "white)", file=sys.stderr)  # fmt: skip
+        yield file, image
 
 
-def _search(top: str, skip: Skip) -> Iterator[str]:
-    explained = False
-
-    def unreadable(error: OSError) -> None:
-        nonlocal explained
-        explained = True
-        skip(error.filename, error.strerror)
-
-    for folder, subfolders, names in os.walk(top, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
-                continue
-            if os.path.isfile(path) or not os.path.exists(path):  # no pipe, it might never end; a dead link is named
-                explained = True
-                yield path
-    if not explained:
-        skip(top, f"a folder without image files ({', '.join(SUFFIXES)})")
-
-
-def images_of(files: Iterable[str], side: int, channels: int, skip: Skip) -> Iterator[tuple[str, np.ndarray]]:
-    """Each file that is an image, and the image: uint8 (side, side, channels)."""
-    from data.decode import BrokenImage, decode
-
-    for file in files:
-        try:
-            with open(file, "rb") as stream:
-                content = stream.read(LARGEST_FILE + 1)
-            if len(content) > LARGEST_FILE:
-                raise BrokenImage(f"more than {LARGEST_FILE >> 20} MiB are more than any image here needs")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
-                image = decode(content, side, channels)
-        except BrokenImage as error:
-            skip(file, str(error))
-        except OSError as error:
-            skip(file, error.strerror or str(error))
-        else:
-            yield file, image
+def _called_image(file: str) -> bool:
+    return (mimetypes.guess_type(file, strict=False)[0] or "").startswith("image/")
 
 
 def classify(
-    classifier: Classifier, paths: Iterable[str], top: int, skip: Skip
+    classifier: Classifier, paths: Iterable[str], top: int, skipped: Skipped
 ) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
     """Batches of files, each with its `top` likeliest classes and their probabilities, the likeliest first.
 
@@ -161,7 +173,7 @@ def classify(
     """
     import numpy as np
 
-    images = images_of(files_of(paths, skip), classifier.side, classifier.channels, skip)
+    images = images_of(paths, classifier.side, classifier.channels, skipped)
     while batch := list(islice(images, classifier.batch)):
         files, pixels = zip(*batch, strict=True)
         values, order = classifier.probabilities(np.stack(pixels)).sort(dim=1, descending=True, stable=True)
@@ -177,7 +189,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description="Print what a trained checkpoint sees in image files.")
+    parser = _Parser(description="Print what a trained checkpoint sees in image files. Transparency is composited "
+                     "on white.")  # fmt: skip
     parser.add_argument("folder", help="the run's folder, e.g. out/imagenette_small")
     parser.add_argument("images", nargs="+", metavar="image", help="an image file, or a folder to search for them")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
@@ -218,16 +231,11 @@ def run(argv: list[str]) -> int:
     device, reason = choose_device(args.device)
     classifier = load(find_folder(args.folder), args.checkpoint, device)
     print(f"checkpoint {classifier.about}; device {device} ({reason})", file=sys.stderr)
-    skipped = 0
-
-    def skip(file: str, why: str) -> None:
-        nonlocal skipped
-        skipped += 1
-        print(f"skipped: {printable(file)}: {why}", file=sys.stderr)
-
-    for batch in classify(classifier, args.images, args.top, skip):
+    skipped = Skipped()
+    for batch in classify(classifier, args.images, args.top, skipped):
         emit("".join(line(file, likely, args.json) for file, likely in batch))
-    return 1 if skipped else 0
+    skipped.tell_rest()
+    return 1 if skipped.faults else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,9 +23,7 @@ def load(cfg: Config, named: bool = False) -> Task:
     and `cfg` of the task say so. Raises UserError for whatever a person can mend.
     """
     # Only what the task needs is imported: Pillow for images, tiktoken and regex for a BPE vocabulary.
-    from run.config import IMAGES
-
-    if cfg.data in IMAGES:
+    if cfg.of_images:
         from data import image_task
 
         return image_task.load(cfg)

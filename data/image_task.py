@@ -24,7 +24,8 @@ MNIST_SIDE = 28
 def load(cfg: Config) -> "ImageTask":
     """The task of the images cfg.data."""
     side = MNIST_SIDE if cfg.data == "mnist" else cfg.image_side
-    return ImageTask(cfg, load_images(cfg.data, side, cfg.data_dir, cfg.eval_on))
+    channels = 1 if cfg.color == "grey" else 3  # of a folder; the data sets have their own
+    return ImageTask(cfg, load_images(cfg.data, side, cfg.data_dir, cfg.eval_on, channels))
 
 
 def image_loss(logits: Tensor, targets: Tensor) -> Tensor:

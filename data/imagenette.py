@@ -1,7 +1,8 @@
 """Imagenette: ten easy classes of ImageNet, 9,469 training and 3,925 validation images, shorter side 160 pixels.
 
 Images are read straight out of the archive, in its order; nothing of it is unpacked to disk. A member that lies outside
-the archive's folder or is no plain file condemns the whole archive; an image that cannot be decoded is left out.
+the archive's folder or is no plain file condemns the whole archive; an image that cannot be decoded is left out, and so
+are hidden files and __MACOSX, which a Mac adds.
 """
 
 import gzip
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from data.cache import Found, OfficialFile, find_official, sha256
-from data.prepare_images import Broken, ImageSource, Sample
+from data.prepare_images import Broken, ImageSource, Sample, decoded
 from run.errors import UserError
 
 SQUASHED = "76d10bfe68bbc15c10aa8438c0921a1f3085e0af57c72ee512a93b40bb9e7ef6"
@@ -58,8 +59,6 @@ def find(data_dir: str = "") -> ImageSource:
 
 def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
     """The images of the archive in its order, (side, side, 3). Raises UserError for a damaged or a hostile archive."""
-    from data.decode import BrokenImage, decode  # and with it Pillow, which images that are prepared do not need
-
     labels = {wordnet_id: label for label, wordnet_id in enumerate(CLASSES)}
     name = ""
     try:
@@ -75,23 +74,20 @@ def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
                         f"all: take the official one, {FILE.url}."
                     )
                 parts = PurePosixPath(name).parts
-                if not member.isfile() or len(parts) != 4 or parts[1] not in SPLITS:
+                if not member.isfile() or len(parts) != 4 or parts[1] not in SPLITS or _of_a_mac(parts):
                     continue
                 split, label = parts[1], labels[parts[2]]
                 if member.size > LARGEST_FILE:
                     yield Broken(split, repr(name), f"{member.size:,} bytes are more than {LARGEST_FILE:,}")
                     continue
                 content = archive.extractfile(member).read()
-                try:
-                    yield Sample(split, label, decode(content, side, channels=3))
-                except BrokenImage as error:
-                    yield Broken(split, repr(name), str(error))
+                yield decoded(split, label, repr(name), lambda: content, side, channels=3)
             unpacked.seek(archive.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
             if unpacked.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("the header of the next one cannot be read")
             while unpacked.read(1 << 20):  # to the end, where gzip compares its checksum
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError, MemoryError) as error:
         place = f"after its member {name!r}" if name else "at its start"
         raise UserError(
             f"{found.where} is damaged {place} ({error or type(error).__name__}): {len(found.content):,} bytes, sha256 "
@@ -105,12 +101,19 @@ def _refusal(member: tarfile.TarInfo) -> str:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         return f"points outside the archive's folder {FOLDER}"
-    if path.parts[:1] not in ((), (FOLDER,)):
-        return f"lies outside the archive's folder {FOLDER}"
     if not (member.isfile() or member.isdir()):
         return "is a link or a device, not a file"
     if member.size < 0:  # tarfile would go back by so much, for ever
         return f"claims to have {member.size} bytes"
+    if _of_a_mac(path.parts):
+        return ""
+    if path.parts[:1] not in ((), (FOLDER,)):
+        return f"lies outside the archive's folder {FOLDER}"
     if len(path.parts) == 4 and path.parts[1] in SPLITS and path.parts[2] not in CLASSES:
         return f"is in a folder that is none of the classes {', '.join(CLASSES)}"
     return ""
+
+
+def _of_a_mac(parts: tuple[str, ...]) -> bool:
+    """Whether a path is one that a Mac adds to an archive: ._NAME with a file's attributes, .DS_Store, __MACOSX."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import imagenette, mnist
-from data.notice import notice
+from data import image_folder, imagenette, mnist
+from data.notice import few, notice
 from data.prepare_images import HELD_OUT, load_prepared, prepare
 from run.errors import UserError
 
 IMAGE_SETS = {"imagenette": imagenette.find, "mnist": mnist.find}
 LARGEST_SIDE = 1024
-NAMED = 5  # so many of the images left out are named, the rest counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +36,11 @@ class ImageData:
     source: str  # "<where>, because <why>"
 
 
-def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val") -> ImageData:
-    """The images `name` ("imagenette", RGB, or "mnist", one channel), side x side.
+def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val", channels: int = 3) -> ImageData:
+    """The images `name` ("imagenette", RGB, or "mnist", one channel; or a folder, "PATH/"), side x side.
 
     side        pixels; an image is resized by its shorter side and cropped around its middle. MNIST's own is 28
+    channels    of the images in a folder: 3 (RGB) or 1 (grey)
     data_dir    where a person keeps the files, empty for the usual search (see data/cache.py)
     eval_on     "val": train on the official training images, evaluate on the official validation or test images.
                 "tune": of the training images every tenth of each class is evaluated on, the others are trained on;
@@ -48,17 +48,22 @@ def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val") 
 
     The first call decodes the images and keeps them in the cache. Raises UserError for whatever a person can mend.
     """
-    if name not in IMAGE_SETS:
+    if name not in IMAGE_SETS and not name.endswith("/"):
         closest = difflib.get_close_matches(name, IMAGE_SETS, n=1)
         hint = f" Did you mean {closest[0]}?" if closest else ""
-        raise UserError(f"data = {name!r} is no set of images.{hint} There are {', '.join(IMAGE_SETS)}.", code=2)
+        known = ", ".join(IMAGE_SETS)
+        raise UserError(f"data = {name!r} is no set of images.{hint} There are {known}, and folders: PATH/.", code=2)
     if not 1 <= side <= LARGEST_SIDE:
         raise UserError(f"The side of an image is {side} pixels; it must be 1 to {LARGEST_SIDE}.", code=2)
     if eval_on not in ("val", "tune"):
         raise UserError(f"eval_on = {eval_on!r} is unknown. It is val or tune.", code=2)
-    source = IMAGE_SETS[name](data_dir)
+    source = image_folder.find(name, data_dir, channels) if name.endswith("/") else IMAGE_SETS[name](data_dir)
     prepared = load_prepared(source, side) or prepare(source, side)
-    _tell_skipped(name, prepared.skipped)
+    for split, names in prepared.skipped.items():
+        if names:
+            notice(f"{len(names)} broken {split} images of {source.name} are left out: {few(names)}.")
+    if prepared.blank:
+        notice(f"{len(prepared.blank)} images of {source.name} are blank, of one colour: {few(prepared.blank)}.")
     train, train_labels = prepared.train, prepared.train_labels
     val, val_labels = prepared.val, prepared.val_labels
     if eval_on == "tune":
@@ -71,7 +76,7 @@ def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val") 
             code=2,
         )
     return ImageData(
-        name=name,
+        name=source.name,
         train=train,
         train_labels=train_labels,
         val=val,
@@ -83,10 +88,3 @@ def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val") 
         sha256=source.sha256,
         source=source.source,
     )
-
-
-def _tell_skipped(name: str, skipped: dict[str, list[str]]) -> None:
-    for split, names in skipped.items():
-        if names:
-            rest = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            notice(f"{len(names)} broken {split} images of {name} are left out: {'; '.join(names[:NAMED])}{rest}.")

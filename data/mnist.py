@@ -140,10 +140,10 @@ def _samples(arrays: dict[str, tuple[np.ndarray, np.ndarray]], side: int) -> Ite
 def _resized(images: np.ndarray, side: int) -> Iterator[np.ndarray]:
     from PIL import Image
 
-    from data.decode import to_square
+    from data.decode import square
 
     for pixels in images:
-        yield to_square(Image.fromarray(pixels), side)
+        yield np.asarray(square(Image.fromarray(pixels), side))[..., None]
 
 
 def _contents(found: Found) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 BOX_WIDTH = 76  # of the text; the frame takes four columns more
 PATIENCE = 2.0  # seconds that work may take without a progress bar
 REDRAW, QUIET = 0.2, 15.0  # seconds between two bars on a terminal, and between two lines elsewhere
+NAMED = 5  # so many of a list of names are told
 
 
 def notice(message: str) -> None:
@@ -35,6 +36,12 @@ def with_bar(pieces: Iterable[bytes], size: int, doing: str) -> Iterator[bytes]:
     finally:
         if drawn and terminal:
             print(start, end="", file=sys.stderr, flush=True)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first NAMED of the names, and how many more there are."""
+    more = len(names) - NAMED
+    return "; ".join(names[:NAMED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def box(paragraphs: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Images as uint8 arrays on disk: decoded and resized once per source and side length, then memory-mapped.
 
 Three files in the cache: `prepared/<name>-train.npy`, `<name>-val.npy` and `<name>.json` (labels, per-channel mean and
-spread, what was left out, hashes). <name> is the start of the source's sha256, the data set, the side and the format.
+spread, what was left out, hashes). <name> is the start of the source's sha256, side and channels, and the format.
 As with texts, the same name means the same bytes, and the json goes last: processes that prepare at the same time
 replace each other's files by equal ones. The arrays are written image by image: only those held out are in memory.
 
@@ -26,8 +26,9 @@ from data.cache import Damaged, cache_root, open_atomic, read_record, write_reco
 from data.notice import notice
 from run.errors import UserError
 
-FORMAT = 2  # goes up when the same source and side give other files
+FORMAT = 3  # goes up when the same source and side give other files
 HELD_OUT = 10  # one training image in so many is held out for tuning
+TELL_SECONDS = 10  # between two lines about how far the decoding is
 LEFTOVER_SECONDS = 3600  # a temporary file untouched for so long belongs to a process that was killed
 
 
@@ -36,6 +37,7 @@ class Sample:
     split: str  # "train" or "val"
     label: int
     pixels: np.ndarray  # (side, side, channels) uint8
+    blank: str = ""  # the image's name, if all its pixels have one colour
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ class ImageSource:
     samples: Callable[[int], Iterator[Sample | Broken]]
 
 
+def decoded(
+    split: str, label: int, name: str, read: Callable[[], bytes], side: int, channels: int
+) -> Sample | Broken:
+    """The image file that `read` gives, decoded; see data/decode.py."""
+    # Only here, and with it Pillow, which images that are prepared do not need.
+    from data.decode import BrokenImage, decode, is_blank
+
+    try:
+        pixels = decode(read(), side, channels)
+        return Sample(split, label, pixels, name if is_blank(pixels) else "")
+    except (BrokenImage, OSError) as error:
+        return Broken(split, name, str(error))
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedImages:
     train: np.ndarray  # (N, side, side, channels) uint8, read-only; train[kept:] is held out for tuning
@@ -69,6 +85,7 @@ class PreparedImages:
     mean: tuple[float, ...]  # per channel, of train[:kept] / 255
     std: tuple[float, ...]
     skipped: dict[str, list[str]]  # split -> "name: reason" of each image left out
+    blank: list[str]  # names of images that have one colour only
 
 
 def load_prepared(source: ImageSource, side: int) -> PreparedImages | None:
@@ -141,10 +158,18 @@ def _write(source: ImageSource, side: int, train_file: BinaryIO, val_file: Binar
     held_out: list[tuple[int, bytes]] = []
     total, squares = np.zeros(source.channels, np.int64), np.zeros(source.channels, np.int64)
     skipped: dict[str, list[str]] = {"train": [], "val": []}
-    for sample in source.samples(side):
+    blank: list[str] = []
+    told = time.monotonic()
+    for count, sample in enumerate(source.samples(side)):
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            notice(f"decoding {source.name}: {count:,} images so far.")
         if isinstance(sample, Broken):
             skipped[sample.split].append(f"{sample.name}: {sample.reason}")
-        elif sample.split == "val":
+            continue
+        if sample.blank:
+            blank.append(sample.blank)
+        if sample.split == "val":
             val.add(sample.label, sample.pixels.tobytes())
         else:
             seen[sample.label] += 1
@@ -161,7 +186,7 @@ def _write(source: ImageSource, side: int, train_file: BinaryIO, val_file: Binar
         broken = sum(map(len, skipped.values()))
         raise UserError(
             f"{source.source}: it holds no image to {missing} ({kept} for training, {len(val.labels)} for evaluation, "
-            f"{broken} broken). Give the official files; --data_dir FOLDER names where they are."
+            f"{broken} broken). Give it whole, or more images."
         )
     for label, pixels in held_out:
         train.add(label, pixels)
@@ -176,13 +201,14 @@ def _write(source: ImageSource, side: int, train_file: BinaryIO, val_file: Binar
         "mean": mean.tolist(),
         "std": np.sqrt(variance.clip(1 / 255**2)).tolist(),  # at least one level: it is divided by
         "skipped": skipped,
+        "blank": blank,
     }
 
 
 def _prepared(record: dict[str, Any], train: np.ndarray, val: np.ndarray) -> PreparedImages:
     labels = [np.array(record[name], dtype=np.int64) for name in ("train_labels", "val_labels")]
     mean, std = tuple(record["mean"]), tuple(record["std"])
-    return PreparedImages(train, val, *labels, record["kept"], mean, std, record["skipped"])
+    return PreparedImages(train, val, *labels, record["kept"], mean, std, record["skipped"], record["blank"])
 
 
 def _map(path: Path, record: dict[str, Any]) -> np.ndarray:
@@ -208,7 +234,7 @@ def _digest(path: Path) -> str:
 
 
 def _stem(source: ImageSource, side: int) -> Path:
-    return cache_root() / "prepared" / f"{source.sha256[:32]}-{source.name}{side}-v{FORMAT}"
+    return cache_root() / "prepared" / f"{source.sha256[:32]}-{side}x{source.channels}-v{FORMAT}"
 
 
 def _array(stem: Path, split: str) -> Path:

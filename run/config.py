@@ -8,6 +8,7 @@ said about one key alone is in CONFLICTS. Nothing here imports torch, so that mi
 """
 
 import dataclasses
+import os
 import re
 import sys
 import tomllib
@@ -22,14 +23,17 @@ from run.keys import brief, convert, key, read_argv, show
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).resolve().parents[1].joinpath("configs").rglob("*.toml"))}
 LARGEST_FILE = 20_000  # characters: much more than all keys need; tomllib's time can grow with their square
 IMAGES = ("imagenette", "mnist")
+SETS = ("tinyshakespeare", "stdlib", *IMAGES)  # data by name
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 METHODS = ("gft", "adamw", "muon", "sgd", "signsgd", "ste")  # sgd has momentum 0.9, ste latent weights
-TEXT, IMAGE = f"data not in {IMAGES}", f"data in {IMAGES}"  # conditions under which keys have an effect
+FOLDER = "data.endswith('/')"  # of images; `load` adds the slash
+IMAGE = f"(data in {IMAGES} or {FOLDER})"  # conditions under which keys have an effect
+TEXT = f"not {IMAGE}"
 GFT, FLOATS = "method == 'gft'", "(method != 'gft' or int_layers != 'all')"
 CONFLICTS = {  # what must hold where all its keys have an effect: the rule and the remedy
     "not set(data + data_dir + out_dir) & set(map(chr, range(32)))": "control characters are not allowed; remove them",
-    "d_model % (n_head * (4 if data in IMAGES else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
-    "model == 'transformer' or data in IMAGES": "the mlp reads images; use model = transformer, or data = mnist",
+    f"d_model % (n_head * (4 if {IMAGE} else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
+    f"model == 'transformer' or {IMAGE}": "the mlp reads images; use model = transformer, or data = mnist",
     "method != 'gft' or model != 'mlp' or image_side <= 210": "int32 sums over more pixels overflow; use 210 or less",
     "image_side % patch == 0": "patch must divide image_side; change one of them",
     "data != 'mnist' or 28 % patch == 0": "patch must divide 28; use patch = 1, 2, 4, 7, 14 or 28",
@@ -51,12 +55,13 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
 class Config:
     """The settings of one run, hashable. Defaults are configs/shakespeare_char_small.toml; `name` is not compared."""
 
-    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text's path", also="dataset", group="data")
+    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text, a folder of images", also="dataset", group="data")
     data_dir: str = key("", "folder to look in first for the data; empty: the usual places", free=True)
     eval_on: str = key("val", "val: last 10% of a text, official images; tune: a tenth of the rest", ("val", "tune"))
     tokenizer: str = key("char", "how text becomes tokens", ("char", "bpe", "gpt2"), needs=TEXT)
     vocab_size: int = key(512, "tokens to learn, the 256 bytes included", (257, 65536), needs="tokenizer == 'bpe'")
-    image_side: int = key(64, "pixels on each side of an image", (8, 512), needs="data == 'imagenette'")
+    image_side: int = key(64, "pixels on each side of an image", (8, 512), needs=f"data == 'imagenette' or {FOLDER}")
+    color: str = key("rgb", "what is seen of the images in a folder", ("rgb", "grey"), needs=FOLDER)
     hflip: float = key(0.0, "share of the training images that are mirrored", (0, 1), needs=IMAGE, also="flip")
     crop_min: float = key(1.0, "smallest share of a training image that cropping keeps", (0.01, 1), needs=IMAGE)
     mix: str = key("none", "how training images are mixed in pairs", ("none", "mixup", "cutmix", "both"), needs=IMAGE)
@@ -122,9 +127,14 @@ class Config:
     name: str = dataclasses.field(default="custom", compare=False)
 
     @property
+    def of_images(self) -> bool:
+        """Whether data names images: a data set, or a folder."""
+        return eval(IMAGE, {}, vars(self))
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kinds of layer this net has, in the order of LAYER_KINDS."""
-        absent = "embedding" if self.data in IMAGES else "patch"
+        absent = "embedding" if self.of_images else "patch"
         return ("mlp", "head") if self.model == "mlp" else tuple(kind for kind in LAYER_KINDS if kind != absent)
 
     @property
@@ -148,7 +158,11 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     printing = given.pop("print_config", False)
     problems = [f"{word!r} is one config too many, after {words[0]!r}; name one" for word in words[1:]]
     name, table = read_file(words[0], problems) if words else ("custom", {})
-    cfg = build(table | given, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
+    values = table | given
+    if is_folder(values.get("data"), values.get("data_dir", "")):
+        in_place_of_mnist = {"image_side": 28, "color": "grey"} if table.get("data") == "mnist" else {}
+        values = in_place_of_mnist | values | {"data": values["data"] + "/"}
+    cfg = build(values, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
     if notes and not words:
         print("note: no config named, so the defaults are used; --help lists the configs there are", file=sys.stderr)
     for k in given if notes else ():
@@ -198,6 +212,14 @@ def build(values: Mapping[str, Any], name: str, problems: Sequence[str] = (), wh
             problems.append(f"{', '.join(f'{k} = {show(getattr(cfg, k))}' for k in keys)}: {remedy}")
     refuse(problems)
     return cfg
+
+
+def is_folder(data: Any, data_dir: Any) -> bool:
+    """Whether data is a folder's path, as given or inside data_dir, that has no slash at its end yet."""
+    if not isinstance(data, str) or not isinstance(data_dir, str) or not data or data.endswith("/") or data in SETS:
+        return False
+    bases = [os.path.expanduser(base) for base in ("", data_dir)]
+    return any(os.path.isdir(os.path.join(base, os.path.expanduser(data))) for base in bases)
 
 
 def unmet(cfg: Config, f: dataclasses.Field) -> str:

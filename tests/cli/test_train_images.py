@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
 from no_reads import NothingIsRead
+from PIL import Image
 
+import predict
 import train
 from data import image_task
 from data.images import ImageData
@@ -119,3 +122,34 @@ def test_a_step_of_images_reads_nothing_on_the_host(tmp_path, monkeypatch):
     finally:
         backend.use(chosen)
     assert made.step == 2 and not any(map(torch.equal, before, made.net.parameters()))
+
+
+@pytest.mark.parametrize("config", ["imagenette_small --image_side 16 --n_layer 1 --n_head 2 --d_model 16 --k 0.4",
+                                    "mnist --d_model 32 --crop_min 1"])  # fmt: skip
+def test_a_folder_of_images_is_trained_on_and_predicted(config, tmp_path, capsys, monkeypatch):
+    """Of any size, in class folders; predict.py then names the classes, without the folder."""
+    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
+    folder, names = tmp_path / "bars", ("above", "middle", "below")
+    for n, (image, label) in enumerate(zip(*images(90, 36), strict=True)):
+        path = folder / "train" / names[label] / f"{n}.{'png' if n % 2 else 'bmp'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((36 + n, 36)).save(path)
+    out = tmp_path / "out"
+    argv = [*config.split(), "--data", str(folder), "--out_dir", str(out), "--batch_size", "12", "--steps", "60",
+            "--compile", "false", "--device", "cpu"]  # fmt: skip
+    assert train.main(argv) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["accuracy"] > 0.8
+    assert "data: bars from" in said.out and f"predict.py {out}" in said.out and "| middle" in said.out
+    assert train.main([*argv, "--resume"]) == 0
+    photo = next((folder / "train" / "middle").glob("*.png")).rename(tmp_path / "photo.png")
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    assert predict.main([str(out), str(photo), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(f"{photo}: middle ")
+
+
+def test_a_folder_that_cannot_be_trained_on_is_an_error(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    assert train.main(["mnist", "--data", str(tmp_path / "texts"), "--device", "cpu"]) == 2
+    assert "holds no images in class folders" in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_paper_mode_and_baselines() -> None:
     ("--rule gain --ortho-tile 64",
      "--ortho_tile has no effect here: it needs method == 'gft' and 'spectral' in (rule, embedding_rule)"),
     ("--vocab-size 300", "--vocab_size has no effect here: it needs tokenizer == 'bpe'"),
-    ("--hflip 0.5", "--hflip has no effect here: it needs data in ('imagenette', 'mnist')"),
+    ("--hflip 0.5", "--hflip has no effect here: it needs (data in ('imagenette', 'mnist') or data.endswith('/'))"),
     ("--momentum 0.8", ""),
     ("--method ste --bits 4 --lr 0.1", ""),
 ])
@@ -365,3 +365,21 @@ def test_mistakes_are_answered_without_slow_imports() -> None:
     program = "import sys, run.config; print(sorted({'torch', 'numpy', 'matplotlib', 'triton'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+def test_a_folder_is_one_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets a slash, by which a checkpoint tells what it was trained on, wherever it is used."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pets", "tinyshakespeare", "inside/deep"):
+        Path(name).mkdir(parents=True)
+    cfg = load(["imagenette_small", "--data", "pets"], notes=False)
+    assert (cfg.data, cfg.image_side, cfg.color) == ("pets/", 64, "rgb") and cfg.of_images
+    grey = load(["mnist", "--data", "pets"], notes=False)
+    assert (grey.data, grey.image_side, grey.color, grey.layer_kinds) == ("pets/", 28, "grey", ("mlp", "head"))
+    assert load(["mnist", "--data", "pets/", "--color", "rgb"], notes=False).color == "rgb"
+    assert load(["--data", "deep", "--data_dir", "inside"], notes=False).data == "deep/"
+    assert load(["--data", str(tmp_path / "pets")], notes=False).data == f"{tmp_path}/pets/"
+    assert load([], notes=False).data == "tinyshakespeare" and not load([], notes=False).of_images
+    Path("pets").rmdir()
+    assert from_dict(to_dict(grey)) == grey
+    assert "patch must divide" in refused(["--data", "gone/", "--patch", "7"])
