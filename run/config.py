@@ -160,8 +160,9 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     name, table = read_file(words[0], problems) if words else ("custom", {})
     values = table | given
     if is_folder(values.get("data"), values.get("data_dir", "")):
-        in_place_of_mnist = {"image_side": 28, "color": "grey"} if table.get("data") == "mnist" else {}
-        values = in_place_of_mnist | values | {"data": values["data"] + "/"}
+        values["data"] += "/"
+    if table.get("data") == "mnist" and str(values["data"]).endswith("/"):
+        values = {"image_side": 28, "color": "grey"} | values  # the net of MNIST sees others as MNIST is
     cfg = build(values, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
     if notes and not words:
         print("note: no config named, so the defaults are used; --help lists the configs there are", file=sys.stderr)

@@ -375,6 +375,7 @@ def test_a_folder_is_one_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cfg = load(["imagenette_small", "--data", "pets"], notes=False)
     assert (cfg.data, cfg.image_side, cfg.color) == ("pets/", 64, "rgb") and cfg.of_images
     grey = load(["mnist", "--data", "pets"], notes=False)
+    assert load(["mnist", "--data=pets/"], notes=False) == grey
     assert (grey.data, grey.image_side, grey.color, grey.layer_kinds) == ("pets/", 28, "grey", ("mlp", "head"))
     assert load(["mnist", "--data", "pets/", "--color", "rgb"], notes=False).color == "rgb"
     assert load(["--data", "deep", "--data_dir", "inside"], notes=False).data == "deep/"
