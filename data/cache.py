@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from data.notice import notice
 from run.errors import UserError
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
+LEFTOVER_SECONDS = 3600  # a temporary file untouched for so long belongs to a process that was killed
 OTHER_TEXTS = "train on another text: --data FILE takes any UTF-8 file, --data stdlib needs no network"
 
 
@@ -115,6 +117,14 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(stem: Path) -> None:
+    """Deletes what processes that were killed left of files that begin like `stem`; it can be a gigabyte."""
+    for path in stem.parent.glob(f".{stem.name}*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
 
 
 class Damaged(Exception):

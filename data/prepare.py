@@ -4,6 +4,9 @@ Two files in the cache, `prepared/<name>.bin` (ids, little-endian) and `<name>.j
 is the start of the text's sha256, the tokenizer and the format. The same name always means the same bytes, so processes
 that prepare at the same time replace each other's files by equal ones. The json goes last, with the hash of the ids.
 
+The text is read in chunks, and the ids are written as they come, so that a text of any length takes memory for a few
+chunks (and, for a BPE vocabulary, for its different words).
+
 The parts are cut in the text, at 81 and at 90 % of its characters, and encoded one by one. So what is evaluated is the
 same stretch of text under every tokenizer, and none of it has been seen by the training of a BPE vocabulary.
 """
@@ -20,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
+from data.cache import Damaged, cache_root, open_atomic, read_record, remove_leftovers, write_record
 from data.notice import notice
 from data.textfile import CHUNK, TextSource
 from data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_json
@@ -84,6 +87,7 @@ def prepare(text: TextSource, text_sha256: str, kind: str, vocab_size: int) -> P
         tokenizer = make_tokenizer(kind, vocab_size, "".join(alphabet), learned_from)
     stem = cache_root() / "prepared" / file_stem(text_sha256, kind, vocab_size)
     try:
+        remove_leftovers(stem)
         with open_atomic(stem.with_suffix(".bin")) as file:
             record = _encode(text, text_sha256, tokenizer, ends, file)
         write_record(stem.with_suffix(".json"), record)

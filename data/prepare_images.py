@@ -15,21 +15,19 @@ import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.cache import Damaged, cache_root, open_atomic, read_record, write_record
+from data.cache import Damaged, cache_root, open_atomic, read_record, remove_leftovers, write_record
 from data.notice import notice
 from run.errors import UserError
 
 FORMAT = 3  # goes up when the same source and side give other files
 HELD_OUT = 10  # one training image in so many is held out for tuning
 TELL_SECONDS = 10  # between two lines about how far the decoding is
-LEFTOVER_SECONDS = 3600  # a temporary file untouched for so long belongs to a process that was killed
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +91,7 @@ def load_prepared(source: ImageSource, side: int) -> PreparedImages | None:
     stem = _stem(source, side)
     try:
         record = read_record(_json(stem))
-        _remove_leftovers(stem)
+        remove_leftovers(stem)
         return _prepared(record, _map(_array(stem, "train"), record), _map(_array(stem, "val"), record))
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -110,7 +108,7 @@ def prepare(source: ImageSource, side: int) -> PreparedImages:
     stem = _stem(source, side)
     notice(f"decoding {source.name} to {side} x {side} pixels (once).")
     try:
-        _remove_leftovers(stem)
+        remove_leftovers(stem)
         with open_atomic(_array(stem, "train")) as train, open_atomic(_array(stem, "val")) as val:
             record = _write(source, side, train, val)
         for split in ("train", "val"):
@@ -243,11 +241,3 @@ def _array(stem: Path, split: str) -> Path:
 
 def _json(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.json")
-
-
-def _remove_leftovers(stem: Path) -> None:
-    """Deletes the temporary files of these images that a killed process left; they can be a gigabyte."""
-    for path in stem.parent.glob(f".{stem.name}-*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                path.unlink()

@@ -184,6 +184,16 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     assert all_files(tmp_path / "folder") == ["file"] and path.read_bytes() == b"old"
 
 
+def test_leftover_of_a_killed_preparation_is_deleted_and_a_live_one_is_not(play):
+    load(play)
+    (path,) = (cache_root() / "prepared").glob("*.bin")
+    path.unlink()
+    dead, live = (put(path.with_name(f".{path.name}.1-{name}.tmp"), b"half") for name in ("dead", "live"))
+    os.utime(dead, (0, 0))
+    load(play)
+    assert path.exists() and live.exists() and not dead.exists()
+
+
 def test_two_writes_of_one_file_at_once(tmp_path, monkeypatch):
     """The second one starts and ends while the first is being written."""
     path, sync = tmp_path / "folder/file", os.fsync
