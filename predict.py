@@ -79,14 +79,13 @@ def load(folder: Path, name: str | None, device: str) -> Classifier:
 
     from model import ModelConfig, make_net
     from run import checkpoint
-    from run.config import from_dict
 
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
     where = f"{folder / name}.json"
     if "classes" not in meta:
         raise UserError(f"{where} is a net for text, not for images; python sample.py {folder} uses it")
-    cfg = from_dict(meta["config"])
+    cfg = checkpoint.config_of(meta, folder / f"{name}.json")
     net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], tuple(meta["image"])), cfg.seed)
     try:
         net.load_state_dict(checkpoint.group(tensors, "model"))

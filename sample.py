@@ -221,11 +221,10 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
     from data.tokenizers import tokenizer_from_json
     from model import ModelConfig, make_net
     from run import checkpoint
-    from run.config import from_dict
 
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
-    cfg = from_dict(meta["config"])
+    cfg = checkpoint.config_of(meta, folder / f"{name}.json")
     if "tokenizer" not in meta:
         raise UserError(
             f"{folder / name}.json is a net for images ({meta['data']['name']}); "

@@ -10,7 +10,7 @@ The last line of standard output is one JSON object.
 
 import sys
 
-from run.config import Config, differences, from_dict, load, to_dict
+from run.config import Config, differences, load, to_dict
 from run.errors import UserError
 
 if __name__ == "__main__":
@@ -136,7 +136,7 @@ class Run:
         """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or other data."""
         tensors, meta = checkpoint.load(self.out, name)
         where = f"checkpoint {self.out / name}.json"
-        different = differences(from_dict(meta["config"]), self.cfg)
+        different = differences(checkpoint.config_of(meta, self.out / f"{name}.json"), self.cfg)
         if different:
             raise UserError(f"{where} was trained with other settings: {'; '.join(different)}; use the same to "
                             "resume, or another --out_dir for a new run")  # fmt: skip

@@ -33,9 +33,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from run.config import Config, from_dict
 from run.errors import UserError
 
 FORMAT, VERSION = "nanogft-checkpoint", 2
+PROGRAM = "0.1.0"  # the version in pyproject.toml
 SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
 FIELDS = {"file": str, "bytes": int, "sha256": str, "meta": dict}  # of the JSON, besides format, version and its hash
 BODY = re.compile(r"(last|best)-\d{8,}(-\d+)?\.safetensors")
@@ -62,7 +64,7 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
     data = safetensors.torch.save(
         {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     )
-    record = {"format": FORMAT, "version": VERSION, "meta": meta}
+    record = {"format": FORMAT, "version": VERSION, "meta": meta | {"program": PROGRAM}}
     record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     head, previous = out_dir / f"{name}.json", out_dir / "previous.json"
     uncommitted = []
@@ -114,6 +116,18 @@ def load(out_dir: Path, name: str, option: str = "--resume") -> tuple[dict[str, 
             if _stamp(head) != before:  # a training run saved while this was reading: read the new one
                 continue
             raise UserError(f"{exc} {_alternative(Path(out_dir), name, option)}") from None
+
+
+def config_of(meta: Mapping[str, Any], head: Path) -> Config:
+    """The settings in the meta of a checkpoint whose JSON is `head`. Raises UserError if they are another version's."""
+    try:
+        return from_dict(meta["config"])
+    except UserError as error:
+        raise UserError(
+            f"{head} was written by version {meta.get('program', 'unknown')} of this program, format {VERSION}, with "
+            f"settings that this version, {PROGRAM}, does not have: {error}. Update this program (git pull), or use the "
+            "version that wrote the file."
+        ) from None
 
 
 def exists(out_dir: Path, name: str) -> bool:
@@ -252,10 +266,12 @@ def _record(head: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         seen = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise UserError(f'{head} is not a checkpoint of this program: "format" is {seen!r}, not {FORMAT!r}.')
-    if record.get("version") != VERSION:
+    if (version := record.get("version")) != VERSION:
+        newer = isinstance(version, int) and version > VERSION
         raise UserError(
-            f"{head} was written by format version {record.get('version')}; this program reads {VERSION}: "
-            "use the version of the program that wrote it, or train again in another --out_dir."
+            f"{head} was written by format version {version}; this program reads {VERSION}: "
+            + ("update this program (git pull), or " if newer else "")
+            + "use the version of the program that wrote it, or train again in another --out_dir."
         )
     seen, expected = _content_sha256(record), record.get("content_sha256")
     if seen != expected:

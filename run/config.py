@@ -55,7 +55,8 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
 class Config:
     """The settings of one run, hashable. Defaults are configs/shakespeare_char_small.toml; `name` is not compared."""
 
-    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text, a folder of images", also="dataset", group="data")
+    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text, a folder of images", also="dataset",
+                    free=True, group="data")
     data_dir: str = key("", "folder to look in first for the data; empty: the usual places", free=True)
     eval_on: str = key("val", "val: last 10% of a text, official images; tune: a tenth of the rest", ("val", "tune"))
     tokenizer: str = key("char", "how text becomes tokens", ("char", "bpe", "gpt2"), needs=TEXT)
@@ -110,10 +111,10 @@ class Config:
     seed: int = key(1, "the same seed, the same run", (0, 2**31 - 1))
 
     precision: str = key("fp32", "of a baseline, of gft's activations", ("fp32", "bf16"), also="dtype", group="running")
-    backend: str = key("auto", "what runs the integer kernels", ("auto", "torch", "triton"))
-    device: str = key("auto", "where it runs", ("auto", "cpu", "cuda"))
-    compile: str = key("auto", "torch.compile", ("auto", "true", "false"))
-    threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024))
+    backend: str = key("auto", "what runs the integer kernels", ("auto", "torch", "triton"), free=True)
+    device: str = key("auto", "where it runs", ("auto", "cpu", "cuda"), free=True)
+    compile: str = key("auto", "torch.compile", ("auto", "true", "false"), free=True)
+    threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024), free=True)
     out_dir: str = key("", "where checkpoints and metrics go; empty: out/<config name>", free=True)
     resume: str = key("", "checkpoint to go on from", ("", "last", "best", "previous"), bare="last", free=True)
     log_every: int = key(10, "steps between reads of the loss and the flips", (1, 10**9), free=True)
@@ -247,6 +248,12 @@ def to_toml(cfg: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """The keys in which b (now) would not continue a (the checkpoint's) exactly, one readable line each."""
-    return [f"{k} = {show(getattr(a, k))} in the checkpoint, {show(getattr(b, k))} now" for k, f in FIELDS.items()
-            if not f.metadata.get("free") and getattr(a, k) != getattr(b, k)]
+    """The keys in which b (now) would not continue a (the checkpoint's) exactly, one readable line each.
+
+    Neither the order of `int_layers` counts, nor what a key says that has no effect in either.
+    """
+    different = {k: f for k, f in FIELDS.items() if not f.metadata.get("free") and getattr(a, k) != getattr(b, k)}
+    if a.integer_kinds == b.integer_kinds:
+        different.pop("int_layers", None)
+    return [f"{k} = {show(getattr(a, k))} in the checkpoint, {show(getattr(b, k))} now" for k, f in different.items()
+            if not (unmet(a, f) and unmet(b, f))]

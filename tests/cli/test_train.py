@@ -18,7 +18,7 @@ from no_reads import NothingIsRead
 import data
 import sample
 import train
-from data import cache, text_task, tinyshakespeare
+from data import cache, stdlib_text, text_task, tinyshakespeare
 from data.cache import OfficialFile
 from data.text import load_text
 from kernels import backend, fuse
@@ -508,6 +508,50 @@ def test_other_text_is_refused(capsys, tmp_path):
     text.write_text("that is the question: to be or not to be. " * 40, encoding="utf-8")
     status, _, error = run(capsys, tmp_path / "o", data=text, resume="last")
     assert status == 1 and "other data" in error
+
+
+def test_a_resumed_run_may_spell_its_settings_otherwise(capsys, tmp_path, monkeypatch):
+    """Contents and choices count: the text has moved, the CPU is named, as are the threads and the layers."""
+    whole = run(capsys, tmp_path / "whole", threads=torch.get_num_threads())[1]
+    monkeypatch.chdir(tmp_path)
+    text = Path("text.txt")
+    text.write_bytes(stdlib_text.find("").content)
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(capsys, "o", data=text, device="auto", threads=0)
+    moved = (tmp_path / "elsewhere.txt").absolute()
+    text.rename(moved)
+    status, result, error = run(capsys, tmp_path / "." / "o", data=moved, device="cpu", resume="last",
+                                threads=torch.get_num_threads(), vocab_size=600, backend="torch",
+                                int_layers="embedding,attention,mlp,head")  # fmt: skip
+    assert status == 0 and "not guaranteed" not in error
+    assert result["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_other_threads_are_told_and_do_not_stop_a_run(capsys, tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(capsys, tmp_path / "o", threads=1)
+    status, _, error = run(capsys, tmp_path / "o", threads=2, resume="last")
+    torch.set_num_threads(before)
+    assert status == 0 and "exact resumption is not guaranteed, because the setup has changed: threads 1 then, 2 now" in error
+
+
+def with_setting(folder: Path, name: str, key: str, value: object) -> Path:
+    """The checkpoint's JSON, with a setting as another version would write it and hashes that hold."""
+    head = folder / f"{name}.json"
+    record = json.loads(head.read_text())
+    record["meta"]["config"][key] = value
+    head.write_text(json.dumps(record | {"content_sha256": checkpoint._content_sha256(record)}))
+    return head
+
+
+def test_a_checkpoint_of_a_newer_version_is_named(capsys, tmp_path):
+    run(capsys, tmp_path / "o", steps=1)
+    last, best = (with_setting(tmp_path / "o", name, "dropout", 0.1) for name in ("last", "best"))
+    status, _, error = run(capsys, tmp_path / "o", steps=1, resume="last")
+    assert status == 1 and f"{last} was written by version 0.1.0" in error and "unknown key dropout" in error
+    assert sample.main([str(tmp_path / "o")]) == 1
+    assert f"{best} was written by version 0.1.0 of this program, format 2" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_is_named_and_previous_works_if_asked(capsys, tmp_path):

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from run import checkpoint
+from run.config import Config, to_dict
 from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +71,27 @@ def test_shared_memory_and_parameters_are_stored_as_copies(tmp_path):
 def test_meta_comes_back(tmp_path):
     meta = {"step": 3, "config": {"k": 0.1}, "tokenizer": {"chars": "aé\n\U0001f600\udc80"}, "x": [None]}
     checkpoint.save(tmp_path, "last", {}, meta)
-    assert checkpoint.load(tmp_path, "last") == ({}, meta)
+    assert checkpoint.load(tmp_path, "last") == ({}, meta | {"program": checkpoint.PROGRAM})
+
+
+def test_the_program_has_one_version():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert checkpoint.PROGRAM == project["version"]
+
+
+@pytest.mark.parametrize("setting, said", [
+    ({"dropout": 0.1}, "unknown key dropout"), ({"method": "lion"}, "method = lion: must be one of gft"),
+    ({"bits": 16}, "bits = 16: must be a whole number from 1 to 8"),
+], ids=["key", "choice", "number"])  # fmt: skip
+@pytest.mark.parametrize("program", ["9.1.2", None])
+def test_settings_of_a_newer_version_name_the_file_and_the_versions(setting, said, program):
+    meta = {"config": to_dict(Config()) | setting} | ({"program": program} if program else {})
+    with pytest.raises(UserError) as caught:
+        checkpoint.config_of(meta, Path("out/x/best.json"))
+    text = str(caught.value)
+    assert f"out/x/best.json was written by version {program or 'unknown'} of this program, format 2" in text
+    assert f"this version, {checkpoint.PROGRAM}, does not have: {said}" in text and caught.value.code == 1
+    assert "Update this program (git pull), or use the version that wrote the file" in text
 
 
 def test_join_and_group():
@@ -163,6 +185,10 @@ def edit_step(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"step": 200', '"step": 999'), encoding="utf-8")
 
 
+def new_version(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace('"version": 2', '"version": 3'), encoding="utf-8")
+
+
 def old_version(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"version": 2', '"version": 1'), encoding="utf-8")
 
@@ -198,6 +224,7 @@ DAMAGE = {
     "json edited": ("head", edit_step, "damaged or was edited"),
     "json of another program": ("head", lambda path: path.write_text('{"format": "pt"}'), "\"format\" is 'pt'"),
     "json without format": ("head", lambda path: path.write_text("[1, 2]"), "\"format\" is 'list'"),
+    "json of a new version": ("head", new_version, "format version 3; this program reads 2: update this program (git"),
     "json of an old version": ("head", old_version, "was written by format version 1; this program reads 2: use the"),
     "json missing": ("head", Path.unlink, "is missing"),
     "json nested": ("head", lambda path: path.write_text('{"format": ' + "[" * 100_000), "not JSON"),
@@ -328,6 +355,7 @@ import os, random, resource, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1] + "/tests/run")
 from run import checkpoint
+from run.config import Config, to_dict
 from run.errors import UserError
 from test_checkpoint import assert_holds, save
 

@@ -332,6 +332,12 @@ def test_differences_are_those_that_change_the_weights() -> None:
     a = Config()
     free = dict(out_dir="x", resume="last", sample_tokens=0, save_every=7, eval_every=9, monitor_every=3, log_every=5)
     assert differences(a, dataclasses.replace(a, **free, data_dir="y", name="other")) == []
+    resolved = dict(data="moved.txt", device="cpu", backend="torch", compile="false", threads=3)
+    assert differences(a, dataclasses.replace(a, **resolved)) == [], "contents and choices are compared elsewhere"
+    spelled = dict(int_layers="head,mlp,attention,embedding,patch", vocab_size=999, hflip=0.5, muon_lr=1.0)
+    assert differences(a, dataclasses.replace(a, **spelled)) == [], "all layers, and keys without an effect"
+    assert differences(a, dataclasses.replace(a, int_layers="head,mlp", lr=1.0)) == [
+        'int_layers = "all" in the checkpoint, "head,mlp" now', "lr = 0.008 in the checkpoint, 1.0 now"]  # fmt: skip
     b = dataclasses.replace(a, bits=4, steps=2000, method="ste")
     assert differences(a, b) == ['method = "gft" in the checkpoint, "ste" now', "bits = 6 in the checkpoint, 4 now",
                                  "steps = 1000 in the checkpoint, 2000 now"]
