@@ -294,7 +294,7 @@ def test_preparing_takes_memory_for_a_few_chunks(tmp_path, tokenizer):
     tracemalloc.start()
     try:
         load(path, tokenizer)
-        assert tracemalloc.get_traced_memory()[1] < 40 * textfile.CHUNK
+        assert tracemalloc.get_traced_memory()[1] < 10e6  # the whole text at once took 38e6
     finally:
         tracemalloc.stop()
 

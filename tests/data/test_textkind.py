@@ -120,6 +120,12 @@ def test_the_encoding_is_guessed_where_the_fault_is(tmp_path, monkeypatch):
     assert "CP1252, in which this place reads 'Zoë’s café'" in message
 
 
+def test_a_guess_begins_at_a_whole_character(tmp_path):
+    text = ENGLISH * 12 + CHINESE  # the first fault is at an odd offset, too far on for a guess from the beginning
+    assert len(ENGLISH * 12) > textfile.AROUND
+    assert "is likely UTF-16BE, in which this place reads '人人生" in refusal(tmp_path, text.encode("utf-16-be"))
+
+
 @pytest.mark.parametrize(
     ("content", "at"),
     [
