@@ -109,14 +109,14 @@ class Skipped:
         self.faults += 1
         self._tell(f"skipped: {printable(file)}: {why}")
 
-    def tell_rest(self) -> None:
-        """Tells of the other files, and how many were skipped."""
+    def tell_rest(self, answered: int) -> None:
+        """Tells of the other files, and how many were skipped beside those `answered`."""
         from data.notice import few
 
         if self.others:
             self._tell(f"not images: {few(list(map(printable, self.others)))}")
-        if self.faults > 1:
-            self._tell(f"{self.faults} skipped")
+        if self.faults:
+            self._tell(f"{self.faults} skipped, {answered} answered")
 
     def _tell(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -230,10 +230,11 @@ def run(argv: list[str]) -> int:
     device, reason = choose_device(args.device)
     classifier = load(find_folder(args.folder), args.checkpoint, device)
     print(f"checkpoint {classifier.about}; device {device} ({reason})", file=sys.stderr)
-    skipped = Skipped()
+    skipped, answered = Skipped(), 0
     for batch in classify(classifier, args.images, args.top, skipped):
         emit("".join(line(file, likely, args.json) for file, likely in batch))
-    skipped.tell_rest()
+        answered += len(batch)
+    skipped.tell_rest(answered)
     return 1 if skipped.faults else 0
 
 

@@ -121,7 +121,7 @@ def _unidentified(content: bytes) -> BrokenImage:
         return BrokenImage("a HEIC picture, which is read after: pip install pillow-heif")
     if brand in (b"avif", b"avis"):
         return BrokenImage("an AVIF picture that this Pillow does not read; try: pip install --upgrade pillow")
-    return NotAnImage("not an image in " + ", ".join(_formats()))
+    return NotAnImage(f"not an image in JPEG, PNG or one of {len(_formats()) - 2} other formats")
 
 
 def _upright(image: Image.Image) -> Image.Image:

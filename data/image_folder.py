@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.notice import few, notice
+from data.notice import few, notice, with_count
 from data.prepare_images import Broken, ImageSource, Sample, decoded
 from run.errors import UserError
 
@@ -99,20 +99,21 @@ def _listed(top: Path, left_out: list[str]) -> list[ImageFile]:
         splits["train"] = top / "train"
         splits |= {"val": top / name for name in EVALUATED[::-1] if (top / name).is_dir()}
         left_out += [f"{name}/: not in train/" for name in _folders(top) if top / name not in splits.values()]
-    files = []
-    for split, root in splits.items():
+    for root in splits.values():
         left_out += [f"{name}: in no class's folder" for name in sorted(filter(_shown, os.listdir(root)))
                      if not (root / name).is_dir()]  # fmt: skip
-        for folder in _folders(root):
-            for path in files_in(root / folder, fault):
-                try:
-                    content = read_file(path)
-                    check(content)
-                except (BrokenImage, OSError) as error:
-                    why = error.strerror if isinstance(error, OSError) else error
-                    left_out.append(f"{ascii(os.path.relpath(path, top))}: {why}")
-                else:
-                    files.append(ImageFile(split, _class_name(folder), Path(path), hashlib.sha256(content).digest()))
+    paths = ((split, folder, path) for split, root in splits.items() for folder in _folders(root)
+             for path in files_in(root / folder, fault))  # fmt: skip
+    files = []
+    for split, folder, path in with_count(paths, f"reading the files in {top}"):
+        try:
+            content = read_file(path)
+            check(content)
+        except (BrokenImage, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            left_out.append(f"{ascii(os.path.relpath(path, top))}: {why}")
+        else:
+            files.append(ImageFile(split, _class_name(folder), Path(path), hashlib.sha256(content).digest()))
     return files
 
 

@@ -4,6 +4,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 BOX_WIDTH = 76  # of the text; the frame takes four columns more
 PATIENCE = 2.0  # seconds that work may take without a progress bar
@@ -36,6 +37,16 @@ def with_bar(pieces: Iterable[bytes], size: int, doing: str) -> Iterator[bytes]:
     finally:
         if drawn and terminal:
             print(start, end="", file=sys.stderr, flush=True)
+
+
+def with_count(items: Iterable[Any], doing: str) -> Iterator[Any]:
+    """Yields the `items`, and says every QUIET seconds how many there have been."""
+    due = time.monotonic() + QUIET
+    for count, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() >= due:
+            due = time.monotonic() + QUIET
+            notice(f"{doing}: {count:,} so far.")
 
 
 def few(names: Sequence[str]) -> str:

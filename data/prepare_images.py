@@ -22,12 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.cache import Damaged, cache_root, open_atomic, read_record, remove_leftovers, write_record
-from data.notice import notice
+from data.notice import notice, with_count
 from run.errors import UserError
 
 FORMAT = 3  # goes up when the same source and side give other files
 HELD_OUT = 10  # one training image in so many is held out for tuning
-TELL_SECONDS = 10  # between two lines about how far the decoding is
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +156,7 @@ def _write(source: ImageSource, side: int, train_file: BinaryIO, val_file: Binar
     total, squares = np.zeros(source.channels, np.int64), np.zeros(source.channels, np.int64)
     skipped: dict[str, list[str]] = {"train": [], "val": []}
     blank: list[str] = []
-    told = time.monotonic()
-    for count, sample in enumerate(source.samples(side)):
-        if time.monotonic() - told > TELL_SECONDS:
-            told = time.monotonic()
-            notice(f"decoding {source.name}: {count:,} images so far.")
+    for sample in with_count(source.samples(side), f"decoding {source.name}"):
         if isinstance(sample, Broken):
             skipped[sample.split].append(f"{sample.name}: {sample.reason}")
             continue

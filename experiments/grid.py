@@ -26,7 +26,7 @@ from typing import Any
 from experiments.plots import Panel, draw
 from experiments.rows import markdown
 from experiments.sweep import ROOT, Cell, Store, badness, drawn, run_cells, show_quality
-from run.config import FIELDS, IMAGES
+from run.config import FIELDS
 from run.errors import UserError, refuse
 from run.keys import convert, key, read_argv
 
@@ -135,7 +135,7 @@ def panel(sweep: Sweep, store: Store) -> Panel:
         if runs:
             label = ", ".join(f"{k} {shown[k]}" for k in others)
             lines.setdefault(label, []).append((shown.get(first, sweep.config), [drawn(r) for r in runs]))
-    images = sweep.points()[0][1][0].resolved().data in IMAGES
+    images = sweep.points()[0][1][0].resolved().of_images
     return Panel(Path(sweep.config).stem, first, "accuracy, %" if images else "validation loss, nats per token", lines)
 
 

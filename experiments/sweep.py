@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.worker import ROOT, Worker
-from run.config import FIELDS, IMAGES, Config, load, unmet
+from run.config import FIELDS, Config, load, unmet
 from run.curve import read_metrics
 from run.errors import DIVERGED, UserError
 
@@ -156,7 +156,7 @@ def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
 def diverged(cfg: Config) -> dict:
     """The result of a run whose loss became infinite: the worst quality, and NaN for whatever a table shows besides."""
     same = {key: getattr(cfg, key) for key in ("method", "bits", "seed", "eval_on", "steps")}
-    accuracy = 0.0 if cfg.data in IMAGES else None
+    accuracy = 0.0 if cfg.of_images else None
     return {**dict.fromkeys(SHOWN, math.nan), **same, "diverged": True, "val_loss": math.inf, "accuracy": accuracy,
             "curve": []}  # fmt: skip
 

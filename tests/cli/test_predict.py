@@ -194,7 +194,7 @@ def test_files_of_a_folder_that_are_no_images_are_named_together(tiny, tmp_path,
     code, _, err = call(capsys, folder, tmp_path)
     said = err.splitlines()[1:]
     assert code == 1 and said[0].startswith(f"skipped: {tmp_path / 'b.jpg'}: not an image in JPEG")
-    assert said[1].startswith(f"skipped: {tmp_path / 'c.heic'}: ") and said[-1] == "2 skipped"
+    assert said[1].startswith(f"skipped: {tmp_path / 'c.heic'}: ") and said[-1] == "2 skipped, 1 answered"
 
 
 def test_a_link_in_a_circle_ends(tiny, tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_still_classified(tin
     code, out, err = call(capsys, folder, *[tmp_path / name for name in bad], noise, files[0])
     said = err.splitlines()[1:]
     assert code == 1 and [line.split(": ")[0] for line in out.splitlines()] == [str(noise), str(files[0])]
-    assert said.pop() == f"{len(bad)} skipped"
+    assert said.pop() == f"{len(bad)} skipped, 2 answered"
     for line, name, reason in zip(said, bad, reasons, strict=True):
         assert line.startswith(f"skipped: {tmp_path / name}: ") and reason in line
     code, out, err = call(capsys, folder, tmp_path)

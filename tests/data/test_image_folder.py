@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import decode as decoder, image_folder
+from data import decode as decoder, image_folder, notice
 from data.cache import cache_root
 from data.images import load_images
 from run.errors import UserError
@@ -150,6 +150,13 @@ def test_broken_images_are_named_counted_and_left_out(tmp_path, capsys, monkeypa
         said = capsys.readouterr().err
         assert f"1 broken train images of {tmp_path.name} are left out: 'train/cats/cut': image file is truncated" in said
         assert "1 broken val images" in said and "'val/dogs/odd': bad operand type for abs()" in said
+
+
+def test_one_is_told_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notice, "QUIET", 0)
+    load(fill(tmp_path / "pets", 3, 2))
+    said = capsys.readouterr().err
+    assert f"reading the files in {tmp_path / 'pets'}: 4 so far" in said and "decoding pets: 5 so far" in said
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
