@@ -12,7 +12,6 @@ that are left, so that they are the same for both ways to evaluate and have neve
 
 import hashlib
 import io
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
