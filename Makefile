@@ -12,7 +12,7 @@ STAMP := .venv/installed
 READY := $(if $(filter .venv/bin/python,$(VENV_PYTHON)),$(STAMP))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu clean
+.PHONY: help setup train test fuzz gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## */  make \1@/p' Makefile | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -24,6 +24,9 @@ train: $(READY) ## train configs/shakespeare_char_small.toml; more settings thro
 
 test: $(READY) ## run the tests; pytest's options through ARGS="-k config"
 	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fuzz: $(READY) ## feed the readers 30,000 mutated inputs; ARGS="data --cases 500": some
+	@OMP_NUM_THREADS=1 exec $(VENV_PYTHON) -m tests.fuzz $(ARGS)
 
 gpu: $(READY) ## tests, benchmarks and trainings on a GPU, into results/gpu; ARGS=--rehearse: tiny, on the CPU
 	@status=0; for part in A B C; do $(VENV_PYTHON) -m experiments.gpu $$part $(ARGS) || status=1; done; exit $$status

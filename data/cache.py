@@ -140,7 +140,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """What `write_record` wrote, its hash checked. Raises OSError or Damaged."""
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second of lists in lists without end
         raise Damaged(f"{path.name} is not JSON") from error
     if not isinstance(record, dict) or record.pop("sha256", None) != _record_hash(record):
         raise Damaged(f"{path.name} has changed since it was written")

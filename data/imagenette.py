@@ -38,7 +38,7 @@ CLASSES = {  # WordNet id, which names the folder, to the name for people
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
-LARGEST_FILE = 64 << 20  # bytes
+LARGEST_FILE, LARGEST_UNPACKED = 64 << 20, 1 << 29  # bytes
 
 
 def find(data_dir: str = "") -> ImageSource:
@@ -63,7 +63,7 @@ def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
     name = ""
     try:
         with (
-            io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(found.content)), 1 << 16) as unpacked,
+            io.BufferedReader(_Unpacked(fileobj=io.BytesIO(found.content)), 1 << 16) as unpacked,
             tarfile.open(fileobj=unpacked, mode="r:") as archive,
         ):
             for member in archive:
@@ -94,6 +94,15 @@ def read_archive(found: Found, side: int) -> Iterator[Sample | Broken]:
             f"{sha256(found.content)}. It must be a whole .tgz; the official one has {FILE.size:,} bytes and is at "
             f"{FILE.url}."
         ) from error
+
+
+class _Unpacked(gzip.GzipFile):
+    """Raises OSError once more has come out than such an archive holds; a small file can hold terabytes of zeros."""
+
+    def read(self, size: int = -1) -> bytes:
+        if self.tell() > LARGEST_UNPACKED:
+            raise gzip.BadGzipFile(f"it unpacks to more than {LARGEST_UNPACKED:,} bytes")
+        return super().read(min(size, 1 << 20))
 
 
 def _refusal(member: tarfile.TarInfo) -> str:

@@ -19,7 +19,7 @@ from run.errors import UserError
 
 IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # unsigned bytes in three dimensions, in one
 ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-LARGEST_UNPACKED = 1 << 30  # bytes
+LARGEST_UNPACKED = 1 << 27  # bytes
 
 
 @dataclass(frozen=True)

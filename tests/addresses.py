@@ -2,7 +2,7 @@
 
 The interpreter reads and writes whatever address a kernel computes. After `watch` it compares every address of every
 load, store and atomic, descriptors' too, with the launch's arguments first: from a tensor's first element to its last,
-so that what surrounds a view counts as outside. An address in another argument, or in a gap between a view's rows, passes.
+so that what surrounds a view counts as outside. An address in another argument passes, or between the rows of a view.
 """
 
 from typing import Any

@@ -83,12 +83,16 @@ def _alter(path):
     path.write_bytes(content)
 
 
+def _nest(path):
+    path.write_bytes(b"[" * 100_000)
+
+
 def _empty(path):
     path.write_bytes(b"")
 
 
 @pytest.mark.parametrize("ending", ["bin", "json"])
-@pytest.mark.parametrize("damage", [_truncate, _alter, _empty], ids=["short", "flip", "empty"])
+@pytest.mark.parametrize("damage", [_truncate, _alter, _empty, _nest], ids=["short", "flip", "empty", "nested"])
 def test_damaged_preparation_is_told_and_made_again(play, capsys, ending, damage):
     before = load(play, "bpe")
     train = np.array(before.train)

@@ -294,6 +294,21 @@ def test_a_header_that_claims_a_huge_size_is_damage(tmp_path, kind, size):
     assert all_files(cache_root()) == []
 
 
+@pytest.mark.parametrize("place", ["after the end", "in a member", "in a name"])
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(imagenette, "LARGEST_UNPACKED", 1 << 24)
+    path = pack(tmp_path / "imagenette2-160.tgz", usual_members())
+    content, zeros = gzip.decompress(path.read_bytes()), gzip.compress(bytes(1 << 20)) * 20
+    if place != "after the end":
+        info = tarfile.TarInfo(f"{INSIDE}/notes.txt")
+        info.type, info.size = tarfile.REGTYPE if place == "in a member" else tarfile.GNUTYPE_LONGNAME, 20 << 20
+        content = content.rstrip(b"\0")
+        content += bytes(-len(content) % 512) + info.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(gzip.compress(content) + zeros)
+    assert "it unpacks to more than 16,777,216 bytes" in error_of(1, load, tmp_path)
+    assert all_files(cache_root()) == []
+
+
 def test_archive_with_nothing_to_evaluate_on_is_refused(tmp_path):
     members = {name: content for name, content in usual_members().items() if "/train/" in name}
     assert "no image to evaluate on (14 for training" in error_of(1, load_archive, tmp_path, members)
