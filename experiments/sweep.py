@@ -58,7 +58,7 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Every setting that can change the result and is not at its default: new keys leave old results found."""
         cfg = self.resolved()
-        counts = [k for k, f in FIELDS.items() if not f.metadata.get("free") and not unmet(cfg, f)]
+        counts = [k for k, f in FIELDS.items() if (k in ASKED or not f.metadata.get("free")) and not unmet(cfg, f)]
         found = {k: value for k in counts if (value := getattr(cfg, k)) != FIELDS[k].default}
         if cfg.integer_kinds == cfg.layer_kinds:
             found.pop("int_layers", None)
@@ -71,6 +71,9 @@ class Cell:
     def key(self) -> str:
         """Hash of the settings."""
         return key_of(self.settings())
+
+
+ASKED = ("data", "backend", "device", "compile", "threads")  # a resumed run compares what they come to, a cell the asking
 
 
 def key_of(settings: dict[str, Any]) -> str:

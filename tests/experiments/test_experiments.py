@@ -75,6 +75,12 @@ def test_a_key_is_every_setting_that_counts():
     )
 
 
+def test_a_key_has_the_data_and_what_runs_it():
+    """A resumed run may change them, a cell's results may not be taken for another's."""
+    settings = Cell("", "mnist", (("threads", "1"), ("compile", "true"))).settings()
+    assert (settings["data"], settings["threads"], settings["compile"]) == ("mnist", 1, "true")
+
+
 def test_kinds_of_layers_are_a_set_in_a_key():
     def keys(*kinds):
         return {CELL.with_(int_layers=k).key() for k in kinds}
