@@ -37,7 +37,7 @@ from gft.baselines import SignSGD
 from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
 from model import ModelConfig, make_net
-from run import checkpoint
+from run import checkpoint, finite
 from run import device as machine
 from run.folder import choose_folder
 from run.log import Log
@@ -113,11 +113,13 @@ class Run:
         self.weights = sum(p.numel() for p in self.net.parameters())
         self.step, self.changed, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
-        # On the device: seed and step for the batches, and the flag of a loss that is not finite.
+        # On the device: seed and step for the batches, and the flag of what is not finite.
         self.rng = torch.tensor([cfg.seed, 0], device=on.device)
         self.found_inf = self.flip_optimizer.found_inf if self.flip_optimizer else torch.zeros((), device=on.device)
         for optimizer, _ in self.optimizers:
             optimizer.found_inf = self.found_inf
+        if self.flip_optimizer:
+            self.flip_optimizer.register_step_post_hook(lambda flips, *_: self.found_inf.copy_(flips.stopped))
 
     def save(self, name: str) -> None:
         """Write checkpoint `name` ("last" or "best")."""
@@ -204,6 +206,7 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
     autocast = cfg.precision == "bf16" and cfg.method != "gft"
     # delta is not divided by the number of tokens: its int8 scale follows it anyway.
     loss_scale = 1.0 if cfg.method == "gft" else 1.0 / task.per_step
+    floats = [p for p in run.net.parameters() if p.is_floating_point()]
     monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
     log = Log(run, metrics, lambda: sample_text(run.net, task, cfg))
 
@@ -214,11 +217,13 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             x, y = task.batch_at(rng, part)
             with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                 loss = loss_of(net(x), y)
-            # After a loss that is not finite, FlipOptimizer and AdamW leave all weights unchanged. The host notices at
-            # its next read and saves nothing more.
-            torch.maximum(found_inf, (~torch.isfinite(loss)).float(), out=found_inf)
+            # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights unchanged.
+            # The host notices at its next read and saves nothing more.
+            finite.note(found_inf, loss)
             (loss * loss_scale).backward()
             log.loss += loss.detach()
+        if floats:
+            finite.note(found_inf, finite.largest(p.grad for p in floats))
         monitor.before_step()
         for optimizer, schedule in run.optimizers:
             optimizer.step()

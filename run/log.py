@@ -16,9 +16,12 @@ from run.config import Config
 from run.curve import draw
 from run.device import resident_bytes
 from run.errors import DIVERGED, UserError
+from run.finite import largest, origin
 from run.meter import Meter
 from run.monitor import warnings
 from run.progress import Metrics, Progress
+
+MOST_REPEATED = 100  # steps made once more to find out what was not finite
 
 
 class Run(Protocol):
@@ -68,7 +71,7 @@ class Log:
         return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
 
     def write(self, measured: dict) -> None:
-        """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the loss diverged."""
+        """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the run diverged."""
         run, cfg = self.run, self.run.cfg
         steps, loss = run.step - self.last, self.loss.item()  # waits for the device
         self._check_finite(loss)
@@ -84,6 +87,8 @@ class Log:
         last = run.step == cfg.steps
         if run.step % cfg.eval_every == 0 or last:
             self.found = run.task.evaluate(run.net, run.device)
+            if not math.isfinite(self.found["val_loss"]):
+                self._diverged(f"the validation loss became {self.found['val_loss']}")
             record |= {name: round(value, 5) for name, value in self.found.items()}
             run.losses.append(self.found["val_loss"])
         self.metrics.write(record)
@@ -96,15 +101,25 @@ class Log:
         self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
 
     def _check_finite(self, loss: float) -> None:
+        """Raises UserError if a loss, a delta or a gradient was not finite since the last read, or a float weight is not."""
         run = self.run
-        if run.found_inf.item():
-            lower = "--k" if run.cfg.method == "gft" else "--lr"
-            one = run.step == self.last + 1
-            steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
-            raise UserError(
-                f"the loss became {loss} at {steps}; nothing after it was saved, and earlier checkpoints are intact. "
-                f"Start a new run with a lower {lower} in another --out_dir", DIVERGED,
-            )  # fmt: skip
+        floats = [p for p in run.net.parameters() if p.is_floating_point()]
+        if run.found_inf.item() or floats and not largest(floats).isfinite():
+            steps = range(self.last, min(run.step, self.last + MOST_REPEATED))
+            batches = (batch for step in steps for batch in run.task.batches(step, run.device))
+            what = origin(run.net, batches, run.task.loss)
+            self._diverged(what or (f"the loss became {loss}" if not math.isfinite(loss) else "a gradient became infinite"))
+
+    def _diverged(self, what: str) -> None:
+        run = self.run
+        one = run.step == self.last + 1
+        steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
+        # Integer weights cannot grow: beside float ones, it is these that did.
+        lower = {"gft": "--lr" if run.floats else "--k", "muon": "--muon_lr or --lr"}.get(run.cfg.method, "--lr")
+        raise UserError(
+            f"{what} at {steps}; nothing after it was saved, and earlier checkpoints are intact. "
+            f"Start a new run with a lower {lower} in another --out_dir", DIVERGED,
+        )  # fmt: skip
 
     def _evaluated(self) -> None:
         """Show a sample and the curve, warn of known signs of failure, and keep the best net."""

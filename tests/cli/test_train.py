@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -297,7 +298,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(capsys, tmp_path, monkeypatch, n
     status, result, error = run(capsys, tmp_path / "o", **changes)
     assert status == DIVERGED == 3 and not result
     assert "the loss became nan at one of the steps 5 to 8; nothing after it was saved" in error
-    assert f"lower {'--k' if VARIANTS[name].get('method', 'gft') == 'gft' else '--lr'}" in error
+    assert f"lower {'--k' if name.startswith('gft') else '--lr'}" in error
     moved = [not torch.equal(a, b) for a, b in zip(stopped, held[0].net.parameters(), strict=True)]
     assert not any(moved)
     tensors, meta = checkpoint.load(tmp_path / "o", "last")
@@ -315,6 +316,63 @@ def test_a_loss_that_is_not_finite_in_the_first_step_is_told_at_once(capsys, tmp
     status, _, error = run(capsys, tmp_path / "o", log_every=100)
     assert status == DIVERGED and f"the loss became {value} at step 1; nothing after it was saved" in error
     assert checkpoint.load(tmp_path / "o", "last")[1]["step"] == 0
+
+
+GROWING = {"lr": 1, "lr_end": 1, "weight_decay": 10, "steps": 60, "log_every": 10, "eval_every": 30, "save_every": 30}
+
+
+@pytest.mark.parametrize("changes", [
+    {"int_layers": "head"}, {"int_layers": "attention,mlp"}, {"int_layers": "attention", "update": "backward"},
+    {"int_layers": "head", "precision": "bf16"}, {"method": "adamw"}, {"method": "sgd"}, {"method": "signsgd"},
+    {"method": "ste"}, {"method": "muon", "muon_lr": 100},
+], ids=lambda changes: "-".join(map(str, changes.values())))  # fmt: skip
+def test_float_weights_that_grow_without_bound_end_the_run(capsys, tmp_path, changes):
+    """Between integer layers too, whose inputs are int8; nothing that is not finite is saved."""
+    status, result, error = run(capsys, tmp_path / "o", **GROWING, **changes)
+    assert status == DIVERGED and not result and "lr in another --out_dir" in error and "--k" not in error
+    assert re.search(r"(float weights of|activations behind|error \(delta\) behind) [\w.]+ \(\w+, (integer|float)\) became",
+                     error)  # fmt: skip
+    for name in ("last", "best"):
+        if checkpoint.exists(tmp_path / "o", name):
+            tensors = checkpoint.load(tmp_path / "o", name)[0].values()
+            assert all(t.isfinite().all() for t in tensors if t.is_floating_point())
+
+
+@pytest.mark.parametrize("name", ["gft", "gft-backward", "gft-momentum-delayed", "hybrid", "adamw"])
+def test_a_delta_that_is_not_finite_ends_the_run(capsys, tmp_path, monkeypatch, name):
+    """The loss is finite. Weights are those before step 6, but for those that had moved before the error came by."""
+    real, passes, held, before, real_train = text_task.text_loss, [], [], [], train.train
+
+    def loss(logits, targets):  # 0 * sqrt'(0) is NaN
+        passes.append(logits.requires_grad)
+        bad = sum(passes) >= 6 * VARIANTS[name].get("grad_accum", 1) and logits.requires_grad
+        return real(logits, targets) + ((logits.sum() * 0).abs().sqrt() if bad else 0)
+
+    monkeypatch.setattr(text_task, "text_loss", loss)
+    monkeypatch.setattr(train, "train", lambda run, *rest: (held.append(run), real_train(run, *rest))[1])
+    at_step(monkeypatch, 6, lambda: before.extend(p.detach().clone() for p in held[0].net.parameters()))
+    status, _, error = run(capsys, tmp_path / "o", log_every=100, monitor_every=100, **VARIANTS[name])
+    assert status == DIVERGED and f"lower {'--k' if name.startswith('gft') else '--lr'}" in error
+    assert "the error (delta) behind head (head, " in error and " became nan at one of the steps 5 to 6" in error
+    assert all(map(torch.equal, before, held[0].net.parameters()))
+    assert checkpoint.load(tmp_path / "o", "last")[1]["step"] == 4
+
+
+def test_float_weights_are_looked_at_before_they_are_saved(capsys, tmp_path, monkeypatch):
+    """In the last step, when no further loss will tell."""
+    held, real = [], train.train
+    monkeypatch.setattr(train, "train", lambda run, *rest: (held.append(run), real(run, *rest))[1])
+    at_step(monkeypatch, 12, lambda: held[0].net.head.weight.data[3].fill_(math.inf))
+    status, _, error = run(capsys, tmp_path / "o", int_layers="attention,mlp")
+    assert status == DIVERGED and "the float weights of head (head, float) became inf at step 12" in error
+    assert checkpoint.load(tmp_path / "o", "last")[1]["step"] == 8 and "lower --lr" in error
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_task.TextTask, "evaluate", lambda *_: {"val_loss": math.inf})
+    status, _, error = run(capsys, tmp_path / "o")
+    assert status == DIVERGED and "the validation loss became inf at step 6" in error
+    assert not checkpoint.exists(tmp_path / "o", "best")
 
 
 @pytest.mark.parametrize("part", [1, 2])
