@@ -14,8 +14,14 @@ from PIL import Image, ImageFile
 from data import decode as decoder
 from data.decode import BrokenImage, NotAnImage, check, decode, is_blank, read_file
 
+Image.init()
 RANDOM = np.random.default_rng(0)
 SCENE = Image.fromarray(RANDOM.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.Resampling.BICUBIC)
+
+
+def known(*kinds):
+    """Those that this Pillow writes; AVIF needs a recent one."""
+    return [kind for kind in kinds if kind in Image.SAVE]
 
 
 def saved(image, kind, **settings):
@@ -38,7 +44,7 @@ def expected_ring(colour, side=28):
 # Transparency
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "TGA", "AVIF"])
+@pytest.mark.parametrize("kind", known("PNG", "WEBP", "TIFF", "TGA", "AVIF"))
 @pytest.mark.parametrize("hidden", [0, 255, 99])
 def test_what_transparent_pixels_hide_is_not_seen(kind, hidden):
     settings = {"lossless": True, "exact": True} if kind == "WEBP" else {"quality": 100} if kind == "AVIF" else {}
@@ -154,7 +160,7 @@ def test_an_orientation_that_says_nothing_turns_nothing(exif):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "AVIF"])
+@pytest.mark.parametrize("kind", known("PNG", "TIFF", "AVIF"))
 def test_every_orientation_is_turned_as_pillow_does(orientation, kind):
     from PIL import ImageOps
 
@@ -178,8 +184,8 @@ def test_warnings_of_the_decoder_are_not_shown():
 # Formats
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM",
-                                  "ICO", "PCX", "SGI", "TGA"])  # fmt: skip
+@pytest.mark.parametrize("kind", known("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM",
+                                       "ICO", "PCX", "SGI", "TGA"))  # fmt: skip
 def test_formats_are_known_by_their_content(kind):
     seen = decode(saved(SCENE, kind), 16, 3).astype(int)
     assert np.abs(seen - np.asarray(decoder.square(SCENE, 16))).mean() < 6
