@@ -107,19 +107,16 @@ class Skipped:
     def fault(self, file: str, why: str) -> None:
         """Tells of a file or a folder that should have an answer."""
         self.faults += 1
-        self._tell(f"skipped: {printable(file)}: {why}")
+        print(f"skipped: {printable(file)}: {why}", file=sys.stderr)
 
     def tell_rest(self, answered: int) -> None:
         """Tells of the other files, and how many were skipped beside those `answered`."""
         from data.notice import few
 
         if self.others:
-            self._tell(f"not images: {few(list(map(printable, self.others)))}")
+            print(f"not images: {few(list(map(printable, self.others)))}", file=sys.stderr)
         if self.faults:
-            self._tell(f"{self.faults} skipped, {answered} answered")
-
-    def _tell(self, text: str) -> None:
-        print(text, file=sys.stderr)
+            print(f"{self.faults} skipped, {answered} answered", file=sys.stderr)
 
 
 def images_of(paths: Iterable[str], side: int, channels: int, skipped: Skipped) -> Iterator[tuple[str, np.ndarray]]:

@@ -73,7 +73,8 @@ class Cell:
         return key_of(self.settings())
 
 
-ASKED = ("data", "backend", "device", "compile", "threads")  # a resumed run compares what they come to, a cell the asking
+# A resumed run compares what these come to, a cell what was asked for.
+ASKED = ("data", "backend", "device", "compile", "threads")
 
 
 def key_of(settings: dict[str, Any]) -> str:

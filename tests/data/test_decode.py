@@ -3,13 +3,14 @@
 import io
 import struct
 import sys
+import tracemalloc
 import types
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from data import decode as decoder
 from data.decode import BrokenImage, NotAnImage, check, decode, is_blank, read_file
@@ -74,8 +75,8 @@ def transparent_images():
     yield "animated PNG", saved(film, "PNG", save_all=True, append_images=[ring(0, 0)])
 
 
-@pytest.mark.parametrize(("name", "content"), list(transparent_images()), ids=lambda value: value if type(value) is str else "")
-def test_every_kind_of_transparency_is_composited_on_white(name, content):
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in transparent_images()])
+def test_every_kind_of_transparency_is_composited_on_white(content):
     assert np.array_equal(decode(content, 28, 3), expected_ring(60))
     assert np.array_equal(decode(content, 28, 1), expected_ring(60)[..., :1])
 
@@ -104,8 +105,6 @@ def test_sixteen_bits_and_more():
 @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "JPEG"),
                                             ("1", "PNG"), ("P", "GIF"), ("L", "JPEG2000")])  # fmt: skip
 def test_every_colour_model_is_seen_in_colour_and_in_grey(mode, kind):
-    from PIL import ImageCms
-
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         image = ImageCms.profileToProfile(SCENE, srgb, lab, outputMode="LAB")
@@ -162,8 +161,6 @@ def test_an_orientation_that_says_nothing_turns_nothing(exif):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", known("PNG", "TIFF", "AVIF"))
 def test_every_orientation_is_turned_as_pillow_does(orientation, kind):
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = saved(SCENE, kind, exif=exif)
@@ -204,28 +201,27 @@ def test_a_file_in_no_format_is_told_from_a_broken_one():
 
 def test_heic_is_read_by_pillow_heif_or_named_with_the_remedy(monkeypatch):
     content = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100)
-    for module, fresh in (("pillow_heif", None), ("pillow_heif", types.ModuleType("pillow_heif"))):
-        decoder._formats.cache_clear()
-        monkeypatch.setitem(sys.modules, module, fresh)
-        if fresh is None:
-            with pytest.raises(BrokenImage, match="a HEIC picture, .*: pip install pillow-heif") as caught:
-                decode(content, 8, 3)
-            assert not isinstance(caught.value, NotAnImage)
-            continue
+    decoder._formats.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    with pytest.raises(BrokenImage, match="a HEIC picture, .*: pip install pillow-heif") as caught:
+        decode(content, 8, 3)
+    assert not isinstance(caught.value, NotAnImage)
 
-        class Heif(ImageFile.ImageFile):
-            format = "HEIF"
+    class Heif(ImageFile.ImageFile):
+        format = "HEIF"
 
-            def _open(self):
-                self._mode, self._size = "RGB", (8, 8)
-                self.tile = [ImageFile._Tile("raw", (0, 0, 8, 8), 0, ("RGB", 0, 1))]
+        def _open(self):
+            self._mode, self._size = "RGB", (8, 8)
+            self.tile = [ImageFile._Tile("raw", (0, 0, 8, 8), 0, ("RGB", 0, 1))]
 
-        content += bytes(8 * 8 * 3)
-        fresh.register_heif_opener = lambda: Image.register_open("HEIF", Heif, lambda head: head[4:12] == b"ftypheic")
-        try:
-            assert decode(content, 8, 3).shape == (8, 8, 3)
-        finally:
-            Image.OPEN.pop("HEIF"), Image.ID.remove("HEIF"), decoder._formats.cache_clear()
+    installed = types.ModuleType("pillow_heif")
+    installed.register_heif_opener = lambda: Image.register_open("HEIF", Heif, lambda head: head[4:12] == b"ftypheic")
+    decoder._formats.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", installed)
+    try:
+        assert decode(content + bytes(8 * 8 * 3), 8, 3).shape == (8, 8, 3)
+    finally:
+        Image.OPEN.pop("HEIF"), Image.ID.remove("HEIF"), decoder._formats.cache_clear()
 
 
 @pytest.mark.parametrize("error", [TypeError("abs()"), KeyError(3), IndexError(), MemoryError(), AssertionError("x"),
@@ -255,10 +251,8 @@ def bombs():
     yield "TGA", struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65535, 65535, 24, 0) + bytes(99)
 
 
-@pytest.mark.parametrize(("name", "content"), list(bombs()), ids=lambda value: value if type(value) is str else "")
-def test_a_size_in_the_header_takes_no_memory(name, content):
-    import tracemalloc
-
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in bombs()])
+def test_a_size_in_the_header_takes_no_memory(content):
     for function in (lambda: decode(content, 8, 3), lambda: check(content)):
         tracemalloc.start()
         with pytest.raises(BrokenImage, match="pixels"):

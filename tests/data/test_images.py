@@ -178,7 +178,8 @@ def test_blank_images_are_named(tmp_path, capsys):
     buffer = io.BytesIO()
     Image.fromarray(two).save(buffer, "PNG")
     members = {name: buffer.getvalue() for name in usual_members()}
-    hidden = {f"{INSIDE}/hidden.JPEG": picture((255, 255, 255, 0), mode="RGBA"), f"{INSIDE}/grey.JPEG": picture((9, 9, 9))}
+    hidden = {f"{INSIDE}/hidden.JPEG": picture((255, 255, 255, 0), mode="RGBA"),
+              f"{INSIDE}/grey.JPEG": picture((9, 9, 9))}  # fmt: skip
     for _ in range(2):  # the second time out of the cache
         assert load_archive(tmp_path, members | hidden).train.shape[0] == 17
         said = capsys.readouterr().err
