@@ -105,35 +105,40 @@ class LayerFactory:
 
 
 def rope_table(first: int, count: int, head_dim: int, device: torch.device) -> Tensor:
-    """cos and sin of positions first .. first + count - 1: float32 (2, count, head_dim / 2)."""
+    """cos and signed sin of positions first .. first + count - 1: float32 (2, count, head_dim)."""
     frequency = ROPE_BASE ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(first, first + count, device=device, dtype=torch.float32), frequency)
-    return torch.stack((angle.cos(), angle.sin()))
+    return rotation(angle)
+
+
+def rotation(angle: Tensor) -> Tensor:
+    """Angles (T, hd / 2) of pairs (i, i + hd / 2) to what multiplies each element and its partner: (2, T, hd)."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def image_rope_table(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
     """cos and sin for patches row by row: the first half of the pairs turns with the row, the second with the column.
 
-    float32 (2, rows * columns, head_dim / 2); head_dim must be a multiple of 4.
+    float32 (2, rows * columns, head_dim); head_dim must be a multiple of 4.
     """
     frequency = IMAGE_ROPE_BASE ** (-torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
     row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     angle = torch.cat([torch.outer(p.flatten().float(), frequency) for p in (row, column)], dim=1)
-    return torch.stack((angle.cos(), angle.sin()))
+    return rotation(angle)
 
 
-def normalise_rotate(x: Tensor, table: Tensor) -> Tensor:
-    """RMS-normalise queries or keys over head_dim, then rotate pairs (i, i + head_dim / 2): (B, H, T, hd)."""
-    x = F.rms_norm(x, x.shape[-1:])
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = table
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + hd / 2) of x (..., T, hd) as `table` says."""
+    straight, across = table  # (T, hd) each: cos, and sin with its sign
+    return (x * straight + x.roll(x.shape[-1] // 2, dims=-1) * across).to(x.dtype)
 
 
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 d) to queries, keys and values, each (B, H, T, hd), queries and keys normalised and rotated."""
-    q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=n_head)
-    return normalise_rotate(q, table), normalise_rotate(k, table), v
+    queries_keys, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=n_head).split((2, 1))
+    q, k = F.rms_norm(queries_keys, v.shape[-1:])
+    return rotate(q, table), rotate(k, table), v[0]
 
 
 def window_mask(queries: int, keys: int, context: int, device: torch.device) -> Tensor:
@@ -177,8 +182,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, d) to (B, T, d); table from `rope_table`."""
-        x = self.out(self.attend(self.qkv(x), table, cache, layer), residual=x)
-        return self.down(self.up(x), residual=x)
+        qkv, x = self.qkv(x, fork=True)
+        x = self.out(self.attend(qkv, table, cache, layer), residual=x)
+        hidden, x = self.up(x, fork=True)
+        return self.down(hidden, residual=x)
 
     def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""

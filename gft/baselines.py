@@ -26,19 +26,22 @@ class FloatLinear(nn.Module):
         self.weight = nn.Parameter(start / start.std() / in_features**0.5)
         self.gain, self.squared_relu, self.bits = gain, squared_relu, bits
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., in) to (..., out), plus residual (..., out) if given.
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, fork: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., in) to (..., out), plus residual (..., out) if given; with `fork`, also x itself, as IntLinear's.
 
         Beside integer layers that hand on 16 bits the products are fp32 and the output is as the input.
         """
-        given = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+        beside, given = x, None if torch.is_autocast_enabled(x.device.type) else x.dtype
         if given is not None:
             x = x.to(self.weight.dtype)
         if self.squared_relu:
             x = F.relu(x).square()
         y = F.linear(F.rms_norm(x, x.shape[-1:]), fake_quantize(self.weight, self.bits)) * self.gain
         y = y if given is None else y.to(given)
-        return y if residual is None else residual + y
+        y = y if residual is None else residual + y
+        return (y, beside) if fork else y
 
 
 class FloatEmbedding(nn.Module):

@@ -21,16 +21,15 @@ from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
 from kernels.philox import Stream, make_rng, normal
-from kernels.quantize_delta import absmax, quantize_delta
+from kernels.quantize_delta import absmax, measure_delta, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
 from kernels.topk import weight_limit
-from kernels.votes import accumulate_votes
+from kernels.votes import accumulate_votes, rescaled
 
 HALVES = (torch.float16, torch.bfloat16)
 DELAY = 16  # steps whose largest delta sets a delayed scale
 HEADROOM = 2.0  # a delayed scale leaves this much room over that largest delta
-TINY = torch.finfo(torch.float32).tiny
 
 _made = itertools.count()
 _layers: "weakref.WeakSet[IntLayer]" = weakref.WeakSet()
@@ -86,7 +85,8 @@ class IntLayer(nn.Module):
 
     rng             int64 (3,): seed, step, and rows seen in this step; the noise that rounds delta is a function of it
     votes           int32 or int64 (out, in), None until an optimizer is made for the weight
-    votes_scale     float32 (): the largest sigma of the passes that voted in this step
+    votes_scale     float32 (): the largest sigma of this step's passes, NaN if one was not finite
+    scratch         int32 (2,): of measure_delta
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
 
@@ -114,6 +114,7 @@ class IntLayer(nn.Module):
         self.register_buffer("rng", make_rng(seed), persistent=False)
         self.register_buffer("votes", None, persistent=False)
         self.register_buffer("votes_scale", torch.zeros(()), persistent=False)
+        self.register_buffer("scratch", torch.zeros(2, dtype=torch.int32), persistent=False)
         history = torch.zeros(1 + DELAY) if delta.scale == "delayed" else None
         self.register_buffer("delta_history", history, persistent=False)
         self.first_column = 0  # of this layer's columns in the noise; the optimizer gives each layer its own
@@ -173,7 +174,8 @@ class IntLayer(nn.Module):
     def _voting(self) -> tuple:
         """What a backward pass needs of this layer to vote: tensors that it changes, then settings."""
         about_delta = (self.delta.kind, self.delta.levels, self.first_column)
-        return self.rng, self.votes, self.votes_scale, self.delta_history, self.learning, about_delta
+        scales = self.scale, self.votes_scale, self.scratch, self.delta_history
+        return self.rng, self.votes, scales, self.learning, about_delta
 
 
 class IntLinear(IntLayer):
@@ -198,15 +200,20 @@ class IntLinear(IntLayer):
         """Columns of this layer's delta."""
         return self.out_features
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., in) float to (..., out), plus residual (..., out) if given. Raises ValueError on another width
-        or an empty batch."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, fork: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., in) float to (..., out), plus residual (..., out) if given.
+
+        With `fork`, returns also x itself. What takes that one, past this layer, as a residual connection does, has its
+        delta added in this layer's own backward pass. Raises ValueError on another width or an empty batch.
+        """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"IntLinear: got rows of {x.shape[-1]}; this layer takes {self.in_features}")
         if x.numel() == 0:
             raise ValueError(f"IntLinear: got an empty batch {tuple(x.shape)}; it needs at least one row")
         return _IntLinearFunction.apply(
-            x, residual, self.tap, self.weight, self.scale, self.act_range, self.squared_relu, *self._voting()
+            x, residual, fork, self.tap, self.weight, self.act_range, self.squared_relu, *self._voting()
         )
 
     def extra_repr(self) -> str:
@@ -240,9 +247,7 @@ class IntEmbedding(IntLayer):
         """tokens int64 (...) to (..., width). Raises ValueError on an empty batch."""
         if tokens.numel() == 0:
             raise ValueError(f"IntEmbedding: got an empty batch {tuple(tokens.shape)}; it needs at least one token")
-        return _IntEmbeddingFunction.apply(
-            tokens, self.tap, self.weight, self.scale, self.dtype, *self._voting()
-        )
+        return _IntEmbeddingFunction.apply(tokens, self.tap, self.weight, self.dtype, *self._voting())
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -266,99 +271,96 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
     return torch.where(earlier > 0, earlier, own) + (largest - largest)  # NaN, for all layers below, if not finite
 
 
-def _to_int8(delta: Tensor, rng: Tensor, delta_history: Tensor | None, about_delta: tuple[str, int, int]):
-    """delta (T, n) to D int8, what of D votes int8, and sigma float32 () or, delayed, (T, 1)."""
-    kind, levels, first_column = about_delta
-    delayed = delta_history is not None
-    sigma = delayed_sigma(delta, delta_history, levels) if delayed else absmax(delta) / levels
-    d = quantize_delta(delta, sigma, rng, first_column, levels)
+def _to_int8(delta: Tensor, voting: tuple) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
+    """delta (T, n) to D int8, what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and the ratios
+    that bring the votes so far and the new ones to one scale. Signs and delayed scales need none."""
+    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column) = voting
+    if delta_history is None:
+        measured = measure_delta(delta, scale, votes_scale, scratch, levels)
+        d = quantize_delta(delta, measured[0], rng, first_column, levels)
+        scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
+    else:
+        sigma = delayed_sigma(delta, delta_history, levels)
+        d = quantize_delta(delta, sigma, rng, first_column, levels)
+        scaled, ratios = scale * sigma, ()
     voter = torch.sign(delta).to(torch.int8) if kind == "sign" else d
-    if delayed:  # the first step only measures
+    if delta_history is not None:  # the first step only measures
         voter = torch.where(delta_history[1:].amax() > 0, voter, 0)
-    return d, voter, sigma
+    return d, voter, scaled, ratios
 
 
-def _vote(voter: Tensor, operand: Tensor, sigma: Tensor, ctx) -> None:
+def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[()], ctx) -> None:
     """Let one backward pass vote: into the layer's buffer, or (update = "backward") straight into moves of the weight.
 
     voter int8 (T, out); operand is X int8 (T, in), or the tokens int64 (T,) of an embedding.
     """
-    rng, votes, votes_scale, delta_history, learning, (kind, _, _) = ctx.voting
+    rng, votes, (_, votes_scale, _, delta_history), learning, _ = ctx.voting
     if learning is not None:
         k, found_inf, *others = learning
-        largest = delta_history[0] if delta_history is not None else torch.maximum(votes_scale, sigma)
-        if delta_history is None:
-            votes_scale.copy_(largest)  # for the optimizer to see whether it is finite
+        largest = votes_scale if delta_history is None else delta_history[0]
         stop = torch.maximum(found_inf, (~torch.isfinite(largest)).float())  # such a delta says nothing of weights
         learn_in_backward(voter, operand, ctx.weight, rng, k, stop, *others)
-        return
-    if votes is None:  # no optimizer moves this weight
-        return
-    ratios = ()
-    if delta_history is None:
-        # Passes of one step have scales of their own: the buffer is kept in units of the largest. Signs have no unit.
-        top = torch.maximum(votes_scale, sigma).clamp_min(TINY)
-        ratios = (votes_scale / top, sigma / top) if kind == "int8" else ()
-        votes_scale.copy_(top)
-    if operand.dtype != torch.int64:
+    elif votes is None:  # no optimizer moves this weight
+        pass
+    elif operand.dtype != torch.int64:
         accumulate_votes(voter, operand, votes, rng, *ratios)
-        return
-    if ratios:
-        new = torch.zeros_like(votes)
-        accumulate_embedding_votes(voter, operand, new)
-        votes.copy_(torch.round(votes.double() * ratios[0] + new.double() * ratios[1]))
     else:
-        accumulate_embedding_votes(voter, operand, votes)
-    rng[2] += len(voter)
+        new = torch.zeros_like(votes) if ratios else votes
+        accumulate_embedding_votes(voter, operand, new)
+        if ratios:
+            votes.copy_(rescaled(votes, new, *ratios))
+        rng[2] += len(voter)
 
 
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, tap, weight, scale, act_range, squared_relu, *voting):
+    def forward(ctx, x, residual, fork, tap, weight, act_range, squared_relu, *voting):
         dtype = x.dtype if x.dtype in HALVES else torch.float32
         flat = x.reshape(-1, weight.shape[1]).to(dtype).contiguous()
         x_int8, inv_rms = rmsnorm_quantize(flat, act_range, squared_relu)
         ctx.save_for_backward(flat, x_int8, inv_rms)
-        ctx.weight, ctx.scale, ctx.squared_relu, ctx.voting = weight, scale, squared_relu, voting
+        ctx.weight, ctx.squared_relu, ctx.voting = weight, squared_relu, voting
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         if residual is not None:
             residual = residual.reshape(-1, weight.shape[0]).to(dtype)
+        scale = voting[2][0]
         y = int8_matmul(x_int8, weight, scale, residual, dtype, act_range / 127.0, inv_rms)  # (T, out)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        y = y.view(*x.shape[:-1], weight.shape[0])
+        return (y, x.view_as(x)) if fork else y
 
     @staticmethod
-    def backward(ctx, delta):
+    def backward(ctx, delta, beside=None):
         flat, x_int8, inv_rms = ctx.saved_tensors
-        weight, scale = ctx.weight, ctx.scale
-        rng, _, _, delta_history, _, about_delta = ctx.voting
-        d, voter, sigma = _to_int8(delta.reshape(-1, weight.shape[0]), rng, delta_history, about_delta)
+        weight = ctx.weight
+        d, voter, scaled, ratios = _to_int8(delta.reshape(-1, weight.shape[0]), ctx.voting)
         delta_x = None
         if ctx.needs_input_grad[0]:
+            if beside is not None:
+                beside = beside.reshape(flat.shape).to(flat.dtype)
             if flat.dtype in HALVES:
                 # delta_x^ in 16 bits: D int8 (T, out) times W int8 (out, in), summed in int32, scaled, rounded once
-                product = int8_matmul(d, weight.t(), scale * sigma, None, flat.dtype)
-                delta_x = rmsnorm_backward(product, torch.ones_like(scale), flat, inv_rms, ctx.squared_relu)
+                product, factor = int8_matmul(d, weight.t(), scaled, None, flat.dtype), None
             else:
-                product = int8_product(d, weight)  # int32 (T, in), exact
-                delta_x = rmsnorm_backward(product, scale * sigma, flat, inv_rms, ctx.squared_relu)
+                product, factor = int8_product(d, weight), scaled  # int32 (T, in), exact
+            delta_x = rmsnorm_backward(product, factor, flat, inv_rms, ctx.squared_relu, beside)
             delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
-        _vote(voter, x_int8, sigma, ctx)  # after the product, which reads the weight
+        _vote(voter, x_int8, ratios, ctx)  # after the product, which reads the weight
         delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
         return delta_x, delta_residual, *[None] * (5 + len(ctx.voting))
 
 
 class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, tap, weight, scale, dtype, *voting):
+    def forward(ctx, tokens, tap, weight, dtype, *voting):
         ctx.save_for_backward(tokens)
         ctx.weight, ctx.voting = weight, voting
+        scale = voting[2][0]
         return embedding(tokens, weight, scale, dtype)
 
     @staticmethod
     def backward(ctx, delta):
         (tokens,) = ctx.saved_tensors
-        rng, _, _, delta_history, _, about_delta = ctx.voting
-        _, voter, sigma = _to_int8(delta.reshape(-1, delta.shape[-1]), rng, delta_history, about_delta)
-        _vote(voter, tokens.reshape(-1), sigma, ctx)
-        return None, *[None] * (4 + len(ctx.voting))
+        _, voter, _, ratios = _to_int8(delta.reshape(-1, delta.shape[-1]), ctx.voting)
+        _vote(voter, tokens.reshape(-1), ratios, ctx)
+        return None, *[None] * (3 + len(ctx.voting))

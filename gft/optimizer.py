@@ -53,7 +53,7 @@ class FlipOptimizer(torch.optim.Optimizer):
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was not
-    finite; `stopped`, float32 () on the device, is then 1 until the next step.
+    finite; `stopped`, float32 () on the device, is then not 0 until the next step.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
@@ -169,9 +169,9 @@ class FlipOptimizer(torch.optim.Optimizer):
             )
 
     def _stop(self) -> Tensor:
-        """Not 0 where `found_inf` is not, or a layer's delta was not finite in this step: float32 ()."""
+        """Not 0, perhaps NaN, where `found_inf` is not, or a layer's delta was not finite in this step: float32 ()."""
         largest = [la.votes_scale if la.delta_history is None else la.delta_history[0] for la in self.layers]
-        return torch.maximum(self.found_inf, (~torch.isfinite(torch.stack(largest))).any().float())
+        return self.found_inf + 0.0 * torch.stack(largest).sum()  # 0 times an infinity is NaN
 
     def _flip(self, stack: Stack, stop: Tensor) -> None:
         """The step of one stack."""
@@ -182,8 +182,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         names = ("momentum", "momentum_scale") if rule.momentum else ()
         changing = [weights, *([self.state[w][name] for w in weights] for name in names)]
         votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
-        weight, *momentum = stacked
-        stack.flips += flip(votes, weight, k, layers[0].rng, stack.numbers, stop, rule, *momentum)
+        weight, *momentum = stacked if rule.momentum else (*stacked, None, None)
+        flip(votes, weight, k, layers[0].rng, stack.numbers, stop, rule, *momentum, stack.flips)
         if len(layers) > 1:  # the stacks are copies
             for tensors, changed in zip(changing, stacked, strict=True):
                 torch._foreach_copy_(tensors, list(changed.unbind()))
@@ -263,7 +263,7 @@ def _advance(layers: list[IntLayer], stop: Tensor) -> None:
         old = torch.stack(histories)
         moved = torch.nan_to_num(torch.cat([torch.zeros_like(old[:, :1]), old[:, :-1]], dim=1), nan=0.0, posinf=0.0)
         kept = torch.cat([torch.zeros_like(old[:, :1]), old[:, 1:]], dim=1)
-        torch._foreach_copy_(histories, list(torch.where(stop > 0, kept, moved).unbind()))
+        torch._foreach_copy_(histories, list(torch.where(stop != 0, kept, moved).unbind()))
 
 
 def _layer_of(group: dict[str, Any], place: int) -> IntLayer:

@@ -115,7 +115,7 @@ def _flip_kernel(
 
 def flip(
     votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
-    momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
+    momentum: Tensor | None = None, momentum_scale: Tensor | None = None, flips: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Make one step's moves in a stack of equal matrices, in place.
 
@@ -123,21 +123,21 @@ def flip(
     momentum_scale float32 (L, tiles) where the rule has momentum; all but votes contiguous. k float64 () is the share
     of a tile's weights to move, rng int64 (seed, step, ...), layers int64 (L,) the numbers of the matrices, which give
     each its own random streams. Where stop, float32 (), is not 0 nothing changes. Returns the flips of each matrix,
-    int64 (L,), on the device, without waiting for it unless torch makes the moves. Raises ValueError on shapes that do
+    int64 (L,), added to `flips` if given, on the device, without waiting for it unless torch makes the moves. Raises ValueError on shapes that do
     not agree and on other types.
     """
     if votes.dtype not in (torch.int32, torch.int64, torch.float32):
         raise ValueError(f"flip: got votes {votes.dtype}; they must be int32, int64 or float32")
     count, out, inner = check_update(votes.shape, weight, rule, momentum, momentum_scale)
+    flips = torch.zeros(count, dtype=torch.int64, device=weight.device) if flips is None else flips
     if not on_triton(weight) or unsupported_reason(rule):
-        return flip_torch(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
+        return flips.add_(flip_torch(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale))
     if unscored_reason(rule, capability_of(weight)):
         if momentum is not None:
             votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
         votes = score(rule.rule, votes, weight, rule.ortho_tile)
         rule, momentum, momentum_scale = replace(rule, rule="gain", momentum=0.0), None, None
     side = block_side(rule)
-    flips = torch.zeros(count, dtype=torch.int64, device=weight.device)
     q, unit = weight_limit(rule.bits)
     _flip_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side), count)](
         votes=votes.contiguous(),

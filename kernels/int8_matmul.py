@@ -56,19 +56,22 @@ def _cuda_operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.contiguous(), b.contiguous().t()
 
 
-def int8_product_torch(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for int8 (M, K) and (K, N), none of them 0 and K at most `MAX_REDUCTION`: int32 (M, N)."""
+def int8_product_torch(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b for int8 (M, K) and (K, N), none of them 0 and K at most `MAX_REDUCTION`: int32 (M, N), `out` if given."""
     if a.is_cuda:
-        return torch._int_mm(*_cuda_operands(a, b))[: a.shape[0], : b.shape[1]]
-    a, b = _plain(a), _plain(b)
-    return torch._int_mm(a, b) if CPU_MULTIPLIES_INT8 else _float_product(a, b)
+        product = torch._int_mm(*_cuda_operands(a, b))[: a.shape[0], : b.shape[1]]
+    elif CPU_MULTIPLIES_INT8:
+        return torch._int_mm(_plain(a), _plain(b), out=out)
+    else:
+        product = _float_product(_plain(a), _plain(b))
+    return product if out is None else out.copy_(product)
 
 
 @fused
 def _scaled(accumulator: Tensor, scale: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = accumulator.to(torch.float32) * scale
+    y = accumulator.to(torch.float32).mul_(scale)
     if residual is not None:
-        y = y + residual.to(torch.float32)
+        y.add_(residual)
     return y if dtype == torch.float32 else y.to(dtype)
 
 

@@ -75,7 +75,7 @@ def _learn_kernel(
 
 def learn(
     d: Tensor, x: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
-    momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
+    momentum: Tensor | None = None, momentum_scale: Tensor | None = None, flips: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Learn from one batch: d int8 (T, out), x int8 (T, in) of any stride; weight int8 (1, out, in) changes in place.
 
@@ -88,14 +88,14 @@ def learn(
         )
     if d.dtype != torch.int8 or x.dtype != torch.int8:
         raise ValueError(f"learn: got delta {d.dtype} and activations {x.dtype}; both must be int8")
+    flips = torch.zeros(1, dtype=torch.int64, device=weight.device) if flips is None else flips
     if not on_triton(weight):
-        return learn_torch(d, x, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
+        return flips.add_(learn_torch(d, x, weight, k, rng, layers, stop, rule, momentum, momentum_scale))
     if unsupported_reason(rule) or unscored_reason(rule, capability_of(weight)) or len(d) > MAX_REDUCTION:
         votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=d.device)
         accumulate_votes(d, x, votes[0], rng.clone())
-        return flip(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale)
+        return flip(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale, flips)
     side = block_side(rule)
-    flips = torch.zeros(1, dtype=torch.int64, device=weight.device)
     q, unit = weight_limit(rule.bits)
     _learn_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side),)](
         d=d,
@@ -159,9 +159,9 @@ def learn_in_backward(
     if operand.dtype == torch.int64:
         votes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
         accumulate_embedding_votes(d, operand, votes)
-        flips += flip(votes[None], weight[None], k, rng, layers, stop, settings, *kept)
+        flip(votes[None], weight[None], k, rng, layers, stop, settings, *kept, flips)
     else:
-        flips += learn(d, operand, weight[None], k, rng, layers, stop, settings, *kept)
+        learn(d, operand, weight[None], k, rng, layers, stop, settings, *kept, flips)
 
 
 def launch_configs() -> list[LaunchConfig]:

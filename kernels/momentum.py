@@ -45,13 +45,13 @@ def momentum_step(
     """One step, tile by tile: momentum int8 and votes integer (tiles, n, n), scale float32 (tiles,), noise int32
     (tiles, n, 1) and (tiles, 1, n). Returns V + beta M float32, the new momentum int8, the new scale."""
     v = votes.to(torch.float32)
-    m = beta * (momentum.to(torch.float32) * scale[:, None, None]) + v
+    m = momentum.to(torch.float32).mul_(scale[:, None, None]).mul_(beta).add_(v)
     top = m.abs().amax(dim=(1, 2))
     new_scale = top / torch.full_like(top, 127.0)  # a GPU multiplies by 1 / 127 where the divisor is a Python number
     new_scale = torch.where(new_scale > SMALLEST_SCALE, new_scale, 0.0)
     inv_scale = torch.where(new_scale > 0, 1.0 / new_scale, 0.0)
-    rounded = torch.floor(m * inv_scale[:, None, None] + dither(row_noise, col_noise)).clamp(-127, 127)
-    return v + beta * m, rounded.to(torch.int8), new_scale
+    rounded = (m * inv_scale[:, None, None]).add_(dither(row_noise, col_noise)).floor_().clamp_(-127, 127)
+    return m.mul_(beta).add_(v), rounded.to(torch.int8), new_scale
 
 
 def momentum_noise(rng: Tensor, layers: Tensor, tiles: int) -> tuple[Tensor, Tensor]:

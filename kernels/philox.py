@@ -79,7 +79,7 @@ def normal(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
 
 def dither(row_noise: Tensor, col_noise: Tensor) -> Tensor:
     """u[t, c] in [0, 1) from int32 noise: rows (..., T, 1) and columns (..., 1, C) give float32 (..., T, C)."""
-    return ((row_noise + col_noise) & (2**DITHER_BITS - 1)).to(torch.float32) * 2.0**-DITHER_BITS
+    return (row_noise + col_noise).bitwise_and_(2**DITHER_BITS - 1).to(torch.float32).mul_(2.0**-DITHER_BITS)
 
 
 def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:

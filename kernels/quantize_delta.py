@@ -8,7 +8,7 @@ word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], s
 Memory, in bytes, for delta of b bytes an element:
 
                           read       written   operations an element
-    absmax                b T n      4         2
+    measure_delta         b T n      16        2
     quantize_delta        b T n      T n       10, and 100 for each row and column of a block of 16 x 256
 """
 
@@ -21,6 +21,7 @@ from kernels.philox import Stream, dither, dither_at, dither_word, noise
 from kernels.rmsnorm_quantize import check_rows, reciprocal
 
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
+TINY = torch.finfo(torch.float32).tiny
 BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
 
 
@@ -30,7 +31,17 @@ BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a pr
 @fused
 def absmax_torch(delta: Tensor) -> Tensor:
     """`absmax` in torch."""
-    return delta.abs().amax().to(torch.float32)
+    low, high = torch.aminmax(delta)
+    return torch.maximum(high, -low).to(torch.float32)
+
+
+def measure_delta_torch(delta: Tensor, scale: Tensor, votes_scale: Tensor, levels: int) -> Tensor:
+    """`measure_delta` in torch."""
+    sigma = absmax_torch(delta) / levels
+    largest = torch.maximum(votes_scale, sigma).clamp_min(TINY)
+    measured = torch.stack((sigma, votes_scale / largest, sigma / largest, scale * sigma))
+    votes_scale.copy_(largest)
+    return measured
 
 
 @fused
@@ -39,8 +50,8 @@ def quantize_delta_torch(
 ) -> Tensor:
     """`quantize_delta` in torch, from int32 noise (T, 1) and (n,)."""
     inverse = torch.where(sigma > SMALLEST_SCALE, 1.0 / sigma, 0.0)
-    rounded = torch.floor(delta.to(torch.float32) * inverse + dither(row_noise, col_noise))
-    return rounded.clamp(-levels, levels).to(torch.int8)
+    rounded = (delta.to(torch.float32) * inverse).add_(dither(row_noise, col_noise)).floor_()
+    return rounded.clamp_(-levels, levels).to(torch.int8)
 
 
 # The kernels
@@ -57,13 +68,29 @@ def _load_block(delta, rows, columns, delta_row, delta_column, ROWS: tl.constexp
 
 
 @jit
-def _absmax_kernel(
-    delta, largest, rows, columns, delta_row, delta_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _measure_delta_kernel(
+    delta, scale, votes_scale, scratch, measured, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
+    TINY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """largest int32, one a program: the bits of its max |delta|, which order as the numbers do (a NaN above all)."""
+    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
+
+    The bits of positive numbers order as the numbers do, and those of a NaN come after all of them.
+    """
     value, _, _, _ = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.store(largest + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(bits, axis=1), axis=0))
+    tl.atomic_max(scratch, tl.max(tl.max(bits, axis=1), axis=0))
+    if tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # and both are 0 again, for the next launch
+        tl.atomic_xchg(scratch + 1, 0)
+        place = tl.arange(0, 4)
+        none = tl.zeros((4,), tl.float32)
+        sigma = tl.div_rn(none + largest, none + LEVELS)
+        before = tl.load(votes_scale)
+        top = tl.maximum(tl.maximum(none + before, sigma, tl.PropagateNan.ALL), TINY, tl.PropagateNan.ALL)
+        tl.store(votes_scale + none.to(tl.int32), top, mask=place == 0)
+        ratio = tl.div_rn(tl.where(place == 1, before, sigma), top)
+        result = tl.where(place == 0, sigma, tl.where(place == 3, sigma * tl.load(scale), ratio))
+        tl.store(measured + place, result)
 
 
 @jit
@@ -97,21 +124,25 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return triton.cdiv(rows, BLOCK["ROWS"]), triton.cdiv(columns, BLOCK["COLUMNS"])
 
 
-@operator("absmax")
-def _absmax(delta: Tensor) -> Tensor:
+@operator("measure_delta", mutates_args=("votes_scale", "scratch"))
+def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
     rows, columns = delta.shape
-    grid = _grid(rows, columns)
-    largest = torch.empty(grid, dtype=torch.int32, device=delta.device)
-    wrap_triton(_absmax_kernel)[grid](
+    measured = torch.empty(4, dtype=torch.float32, device=delta.device)
+    wrap_triton(_measure_delta_kernel)[_grid(rows, columns)](
         delta=delta,
-        largest=largest,
+        scale=scale,
+        votes_scale=votes_scale,
+        scratch=scratch,
+        measured=measured,
         rows=rows,
         columns=columns,
         delta_row=delta.stride(0),
         delta_column=delta.stride(1),
+        LEVELS=levels,
+        TINY=TINY,
         **BLOCK,
     )
-    return largest.amax().view(torch.float32)
+    return measured
 
 
 @operator("quantize_delta")
@@ -146,7 +177,25 @@ def absmax(delta: Tensor) -> Tensor:
         raise ValueError(f"absmax: got shape {tuple(delta.shape)}; it needs at least one element")
     if not on_triton(delta):
         return absmax_torch(delta)
-    return _absmax(delta if delta.dim() == 2 else delta.reshape(1, -1))
+    none = torch.zeros((), device=delta.device)
+    scratch = torch.zeros(2, dtype=torch.int32, device=delta.device)
+    return _measure_delta(delta if delta.dim() == 2 else delta.reshape(1, -1), none, none.clone(), scratch, 1)[0]
+
+
+def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int = 127) -> Tensor:
+    """Delta's own scale and the three numbers that follow from it, float32 (4,):
+
+        sigma = max|delta| / levels
+        votes_scale / top and sigma / top, where top = max(votes_scale, sigma), which becomes the new votes_scale
+        scale * sigma
+
+    delta float (T, n) of any stride; scale, the weight's, and votes_scale float32 (); scratch int32 (2,), zeros before and
+    after. Where delta has a NaN, so has the result. Raises ValueError on another shape or type of delta.
+    """
+    check_rows("measure_delta", delta)
+    if not on_triton(delta):
+        return measure_delta_torch(delta, scale, votes_scale, levels)
+    return _measure_delta(delta, scale, votes_scale, scratch, levels)
 
 
 def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127) -> Tensor:
@@ -178,10 +227,13 @@ def launch_configs() -> list[LaunchConfig]:
     shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
     streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "LEVELS": 127}
     for float_ in ("fp32", "bf16"):
-        signature = {"delta": f"*{float_}", "largest": "*i32"} | shape
-        constants = {"delta_column": 1} | block
-        warps = BLOCK["num_warps"]
-        found.append(LaunchConfig(f"absmax {float_}", _absmax_kernel, signature, constants, warps, exact=True))
+        pointers = dict.fromkeys(("scale", "votes_scale", "measured"), "*fp32")
+        signature = {"delta": f"*{float_}", "scratch": "*i32"} | pointers | shape
+        constants, warps = {"delta_column": 1} | block, BLOCK["num_warps"]
+        numbers = {"LEVELS": 127, "TINY": TINY}
+        found.append(LaunchConfig(
+            f"measure_delta {float_}", _measure_delta_kernel, signature, constants | numbers, warps, exact=True
+        ))  # fmt: skip
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "rng": "*i64", "d_int8": "*i8"} | shape
         signature["first_column"] = "i32"
         constants = constants | {"sigma_row": 0} | streams

@@ -2,7 +2,8 @@
 
     x^ = x / rms(x)            delta_x = (delta_x^ - x^ * mean(x^ * delta_x^)) / rms(x)
 
-Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y).
+Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). Where x also goes past the layer, as in a residual
+block, the delta that comes back that way is added.
 
 Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n written; about 12
 operations an element, two of them fp64. A program holds its rows in registers: one read.
@@ -20,34 +21,38 @@ PRODUCTS = {torch.int32: "i32", **FLOATS}
 
 @fused
 def rmsnorm_backward_torch(
-    product: Tensor, scale: Tensor, x: Tensor, inv_rms: Tensor, squared_relu: bool = False
-) -> Tensor:
+    product: Tensor, scale: Tensor | None, x: Tensor, inv_rms: Tensor, squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`rmsnorm_backward` in torch."""
-    delta_hat = product.to(torch.float32) * scale
+    delta_hat = product.to(torch.float32)
+    delta_hat = delta_hat.clone() if scale is None else delta_hat * scale
     wide = x.to(torch.float32)
     if squared_relu:
         wide = torch.relu(wide)
-    x_hat = wide * wide * inv_rms if squared_relu else wide * inv_rms
-    delta = (delta_hat - x_hat * row_mean(x_hat * delta_hat)) * inv_rms
+    x_hat = (wide * wide).mul_(inv_rms) if squared_relu else wide * inv_rms
+    delta = delta_hat.sub_(x_hat.mul_(row_mean(x_hat * delta_hat))).mul_(inv_rms)
     if squared_relu:
-        delta = delta * (2.0 * wide)
-    return delta.to(x.dtype)
+        delta = delta.mul_(wide.mul_(2.0))
+    delta = delta.to(x.dtype)
+    return delta if residual is None else delta.add_(residual)
 
 
 @jit
 def _rmsnorm_backward_kernel(
-    product, scale, x, inv_rms, out, rows, columns, product_row, product_column, scale_row, x_row, x_column, inv_row,
-    SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    product, scale, x, inv_rms, residual, out, rows, columns, product_row, product_column, scale_row, x_row, x_column,
+    inv_row, residual_row, residual_column, SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     wide_column = column.to(tl.int64)
     mask = (row < rows) & (column < columns)
-    value = tl.load(product + row * product_row + wide_column * product_column, mask=mask, other=0).to(tl.float32)
+    delta_hat = tl.load(product + row * product_row + wide_column * product_column, mask=mask, other=0).to(tl.float32)
     wide = tl.load(x + row * x_row + wide_column * x_column, mask=mask, other=0.0).to(tl.float32)
     inverse = tl.load(inv_rms + row * inv_row, mask=row < rows, other=0.0)
-    delta_hat = mul_rn(value, tl.load(scale + row * scale_row, mask=row < rows, other=0.0))
+    if scale is not None:
+        delta_hat = mul_rn(delta_hat, tl.load(scale + row * scale_row, mask=row < rows, other=0.0))
     if SQUARED_RELU:
         wide = tl.maximum(wide, 0.0)
         x_hat = wide * wide * inverse
@@ -57,11 +62,17 @@ def _rmsnorm_backward_kernel(
     delta = (delta_hat - mul_rn(x_hat, mean[:, None])) * inverse
     if SQUARED_RELU:
         delta = delta * (2.0 * wide)
-    tl.store(out + row * columns + column, delta.to(out.dtype.element_ty), mask=mask)
+    delta = delta.to(out.dtype.element_ty)
+    if residual is not None:
+        beside = tl.load(residual + row * residual_row + wide_column * residual_column, mask=mask, other=0.0)
+        delta = (delta.to(tl.float32) + beside.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + row * columns + column, delta, mask=mask)
 
 
 @operator("rmsnorm_backward")
-def _rmsnorm_backward(product: Tensor, scale: Tensor, x: Tensor, inv_rms: Tensor, squared_relu: bool) -> Tensor:
+def _rmsnorm_backward(
+    product: Tensor, scale: Tensor | None, x: Tensor, inv_rms: Tensor, squared_relu: bool, residual: Tensor | None
+) -> Tensor:
     rows, columns = x.shape
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     blocks = row_blocks(columns)
@@ -70,15 +81,18 @@ def _rmsnorm_backward(product: Tensor, scale: Tensor, x: Tensor, inv_rms: Tensor
         scale=scale,
         x=x,
         inv_rms=inv_rms,
+        residual=residual,
         out=out,
         rows=rows,
         columns=columns,
         product_row=product.stride(0),
         product_column=product.stride(1),
-        scale_row=scale.stride(0) if scale.numel() > 1 else 0,
+        scale_row=scale.stride(0) if scale is not None and scale.numel() > 1 else 0,
         x_row=x.stride(0),
         x_column=x.stride(1),
         inv_row=inv_rms.stride(0),
+        residual_row=0 if residual is None else residual.stride(0),
+        residual_column=0 if residual is None else residual.stride(1),
         SQUARED_RELU=squared_relu,
         **blocks,
     )
@@ -86,12 +100,14 @@ def _rmsnorm_backward(product: Tensor, scale: Tensor, x: Tensor, inv_rms: Tensor
 
 
 def rmsnorm_backward(
-    product: Tensor, scale: Tensor, x: Tensor, inv_rms: Tensor, squared_relu: bool = False
-) -> Tensor:
+    product: Tensor, scale: Tensor | None, x: Tensor, inv_rms: Tensor, squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """delta of the layer's input from the integer product D W, or from delta_x^ itself.
 
-    product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale; x float (T, n) as it
-    entered `rmsnorm_quantize`, inv_rms float32 (T, 1). Any strides. Returns (T, n) of x's type. Raises ValueError on
+    product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale, None for 1; x float (T, n) as it
+    entered `rmsnorm_quantize`, inv_rms float32 (T, 1), residual (T, n) of x's type or None. Any strides.
+    Returns (T, n) of x's type. Raises ValueError on
     other shapes or types, an empty batch, or rows over `MAX_COLUMNS` on the Triton backend.
     """
     if x.dim() != 2 or 0 in x.shape or product.shape != x.shape:
@@ -104,20 +120,23 @@ def rmsnorm_backward(
             f"rmsnorm_backward: got x {x.dtype}, product {product.dtype}, inv_rms {tuple(inv_rms.shape)}; "
             f"x is float, the product int32 or float, inv_rms (T, 1)"
         )
-    if scale.numel() not in (1, x.shape[0]):
+    if scale is not None and scale.numel() not in (1, x.shape[0]):
         raise ValueError(f"rmsnorm_backward: got scale {tuple(scale.shape)} for {x.shape[0]} rows; it is () or (T, 1)")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"rmsnorm_backward: got residual {residual.dtype} {tuple(residual.shape)}; it must be as x, "
+                         f"{x.dtype} {tuple(x.shape)}")  # fmt: skip
     if not on_triton(x):
-        return rmsnorm_backward_torch(product, scale, x, inv_rms, squared_relu)
+        return rmsnorm_backward_torch(product, scale, x, inv_rms, squared_relu, residual)
     check_width("rmsnorm_backward", x)
-    return _rmsnorm_backward(product, scale, x, inv_rms, squared_relu)
+    return _rmsnorm_backward(product, scale, x, inv_rms, squared_relu, residual)
 
 
 def launch_configs() -> list[LaunchConfig]:
     """Row-contiguous inputs of each type, short and long rows, both activations."""
     found = []
-    for dtype, product, columns, squared_relu in (
-        (torch.float32, torch.int32, 384, False), (torch.float16, torch.float16, 768, False),
-        (torch.float32, torch.int32, 3072, True), (torch.bfloat16, torch.int32, MAX_COLUMNS, False),
+    for dtype, product, columns, squared_relu, residual in (
+        (torch.float32, torch.int32, 384, False, True), (torch.float16, torch.float16, 768, False, False),
+        (torch.float32, torch.int32, 3072, True, False), (torch.bfloat16, torch.int32, MAX_COLUMNS, False, True),
     ):  # fmt: skip
         blocks = row_blocks(columns)
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
@@ -125,7 +144,12 @@ def launch_configs() -> list[LaunchConfig]:
             "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_,
             "rows": "i32", "columns": "i32", "product_row": "i32", "x_row": "i32",
         }  # fmt: skip
+        signature |= {"residual": float_, "residual_row": "i32"} if residual else {}
         constants = {"scale_row": 0, "product_column": 1, "x_column": 1, "inv_row": 1, "SQUARED_RELU": squared_relu}
-        name = f"rmsnorm_backward {FLOATS[dtype]} {columns}{' squared_relu' * squared_relu}"
+        if product != torch.int32:
+            del signature["scale"]
+            constants["scale"] = None
+        constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
+        name = f"rmsnorm_backward {FLOATS[dtype]} {columns}{' squared_relu' * squared_relu}{' residual' * residual}"
         found.append(LaunchConfig(name, _rmsnorm_backward_kernel, signature, constants | blocks, warps, exact=True))
     return found

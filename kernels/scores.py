@@ -42,6 +42,7 @@ def contribution(votes: Tensor, weight: Tensor) -> Tensor:
     return torch.where((w * v > 0) | (w == 0), v * w.abs().clamp_min(1), 0)
 
 
+@fused
 def balanced(votes: Tensor) -> Tensor:
     """Rows, then columns, to unit norm, `SINKHORN_ROUNDS` times: float32 (out, in). Rows of zeros stay zero."""
     s = votes.to(torch.float32)
@@ -70,7 +71,7 @@ def orthogonalise(x: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
     # In fp64, rounded once: the sum then does not depend on the order in which a kernel's layout takes it.
-    norm = x.flatten(1).to(torch.float64).square().sum(dim=1).sqrt().to(torch.float32)[:, None, None]
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).to(torch.float32)
     x = (x / norm.clamp_min(TINY)).to(dtype)
     a, b, c = NEWTON_SCHULZ
     for step in range(NEWTON_SCHULZ_STEPS):

@@ -40,10 +40,11 @@ def rank(scores: Tensor, weight: Tensor, q: int, unit: int) -> Tensor:
     if scores.is_floating_point() and scores.dtype != torch.float32:
         raise ValueError(f"rank: got scores of {scores.dtype}; float scores must be float32")
     # Small integers are exact in fp32, which vectorises best. S = 0 needs no case of its own: its rank is 0.
-    legal = (weight.to(torch.float32) - torch.where(scores > 0, float(unit), -float(unit))).abs() <= q
+    # 1 where sign(S) W is at least unit - Q, else 0. By arithmetic, which vectorises, as masks of bools do not.
+    legal = torch.sign(scores).to(torch.float32).mul_(weight.to(torch.float32)).add_(q - unit + 1).clamp_(0, 1)
     if scores.dtype == torch.float32:
-        return torch.where(legal, scores.abs(), 0.0).view(torch.int32)
-    return torch.where(legal, scores.to(torch.int64).abs(), 0)
+        return legal.mul_(scores.abs()).view(torch.int32)
+    return torch.abs(scores.to(torch.int64)).mul_(legal.to(torch.int64))
 
 
 def topk_count(k: Tensor, sizes: Tensor, words: Tensor) -> Tensor:
@@ -91,8 +92,8 @@ def flip_probability(ranks: Tensor, scores: Tensor, gamma: float) -> Tensor:
 
 @fused(dynamic=False)
 def _moved(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:
-    step = torch.where(scores > 0, float(width), torch.where(scores < 0, -float(width), 0.0))
-    return (weight.to(torch.float32) - step * chosen.to(torch.float32)).clamp(-q, q).to(torch.int8)
+    step = torch.sign(scores).to(torch.float32).mul_(chosen.to(torch.float32)).mul_(width)
+    return step.neg_().add_(weight.to(torch.float32)).clamp_(-q, q).to(torch.int8)
 
 
 def apply_moves(weight: Tensor, scores: Tensor, chosen: Tensor, q: int, width: int) -> Tensor:

@@ -40,13 +40,15 @@ def accumulate_votes_torch(
     d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
 ) -> None:
     """`accumulate_votes` in torch."""
-    new = votes_torch(d, x)
-    if old_ratio is None:
-        votes.add_(new)
-    elif old_ratio.item() == 0:  # the first pass of a step, whose new ratio is 1
-        votes.copy_(new)
+    first = old_ratio is not None and old_ratio.item() == 0  # pass of a step: its new ratio is 1
+    if first and votes.dtype == torch.int32:
+        int8_product_torch(d.t(), x, out=votes)
+    elif first:
+        votes.copy_(votes_torch(d, x))
+    elif old_ratio is None:
+        votes.add_(votes_torch(d, x))
     else:
-        votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
+        votes.copy_(rescaled(votes, votes_torch(d, x), old_ratio, new_ratio))
     rng[2] += d.shape[0]
 
 

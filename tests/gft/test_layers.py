@@ -137,6 +137,26 @@ def test_a_residual_is_added_and_gets_all_of_delta():
     assert torch.equal(residual.grad, delta)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fork_adds_the_delta_that_comes_past_the_layer(dtype, compiled):
+    """A residual block whose layer takes x past itself has the deltas and votes of one that leaves the sum to autograd."""
+    found = []
+    for fork in (True, False):
+        up, down = IntLinear(8, 32, index=0), IntLinear(32, 8, index=1)
+        optimizer(nn.Sequential(up, down))
+
+        def block(x, fork=fork, up=up, down=down):
+            h, x = up(x, fork=True) if fork else (up(x), x)
+            return down(h, residual=x)
+
+        x = randn(3, 5, 8).to(dtype).requires_grad_()
+        y = (torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block)(x)
+        y.backward(randn(3, 5, 8, seed=2).to(dtype))
+        found.append((y.detach(), x.grad, up.votes, down.votes))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][2].any()
+
+
 def test_act_range_is_the_clip(seen):
     """A narrow grid clips, and delta still goes straight through the clipped entries."""
     x = randn(40, 16).requires_grad_()

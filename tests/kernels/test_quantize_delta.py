@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels import fuse
 from kernels.philox import DITHER_BITS, Stream, noise, words
-from kernels.quantize_delta import absmax, absmax_torch, quantize_delta, quantize_delta_torch
+from kernels.quantize_delta import absmax, absmax_torch, measure_delta, measure_delta_torch, quantize_delta
+from kernels.quantize_delta import quantize_delta_torch
 from tests.kernels.inputs import FLOATS, floats, generator, guard, inner_block, kernel_test, layouts, opaque, readable
 from tests.kernels.inputs import untouched
 
@@ -156,6 +157,46 @@ def test_absmax_sees_infinities_and_nans(device):
     assert absmax(x).isnan()
 
 
+def scales_at(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A weight's scale, and scratch for `measure_delta`."""
+    return torch.tensor(0.0123, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@kernel_test
+@typed_shapes
+@pytest.mark.parametrize("before", [0.0, 1e-3, 1e6, float("nan")], ids=["first", "smaller", "larger", "nan"])
+def test_measure_delta(shape, dtype, before, device):
+    """sigma, the two ratios and scale * sigma, all bits; votes_scale takes the larger, scratch is zeros again."""
+    delta, (scale, scratch) = floats(*shape, device, dtype), scales_at(device)
+    for levels in (127, 7):
+        given, wanted = torch.tensor(before, device=device), torch.tensor(before, device=device)
+        expected = measure_delta_torch(delta, scale, wanted, levels)
+        measured = measure_delta(delta, scale, given, scratch, levels)
+        assert measured.shape == (4,) and torch.equal(measured.nan_to_num(-1), expected.nan_to_num(-1))
+        assert torch.equal(given.nan_to_num(-1), wanted.nan_to_num(-1)) and not scratch.any()
+
+
+def test_measure_delta_means_what_it_says():
+    scale, scratch = scales_at(torch.device("cpu"))
+    votes_scale = torch.tensor(0.0)
+    for largest, top in ((2.54, 0.02), (1.27, 0.02), (12.7, 0.1)):
+        before = votes_scale.item()
+        measured = measure_delta(torch.tensor([[0.5, -largest]]), scale, votes_scale, scratch)
+        wanted = torch.tensor([largest / 127, before / top, largest / 127 / top, largest / 127 * 0.0123])
+        torch.testing.assert_close(measured, wanted)
+        assert abs(votes_scale.item() - top) < 1e-8
+
+
+@kernel_test
+def test_measure_delta_hands_on_what_is_not_finite(device):
+    delta, (scale, scratch) = floats(63, 37, device), scales_at(device)
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        delta[41, 3] = bad
+        votes_scale = torch.tensor(0.5, device=device)
+        measured = measure_delta(delta, scale, votes_scale, scratch)
+        assert not measured[0].isfinite() and not votes_scale.isfinite() and not scratch.any()
+
+
 @kernel_test
 @typed_shapes
 @per_row
@@ -215,7 +256,10 @@ def test_nothing_outside_is_touched(device, monkeypatch):
     largest = absmax_torch(delta)
     expected = reference(delta, largest / 127, rng, 3)
     bands = guard(monkeypatch)
+    scale, scratch = scales_at(device)
+    votes_scale = torch.tensor(0.0, device=device)
     assert torch.equal(absmax(delta), largest)
+    assert torch.equal(measure_delta(delta, scale, votes_scale, scratch)[0], largest / 127)
     assert torch.equal(quantize_delta(delta, largest / 127, rng, 3), expected)
     assert untouched(bands)
     assert torch.equal(delta._base.view(torch.int32), before.view(torch.int32)) and rng.tolist() == rng_at().tolist()
@@ -232,7 +276,8 @@ def test_twice_is_the_same(device):
 def test_as_torch_operators(device):
     operators, rng = torch.ops.nanogft, rng_at(device=device)
     delta, sigma = floats(13, 37, device), torch.tensor(1.0, device=device)
-    torch.library.opcheck(operators.absmax, (delta,))
+    scale, scratch = scales_at(device)
+    torch.library.opcheck(operators.measure_delta, (delta, scale, torch.tensor(0.0, device=device), scratch, 127))
     torch.library.opcheck(operators.quantize_delta, (delta, sigma, rng, 3, 127))
 
     def both(delta: Tensor, rng: Tensor) -> Tensor:

@@ -88,6 +88,18 @@ def test_kernel(shape, dtype, squared_relu, device):
 
 
 @kernel_test
+@typed_shapes
+@squared
+def test_residual(shape, dtype, squared_relu, device):
+    """It is added to what is already of x's type, as a sum of two deltas would be."""
+    given, residual = inputs(*shape, device, dtype, squared_relu), floats(*shape, device, dtype, seed=4)
+    before = residual.clone()
+    delta = rmsnorm_backward(*given, squared_relu, residual)
+    assert delta.dtype == dtype and equal(delta, rmsnorm_backward_torch(*given, squared_relu) + residual)
+    assert torch.equal(residual, before)
+
+
+@kernel_test
 @pytest.mark.parametrize("shape", SHORT, ids=readable)
 @layouts
 def test_kernel_with_any_layout(shape, layout, device):
@@ -95,6 +107,9 @@ def test_kernel_with_any_layout(shape, layout, device):
     scale = torch.rand(shape[0], 1, generator=generator(2)).to(device) * 1e-9
     found = rmsnorm_backward(layout(product), layout(scale), layout(x), layout(inv_rms))
     assert torch.equal(found, rmsnorm_backward_torch(product, scale, x, inv_rms))
+    residual = floats(*shape, device, seed=4)
+    found = rmsnorm_backward(product, scale, x, inv_rms, False, layout(residual))
+    assert torch.equal(found, rmsnorm_backward_torch(product, scale, x, inv_rms, False, residual))
 
 
 @kernel_test
@@ -104,6 +119,9 @@ def test_kernel_with_float_products_and_long_rows(dtype, device):
     product, one = floats(5, 3000, device, dtype, seed=3), torch.tensor(1.0, device=device)
     found = rmsnorm_backward(product, one, x, inv_rms)
     assert torch.equal(found, rmsnorm_backward_torch(product, one, x, inv_rms))
+    before = product.clone()
+    assert torch.equal(found, rmsnorm_backward(product, None, x, inv_rms)) and torch.equal(product, before)
+    assert torch.equal(found, rmsnorm_backward_torch(product, None, x, inv_rms)) and torch.equal(product, before)
 
 
 @kernel_test
@@ -126,7 +144,7 @@ def test_twice_is_the_same(device):
 
 @kernel_test
 def test_as_a_torch_operator(device):
-    torch.library.opcheck(torch.ops.nanogft.rmsnorm_backward, (*inputs(13, 37, device), True))
+    torch.library.opcheck(torch.ops.nanogft.rmsnorm_backward, (*inputs(13, 37, device), True, None))
     traced = opaque(rmsnorm_backward)
     for rows in (13, 20):  # the second with sizes that are symbols
         given = inputs(rows, 37, device)
@@ -146,6 +164,9 @@ def test_refusals(device):
         rmsnorm_backward(product, scale, x, inv_rms[:, 0])
     with pytest.raises(ValueError, match="for 3 rows"):
         rmsnorm_backward(product, scale.expand(2), x, inv_rms)
+    for bad in (x[:2], x.half()):
+        with pytest.raises(ValueError, match="got residual"):
+            rmsnorm_backward(product, scale, x, inv_rms, False, bad)
     long = torch.ones(1, MAX_COLUMNS + 1, device=device)
     with pytest.raises(ValueError, match="use the torch backend"):
         rmsnorm_backward(long, scale, long, inv_rms[:1])
