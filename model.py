@@ -129,16 +129,17 @@ def image_rope_table(rows: int, columns: int, head_dim: int, device: torch.devic
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + hd / 2) of x (..., T, hd) as `table` says."""
-    straight, across = table  # (T, hd) each: cos, and sin with its sign
+    """Rotate the pairs (i, i + hd / 2) of x (B, T, H, hd) as `table` says."""
+    straight, across = table[:, :, None]  # (T, 1, hd) each: cos, and sin with its sign
     return (x * straight + x.roll(x.shape[-1] // 2, dims=-1) * across).to(x.dtype)
 
 
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 d) to queries, keys and values, each (B, H, T, hd), queries and keys normalised and rotated."""
-    queries_keys, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=n_head).split((2, 1))
+    # In memory they stay (B, T, H, hd), so that what attention returns is already a row for each token.
+    queries_keys, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=n_head).split((2, 1))
     q, k = F.rms_norm(queries_keys, v.shape[-1:])
-    return rotate(q, table), rotate(k, table), v[0]
+    return tuple(x.transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v[0]))
 
 
 def window_mask(queries: int, keys: int, context: int, device: torch.device) -> Tensor:

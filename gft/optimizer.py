@@ -117,9 +117,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             group, layer = self.param_groups[stack.group], stack.layers[0]
             if group["update"] != "backward":
                 continue
-            lr, device = group["lr"], layer.weight.device  # a tensor, so that a change compiles nothing anew
-            numeric = not isinstance(lr, Tensor)
-            group["lr"] = torch.full((), lr, dtype=torch.float64, device=device) if numeric else lr.to(device)
+            group["lr"] = self._share(group["lr"])  # a tensor, so that a change compiles nothing anew
             state, rule = self.state[layer.weight], self._rule(stack)
             layer.learning = (
                 group["lr"], self.found_inf, stack.numbers, stack.flips,
@@ -147,9 +145,10 @@ class FlipOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_usable()
         stop = self.stopped = self._stop()
+        shares = [self._share(group["lr"]) for group in self.param_groups]
         for stack in self.stacks:
             if self.param_groups[stack.group]["update"] == "step":
-                self._flip(stack, stop)
+                self._flip(stack, shares[stack.group], stop)
         _advance(self.layers, stop)
         self.settings_changed()
         return loss
@@ -173,11 +172,14 @@ class FlipOptimizer(torch.optim.Optimizer):
         largest = [la.votes_scale if la.delta_history is None else la.delta_history[0] for la in self.layers]
         return self.found_inf + 0.0 * torch.stack(largest).sum()  # 0 times an infinity is NaN
 
-    def _flip(self, stack: Stack, stop: Tensor) -> None:
+    def _share(self, lr: float | Tensor) -> Tensor:
+        """lr as the kernels take it, float64 () on the device."""
+        device = self.found_inf.device
+        return lr.to(device) if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
+
+    def _flip(self, stack: Stack, k: Tensor, stop: Tensor) -> None:
         """The step of one stack."""
-        layers, rule, lr = stack.layers, self._rule(stack), self.param_groups[stack.group]["lr"]
-        device = layers[0].weight.device
-        k = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device=device)
+        layers, rule = stack.layers, self._rule(stack)
         weights = [layer.weight for layer in layers]
         names = ("momentum", "momentum_scale") if rule.momentum else ()
         changing = [weights, *([self.state[w][name] for w in weights] for name in names)]

@@ -127,7 +127,7 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 @operator("measure_delta", mutates_args=("votes_scale", "scratch"))
 def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
     rows, columns = delta.shape
-    measured = torch.empty(4, dtype=torch.float32, device=delta.device)
+    measured = torch.empty((4,), dtype=torch.float32, device=delta.device)
     wrap_triton(_measure_delta_kernel)[_grid(rows, columns)](
         delta=delta,
         scale=scale,
@@ -177,8 +177,8 @@ def absmax(delta: Tensor) -> Tensor:
         raise ValueError(f"absmax: got shape {tuple(delta.shape)}; it needs at least one element")
     if not on_triton(delta):
         return absmax_torch(delta)
-    none = torch.zeros((), device=delta.device)
-    scratch = torch.zeros(2, dtype=torch.int32, device=delta.device)
+    none = torch.zeros((), dtype=torch.float32, device=delta.device)
+    scratch = torch.zeros((2,), dtype=torch.int32, device=delta.device)
     return _measure_delta(delta if delta.dim() == 2 else delta.reshape(1, -1), none, none.clone(), scratch, 1)[0]
 
 

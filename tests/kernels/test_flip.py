@@ -255,6 +255,17 @@ def test_k_is_rounded_to_units_of_32_bits(where, device):
 
 
 @kernel_test
+def test_flips_are_added_to_those_given(device):
+    votes, weight = torch.full((1, 5, 7), 9, dtype=torch.int32, device=device), torch.zeros(1, 5, 7, dtype=torch.int8)
+    so_far = torch.tensor([2**40], device=device)
+    layers, stop = some_layers(1, device), torch.zeros((), device=device)
+    found = flip(
+        votes, weight.to(device), share(1.0, device), some_rng(device), layers, stop, UpdateRule("gain"), flips=so_far
+    )  # fmt: skip
+    assert found is so_far and so_far.item() == 2**40 + 35
+
+
+@kernel_test
 def test_largest_sums(device):
     """The largest votes that int32 sums can be, and int64 votes that differ only above their low 32 bits."""
     largest = 133_144 * 127 * 127
