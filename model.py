@@ -13,6 +13,8 @@ float parameter at all, unless `int_layers` leaves some kinds of layer in fp32.
 import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
 from gft.layers import Delta, IntEmbedding, IntLinear
+from run import checkpoint
 from run.config import LAYER_KINDS, Config
+from run.errors import UserError
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
@@ -277,3 +281,21 @@ class MLP(nn.Module):
 def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
     """The net that config describes."""
     return MLP(config, seed) if config.model == "mlp" else Transformer(config, seed)
+
+
+def load_net(folder: Path, name: str = "", option: str = "--checkpoint {}") -> tuple[Transformer | MLP, dict[str, Any], Path]:
+    """The net of a checkpoint in `folder`, on the CPU, what else is saved with it, and its JSON.
+
+    Without a name it is "best", or "last" where there is no best. Raises UserError, which recommends `option`, if the
+    checkpoint cannot be used.
+    """
+    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
+    tensors, meta = checkpoint.load(folder, name, option)
+    head = folder / f"{name}.json"
+    cfg, image = checkpoint.config_of(meta, head), tuple(meta["image"]) if "image" in meta else None
+    net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], image), cfg.seed)
+    try:
+        net.load_state_dict(checkpoint.group(tensors, "model"))
+    except RuntimeError as error:
+        raise UserError(f"{head} does not fit this version's network: {error}") from error
+    return net, meta, head

@@ -77,23 +77,14 @@ def load(folder: Path, name: str | None, device: str) -> Classifier:
     """The net of checkpoint `name` (None: best, or last where there is no best); UserError if it cannot be used."""
     import torch
 
-    from model import ModelConfig, make_net
-    from run import checkpoint
+    from model import load_net
 
-    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
-    tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
-    where = f"{folder / name}.json"
+    net, meta, head = load_net(folder, name or "")
     if "classes" not in meta:
-        raise UserError(f"{where} is a net for text, not for images; python sample.py {folder} uses it")
-    cfg = checkpoint.config_of(meta, folder / f"{name}.json")
-    net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], tuple(meta["image"])), cfg.seed)
-    try:
-        net.load_state_dict(checkpoint.group(tensors, "model"))
-    except RuntimeError as error:
-        raise UserError(f"{where} does not fit this version's network: {error}") from error
+        raise UserError(f"{head} is a net for text, not for images; python sample.py {folder} uses it")
     side, _, channels = meta["image"]
     classes, mean, std = (tuple(meta[key]) for key in ("classes", "mean", "std"))
-    about = f"{name} of step {meta['step']}"
+    about = f"{head.stem} of step {meta['step']}"
     return Classifier(net.to(device).eval(), torch.device(device), classes, side, channels, mean, std, about)
 
 

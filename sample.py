@@ -219,23 +219,14 @@ def choose_device(wanted: str) -> tuple[str, str]:
 def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokenizer, str]:
     """The net, its tokenizer and a line that says which checkpoint they are; UserError if it cannot be used."""
     from data.tokenizers import tokenizer_from_json
-    from model import ModelConfig, make_net
-    from run import checkpoint
+    from model import load_net
 
-    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
-    tensors, meta = checkpoint.load(folder, name, option="--checkpoint")
-    cfg = checkpoint.config_of(meta, folder / f"{name}.json")
+    net, meta, head = load_net(folder, name or "")
     if "tokenizer" not in meta:
         raise UserError(
-            f"{folder / name}.json is a net for images ({meta['data']['name']}); "
-            f"python predict.py {folder} IMAGE... uses it"
+            f"{head} is a net for images ({meta['data']['name']}); python predict.py {folder} IMAGE... uses it"
         )
-    net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"]), cfg.seed)
-    try:
-        net.load_state_dict(checkpoint.group(tensors, "model"))
-    except RuntimeError as exc:
-        raise UserError(f"{folder / name}.json does not fit this version's network: {exc}") from exc
-    return net.to(device).eval(), tokenizer_from_json(meta["tokenizer"]), f"{name} of step {meta['step']}"
+    return net.to(device).eval(), tokenizer_from_json(meta["tokenizer"]), f"{head.stem} of step {meta['step']}"
 
 
 def _prompt(given: str) -> str:

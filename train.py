@@ -3,6 +3,7 @@
     python train.py shakespeare_char_small                    a config of configs/, or a path
     python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
     python train.py shakespeare_char_small --resume           go on after a kill, exactly
+    python train.py mine.toml --init_from out/NAME --k 0.1    a new run that starts from the weights of another
 
 Writes to out/NAME: last.json, best.json and their safetensors (run/checkpoint.py), metrics.jsonl, loss.png.
 The last line of standard output is one JSON object.
@@ -36,10 +37,11 @@ from data.task import Task
 from gft.baselines import SignSGD
 from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
-from model import ModelConfig, make_net
+from model import ModelConfig, load_net, make_net
 from run import checkpoint, finite
 from run import device as machine
 from run.folder import choose_folder
+from run.init_from import check_shape, take_weights
 from run.log import Log
 from run.monitor import Monitor
 from run.progress import Metrics
@@ -120,6 +122,19 @@ class Run:
             optimizer.found_inf = self.found_inf
         if self.flip_optimizer:
             self.flip_optimizer.register_step_post_hook(lambda flips, *_: self.found_inf.copy_(flips.stopped))
+
+    def start_from(self, given: str) -> list[str]:
+        """Take the first weights from the run in a folder, or from a checkpoint's JSON. Returns lines that say so."""
+        from sample import find_folder
+
+        path = Path(given)
+        one = path.suffix == ".json" and path.stem in checkpoint.LOADED
+        folder, name = (path.parent, path.stem) if one else (find_folder(given), "")
+        old, meta, head = load_net(folder, name, f"--init_from {shlex.quote(str(folder))}/{{}}.json")
+        check_shape(self.cfg, checkpoint.config_of(meta, head), head)
+        if wrong := [name for name, p in old.named_parameters() if not p.float().norm().isfinite() or not p.any()]:
+            raise UserError(f"init_from: {', '.join(wrong)} of {head} is not finite, or all zeros; use another checkpoint")
+        return [f"init: {head.stem} of step {meta['step']} in {folder}", *take_weights(self.net, old, self.task.saved(), meta)]
 
     def save(self, name: str) -> None:
         """Write checkpoint `name` ("last" or "best")."""
@@ -269,14 +284,19 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     out, lock = choose_folder(cfg)
     run = Run(cfg, task, on, out)
     stop = Stop()
+    started: list[str] = []
     if cfg.resume:
         run.load(cfg.resume)
+    elif cfg.init_from:
+        started = run.start_from(cfg.init_from)
     if task.notice:
         print(task.notice)
     print(f"data: {task.about}")
     print("\n".join(on.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
           + (f", {cfg.bits} bits, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
+    for line in started:
+        print(line)
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
     metrics = Metrics(out / "metrics.jsonl", run.step)
     if not cfg.resume:

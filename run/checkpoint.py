@@ -98,11 +98,11 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
                 path.unlink()
 
 
-def load(out_dir: Path, name: str, option: str = "--resume") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and meta of checkpoint "last", "best" or "previous"; both hashes are checked first.
 
     Raises UserError naming the file that is missing, damaged or foreign, what was seen, what was expected, and
-    which other checkpoint of the folder is good; `option` is the caller's own option that would choose that one.
+    which other checkpoint of the folder is good; `option` is the caller's own that would choose it, {} being its name.
     """
     if name not in LOADED:
         raise ValueError(f"name = {name!r}: a checkpoint is loaded as one of {', '.join(LOADED)}")
@@ -314,5 +314,5 @@ def _alternative(out_dir: Path, name: str, option: str) -> str:
         if other != name and exists(out_dir, other):
             with contextlib.suppress(UserError):
                 step = _verified(out_dir / f"{other}.json")[0]["meta"]["step"]
-                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {option} {other}."
+                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {option.replace('{}', other)}."
     return f"There is no other good checkpoint in {out_dir}: train again to make one."

@@ -31,7 +31,7 @@ IMAGE = f"(data in {IMAGES} or {FOLDER})"  # conditions under which keys have an
 TEXT = f"not {IMAGE}"
 GFT, FLOATS = "method == 'gft'", "(method != 'gft' or int_layers != 'all')"
 CONFLICTS = {  # what must hold where all its keys have an effect: the rule and the remedy
-    "not set(data + data_dir + out_dir) & set(map(chr, range(32)))": "control characters are not allowed; remove them",
+    "not set(data + data_dir + out_dir + init_from) & set(map(chr, range(32)))": "control characters are not allowed; remove them",
     f"d_model % (n_head * (4 if {IMAGE} else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
     f"model == 'transformer' or {IMAGE}": "the mlp reads images; use model = transformer, or data = mnist",
     "method != 'gft' or model != 'mlp' or image_side <= 210": "int32 sums over more pixels overflow; use 210 or less",
@@ -116,6 +116,7 @@ class Config:
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"), free=True)
     threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024), free=True)
     out_dir: str = key("", "where checkpoints and metrics go; empty: out/<config name>", free=True)
+    init_from: str = key("", "a run to take the first weights from: its folder (best), or its last.json", free=True)
     resume: str = key("", "checkpoint to go on from", ("", "last", "best", "previous"), bare="last", free=True)
     log_every: int = key(10, "steps between reads of the loss and the flips", (1, 10**9), free=True)
     eval_every: int = key(50, "steps between evaluations", (1, 10**9), free=True)

@@ -624,6 +624,69 @@ def test_damaged_checkpoint_is_named_and_previous_works_if_asked(capsys, tmp_pat
     assert status == 0 and again["weights_sha256"] == whole["weights_sha256"]
 
 
+def first_loss(out: Path) -> float:
+    """The loss of the first batch, which the first weights give."""
+    return metrics_of(out)[0]["loss"]
+
+
+def test_a_run_may_start_from_another(capsys, tmp_path, monkeypatch):
+    """More steps, other k, other bits, float weights; killed and resumed by the same command."""
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "out/first", steps=40, save_every=100, eval_every=20)
+    first, learned = first_loss(Path("out/first")), metrics_of(Path("out/first"))[-1]["loss"]
+    shown = []
+    for name, changes in {"on": {}, "8": {"bits": 8}, "float": {"method": "adamw", "lr": 1e-3}}.items():
+        assert train.main(arguments(f"out/{name}", init_from="first", k=0.1, **changes)) == 0
+        shown.append(capsys.readouterr().out)
+        assert first_loss(Path("out", name)) < (first + 2 * learned) / 3
+    assert "\ninit: best of step 40 in out/first\n" in shown[0]
+    whole = checkpoint.load(Path("out/on"), "last")[0]["model.head.weight"]
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    again = {"init_from": "out/first/best.json", "k": 0.1}
+    assert run(capsys, "out/again", **again)[0] == 128 + signal.SIGTERM
+    for path in Path("out/first").iterdir():
+        path.unlink()
+    assert run(capsys, "out/again", **again, resume="last")[0] == 0, "the weights it began with are no longer needed"
+    assert torch.equal(checkpoint.load(Path("out/again"), "last")[0]["model.head.weight"], whole)
+
+
+def test_a_run_on_another_text_starts_from_the_letters_both_have(capsys, tmp_path):
+    run(capsys, tmp_path / "first", steps=40, save_every=100)
+    (tmp_path / "text.txt").write_text("żółw and zebra, żubr and zorilla. " * 60, encoding="utf-8")
+    capsys.readouterr()
+    assert train.main(arguments(tmp_path / "o", data=tmp_path / "text.txt", init_from=tmp_path / "first/last.json")) == 0
+    shown = capsys.readouterr().out
+    assert f"init: last of step 40 in {tmp_path / 'first'}\n" in shown
+    assert "15 of 18 tokens have their rows from there; new: 'ó', 'ł', 'ż'\n" in shown
+
+
+def test_a_run_that_cannot_be_started_from_is_named(capsys, tmp_path):
+    run(capsys, tmp_path / "first", steps=6, save_every=3)
+    start = {"init_from": tmp_path / "first"}
+    status, _, error = run(capsys, tmp_path / "o", n_layer=2, **start)
+    assert status == 2 and "best.json is a net of another shape: n_layer = 1 there, 2 here" in error
+    status, _, error = run(capsys, tmp_path / "o", init_from=tmp_path / "nowhere")
+    assert status == 2 and "nowhere is not a folder" in error
+    with_setting(tmp_path / "first", "previous", "dropout", 0.1)
+    status, _, error = run(capsys, tmp_path / "o", init_from=tmp_path / "first" / "previous.json")
+    assert status == 1 and "previous.json was written by version" in error
+    head = tmp_path / "first" / "best.json"
+    head.write_text("{}")
+    status, _, error = run(capsys, tmp_path / "o", **start)
+    assert status == 1 and f"to use it, give --init_from {tmp_path / 'first'}/previous.json" in error
+    assert not checkpoint.exists(tmp_path / "o", "last"), "and the folder can be used"
+
+
+@pytest.mark.parametrize("value, said", [(math.nan, "not finite"), (0.0, "all zeros")])
+def test_a_run_does_not_start_from_what_is_broken(capsys, tmp_path, value, said):
+    run(capsys, tmp_path / "first", steps=1, method="adamw")
+    tensors, meta = checkpoint.load(tmp_path / "first", "best")
+    tensors["model.head.weight"].fill_(value)
+    checkpoint.save(tmp_path / "first", "best", tensors, meta)
+    status, _, error = run(capsys, tmp_path / "o", init_from=tmp_path / "first")
+    assert status == 1 and "head.weight of" in error and said in error
+
+
 def test_resume_without_a_run(capsys, tmp_path):
     status, _, error = run(capsys, tmp_path / "o", resume="last")
     assert status == 1 and "contains no run" in error

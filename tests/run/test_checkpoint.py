@@ -278,7 +278,7 @@ def test_the_error_says_where_nothing_good_is_left_and_uses_the_callers_option(t
         checkpoint.load(tmp_path, "last")
     save(tmp_path, 3, "best")
     with pytest.raises(UserError, match="step 3 .* give --checkpoint best"):
-        checkpoint.load(tmp_path, "last", option="--checkpoint")
+        checkpoint.load(tmp_path, "last", option="--checkpoint {}")
 
 
 def test_a_reader_takes_the_new_checkpoint_when_a_training_run_replaces_it_midway(tmp_path, monkeypatch):
