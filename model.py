@@ -292,10 +292,27 @@ def load_net(folder: Path, name: str = "", option: str = "--checkpoint {}") -> t
     name = name or ("best" if checkpoint.exists(folder, "best") else "last")
     tensors, meta = checkpoint.load(folder, name, option)
     head = folder / f"{name}.json"
-    cfg, image = checkpoint.config_of(meta, head), tuple(meta["image"]) if "image" in meta else None
+    cfg = checkpoint.config_of(meta, head)
+    _check_meta(meta, cfg, tensors, head)
+    image = tuple(meta["image"]) if "image" in meta else None
     net = make_net(ModelConfig.from_config(cfg, meta["vocab_size"], image), cfg.seed)
     try:
         net.load_state_dict(checkpoint.group(tensors, "model"))
     except RuntimeError as error:
         raise UserError(f"{head} does not fit this version's network: {error}") from error
     return net, meta, head
+
+
+def _check_meta(meta: dict[str, Any], cfg: Config, tensors: dict[str, Tensor], head: Path) -> None:
+    """Raises UserError where a JSON says of outputs or images what cannot be; anyone can write one with a good hash."""
+    checkpoint.require(meta, head, vocab_size=int)
+    fits = len(tensors.get("model.head.weight", ())) == meta["vocab_size"]
+    if "image" in meta:
+        checkpoint.require(meta, head, image=list, classes=list, mean=list, std=list)
+        image, mean, std = meta["image"], meta["mean"], meta["std"]
+        whole = len(image) == 3 and all(type(size) is int and 0 < size <= 1024 for size in image)
+        square = whole and image[0] == image[1] and (cfg.model == "mlp" or image[0] % cfg.patch == 0)
+        pixels = whole and len(mean) == len(std) == image[2] and all(isinstance(share, float) for share in mean + std)
+        fits = fits and square and pixels and len(meta["classes"]) == meta["vocab_size"]
+    if not fits:
+        raise UserError(f"{head} does not fit this version's network: its head, its classes or the form of its images")

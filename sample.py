@@ -223,10 +223,11 @@ def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokeni
 
     net, meta, head = load_net(folder, name or "")
     if "tokenizer" not in meta:
-        raise UserError(
-            f"{head} is a net for images ({meta['data']['name']}); python predict.py {folder} IMAGE... uses it"
-        )
-    return net.to(device).eval(), tokenizer_from_json(meta["tokenizer"]), f"{head.stem} of step {meta['step']}"
+        raise UserError(f"{head} is a net for images; python predict.py {folder} IMAGE... uses it")
+    tokenizer = tokenizer_from_json(meta["tokenizer"])
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise UserError(f"{head} has {tokenizer.vocab_size} tokens for a net of {meta['vocab_size']}; train again")
+    return net.to(device).eval(), tokenizer, f"{head.stem} of step {meta['step']}"
 
 
 def _prompt(given: str) -> str:

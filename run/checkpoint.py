@@ -39,7 +39,6 @@ from run.errors import UserError
 FORMAT, VERSION = "nanogft-checkpoint", 2
 PROGRAM = "0.1.0"  # the version in pyproject.toml
 SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
-FIELDS = {"file": str, "bytes": int, "sha256": str, "meta": dict}  # of the JSON, besides format, version and its hash
 BODY = re.compile(r"(last|best)-\d{8,}(-\d+)?\.safetensors")
 LEFTOVER = re.compile(r"(last|best|previous)(-\d{8,}(-\d+)?\.safetensors|\.json)\.tmp")
 REMEDIES = {
@@ -118,8 +117,15 @@ def load(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[dict[st
             raise UserError(f"{exc} {_alternative(Path(out_dir), name, option)}") from None
 
 
+def require(values: Mapping[str, Any], head: Path, **kinds: type) -> None:
+    """Raises UserError unless what the checkpoint's JSON `head` holds under these names is of these kinds."""
+    if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+        raise UserError(f"{head} was not written by this program, though its hash is right: its {', '.join(wrong)}.")
+
+
 def config_of(meta: Mapping[str, Any], head: Path) -> Config:
     """The settings in the meta of a checkpoint whose JSON is `head`. Raises UserError if they are another version's."""
+    require(meta, head, config=dict)
     try:
         return from_dict(meta["config"])
     except UserError as error:
@@ -276,10 +282,9 @@ def _record(head: Path) -> dict[str, Any]:
     seen, expected = _content_sha256(record), record.get("content_sha256")
     if seen != expected:
         raise UserError(f"{head} is damaged or was edited: its content has SHA-256 {seen}, and it says {expected}.")
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]
-    if wrong or not BODY.fullmatch(record["file"]) or not isinstance(record["meta"].get("step"), int):
-        wrong = ", ".join(wrong) or "the name of its file, or the step in meta,"
-        raise UserError(f"{head} was not written by this program, though its hash is right: {wrong} cannot be.")
+    require(record, head, file=str, bytes=int, sha256=str, meta=dict)
+    require(record["meta"], head, step=int)
+    require({"file": BODY.fullmatch(record["file"])}, head, file=re.Match)
     return record
 
 

@@ -172,7 +172,7 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
         if needs := unmet(cfg, FIELDS[k]):
             print(f"note: --{k} has no effect here: it needs {needs}", file=sys.stderr)
     if printing:
-        print(to_toml(cfg), end="")
+        print(to_toml(cfg).encode("utf-8", "backslashreplace").decode(), end="")  # a file's name may be any bytes
         raise SystemExit(0)
     return cfg
 

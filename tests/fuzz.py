@@ -6,7 +6,8 @@
 
     configs      TOML files and command lines, read by run.config.load; what is accepted survives being written as TOML
     checkpoints  folders of a run in which one file is damaged, or forged and signed anew, read by run.checkpoint.load,
-                 then saved into; checkpoints whose files are untouched stay as they were
+                 then saved into; checkpoints whose files are untouched stay as they were. Forged ones that can be read
+                 are used as sample.py and predict.py do
     data         images, archives, MNIST's files, texts and what is kept of texts in the cache, read as the programs do
     hostile      a few inputs made by hand: enormous, endlessly nested, contradicting themselves
 
@@ -45,15 +46,20 @@ import pytest
 import torch
 from PIL import Image
 
+import predict
+import sample
 from data import decode, imagenette, mnist, text
 from data.cache import Found
 from data.images import load_images
+from data.tokenizers import CharTokenizer
+from model import ModelConfig, make_net
 from run import checkpoint, config
 from run.errors import UserError
 
 SECONDS, MEMORY = 10, 2 << 30
 ROOT = Path(__file__).resolve().parents[1]
-Case = Callable[[Random, Path], object]  # given a source of choices and an empty folder; False: it was refused
+Hand = Callable[[Path], object]  # given an empty folder; False: it was refused
+Case = Callable[[Random, Path], object]  # the same, and a source of choices
 
 
 # Mutations
@@ -127,8 +133,8 @@ WORDS = [
 ]  # fmt: skip
 TEXTS = [
     "", " ", "x", "0", "1", "2", "-1", "64", "1e3", "1e400", "-1e-400", "nan", "inf", "-inf", "0x10", "1_0", "1.5",
-    "9" * 5000, "true", "None", "auto", "all", "mnist", "head,mlp", ",", "\0", "\n", "\udcff", "'", '"', "{}", "[1]", "--", "%d",
-    "x" * 9999,
+    "9" * 5000, "true", "None", "auto", "all", "mnist", "head,mlp", ",", "\0", "\n", "\udcff", "'", '"', "{}", "[1]", 
+    "--", "%d", "x" * 9999,
 ]  # fmt: skip
 LITERALS = [
     "1", "-1", "0.5", "true", "nan", "-inf", "1e999", '"x"', '""', '"\\u0000"', "''", "[]", "{}", "{a = 1}", "[[1]]",
@@ -163,7 +169,9 @@ def configs(draw: Random, folder: Path) -> object:
     except SystemExit as ended:
         assert ended.code == 0, f"SystemExit({ended.code})"
         return
-    path.write_text(config.to_toml(cfg), encoding="utf-8")
+    path.write_text(config.to_toml(cfg), encoding="utf-8", errors="replace")
+    if "?" in path.read_text(encoding="utf-8"):  # a file name of bytes that are no UTF-8, which TOML cannot have
+        return
     assert config.load([str(path)], notes=False) == cfg, "what was accepted is not the same when written and read"
     assert config.from_dict(json.loads(json.dumps(config.to_dict(cfg)))) == cfg
 
@@ -176,13 +184,17 @@ def _tensors(step: int) -> dict[str, torch.Tensor]:
     return {"model.w": weight, "optimizer0.0.m": torch.ones(step), "x": torch.ones(())}
 
 
+def _save(folder: Path, name: str, step: int) -> None:
+    meta = {"step": step, "config": config.to_dict(config.Config()), "classes": ["a"], "losses": [1.5, None]}
+    checkpoint.save(folder, name, _tensors(step), meta)
+
+
 @functools.cache
 def _saved_run() -> dict[str, bytes]:
     """The files of a folder with `previous`, `last` and `best` of steps 1, 2 and 2."""
     with tempfile.TemporaryDirectory() as folder:
         for step, name in ((1, "last"), (2, "last"), (2, "best")):
-            meta = {"step": step, "config": config.to_dict(config.Config()), "classes": ["a"], "losses": [1.5, None]}
-            checkpoint.save(Path(folder), name, _tensors(step), meta)
+            _save(Path(folder), name, step)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -193,14 +205,9 @@ def signed(record: Any) -> bytes:
     return json.dumps(record).encode("utf-8", "surrogatepass")
 
 
-def header_of(tensors: bytes) -> tuple[Any, bytes]:
-    """The JSON of a safetensors file, and what follows it."""
-    end = 8 + int.from_bytes(tensors[:8], "little")
-    return json.loads(tensors[8:end]), tensors[end:]
-
-
-def packed(header: bytes, rest: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header + rest
+def packed(header: bytes, rest: bytes, length: int | None = None) -> bytes:
+    """A safetensors file whose header says that it is so long."""
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + rest
 
 
 def forge(files: dict[str, bytes], name: str, tensors: bytes, **changes: Any) -> None:
@@ -211,21 +218,23 @@ def forge(files: dict[str, bytes], name: str, tensors: bytes, **changes: Any) ->
     files[f"{name}.json"] = signed(record)
 
 
-def _loaded(folder: Path, name: str) -> tuple[int, list[list[float]]] | None:
+def _loaded(folder: Path, name: str) -> tuple[int, str] | None:
     """Step and tensors of a checkpoint; None if it is refused."""
     try:
         tensors, meta = checkpoint.load(folder, name)
     except UserError:
         return None
-    assert isinstance(meta, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
-    return meta.get("step"), {key: tensor.tolist() for key, tensor in tensors.items()}
+    with contextlib.suppress(UserError):
+        checkpoint.config_of(meta, folder / f"{name}.json")
+    return meta["step"], checkpoint.weights_sha256(tensors)
 
 
-def _expected(step: int) -> tuple[int, dict[str, Any]]:
-    return step, {key: tensor.tolist() for key, tensor in _tensors(step).items()}
+def _expected(step: int) -> tuple[int, str]:
+    return step, checkpoint.weights_sha256(_tensors(step))
 
 
-def checkpoints(draw: Random, folder: Path) -> bool:
+def runs(draw: Random, folder: Path) -> bool:
+    """A folder with three checkpoints, of which one is damaged or forged, is read and then saved into."""
     files, name = dict(_saved_run()), draw.choice(checkpoint.LOADED)
     head = f"{name}.json"
     body = json.loads(files[head])["file"]
@@ -233,15 +242,15 @@ def checkpoints(draw: Random, folder: Path) -> bool:
     if kind == 0:
         files[file] = mutated(draw, files[file])
     elif kind == 1:
-        cut, another = files[file][: draw.randrange(len(files[file]))], files[draw.choice(list(files))]
-        files[file] = draw.choice((b"", b"{}", cut, another))
+        files[file] = draw.choice((b"", b"{}", files[file][:-512], *files.values()))
     elif kind == 2:
         files[head] = signed(mutated_json(draw, json.loads(files[head])))
     elif kind == 3:
         forge(files, name, mutated(draw, files[body]))
     else:
-        header, rest = header_of(files[body])
-        forge(files, name, packed(json.dumps(mutated_json(draw, header)).encode(), rest))
+        end = 8 + int.from_bytes(files[body][:8], "little")
+        header = mutated_json(draw, json.loads(files[body][8:end]))
+        forge(files, name, packed(json.dumps(header).encode(), files[body][end:]))
     for path, content in files.items():
         (folder / path).write_bytes(content)
     steps = {"previous": 1, "last": 2, "best": 2}
@@ -254,7 +263,7 @@ def checkpoints(draw: Random, folder: Path) -> bool:
     if draw.random() < 0.2:
         kept = _loaded(folder, "last") or _loaded(folder, "previous")
         best = _loaded(folder, "best")
-        checkpoint.save(folder, "last", _tensors(3), {"step": 3})
+        _save(folder, "last", 3)
         assert _loaded(folder, "last") == _expected(3) and _loaded(folder, "best") == best
         assert _loaded(folder, "previous") == kept, "a good checkpoint is lost in saving"
     return good
@@ -263,6 +272,43 @@ def checkpoints(draw: Random, folder: Path) -> bool:
 @functools.cache
 def _files_of(name: str) -> tuple[str, str]:
     return f"{name}.json", json.loads(_saved_run()[f"{name}.json"])["file"]
+
+
+@functools.cache
+def _saved_net(image: bool) -> dict[str, bytes]:
+    """The files of a run's `last`, a very small net for images or for text."""
+    words = "--data mnist --patch 14" if image else "--context 8"
+    cfg = config.load([*words.split(), *"--d_model 8 --n_layer 1 --n_head 1".split()], notes=False)
+    tokenizer = CharTokenizer("abc \n")
+    pixels = {"image": [28, 28, 1], "mean": [0.1], "std": [0.3], "classes": list("0123456789")}
+    outputs, shape = (10, (28, 28, 1)) if image else (tokenizer.vocab_size, None)
+    meta = {"step": 3, "config": config.to_dict(cfg), "vocab_size": outputs}
+    meta |= pixels if image else {"tokenizer": tokenizer.to_json()}
+    net = make_net(ModelConfig.from_config(cfg, outputs, shape))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), "last", checkpoint.join(model=net.state_dict()), meta)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def nets(draw: Random, folder: Path) -> None:
+    """A net whose JSON is forged is used as by sample.py or predict.py."""
+    image = draw.random() < 0.5
+    files = dict(_saved_net(image))
+    record = json.loads(files["last.json"])
+    files["last.json"] = signed(record | {"meta": mutated_json(draw, record["meta"])})
+    for path, content in files.items():
+        (folder / path).write_bytes(content)
+    if image:
+        found = predict.load(folder, "last", "cpu")
+        found.probabilities(np.zeros((1, found.side, found.side, found.channels), np.uint8))
+    else:
+        net, tokenizer, _ = sample.load(folder, "last", "cpu")
+        ids = sample.generate(net, sample.start_ids(tokenizer, "a"), 2, 0.8, 0, 1.0, 1)
+        assert "".join(sample.decoded(tokenizer, ids))
+
+
+def checkpoints(draw: Random, folder: Path) -> object:
+    return draw.choices((runs, nets), (4, 1))[0](draw, folder)
 
 
 # Images, archives, texts
@@ -339,6 +385,10 @@ def archives(draw: Random, folder: Path) -> bool:
     content = gzip.compress(content, 1)
     if draw.random() < 0.3:
         content = mutated(draw, content)
+    return _archived(content)
+
+
+def _archived(content: bytes) -> bool:
     found = list(imagenette.read_archive(Found(content, "x.tgz", "y"), 8))
     return any(isinstance(one, imagenette.Sample) for one in found)
 
@@ -386,19 +436,18 @@ def data(draw: Random, folder: Path) -> object:
 # By hand
 
 
-def _toml(content: str) -> Case:
-    def case(draw: Random, folder: Path) -> object:
-        (folder / "large.toml").write_text(content * (100_000_000 // len(content) if len(content) < 100 else 1))
+def _toml(content: str) -> Hand:
+    def case(folder: Path) -> object:
+        (folder / "large.toml").write_text(content)
         return config.load([str(folder / "large.toml")])
 
     return case
 
 
-def _forged(header: bytes, length: int | None = None) -> Case:
-    def case(draw: Random, folder: Path) -> object:
+def _forged(header: bytes, length: int | None = None) -> Hand:
+    def case(folder: Path) -> object:
         files = dict(_saved_run())
-        tensors = packed(header, bytes(64))
-        forge(files, "last", tensors if length is None else length.to_bytes(8, "little") + tensors[8:])
+        forge(files, "last", packed(header, bytes(64), length))
         for path, content in files.items():
             (folder / path).write_bytes(content)
         return checkpoint.load(folder, "last")
@@ -406,12 +455,12 @@ def _forged(header: bytes, length: int | None = None) -> Case:
     return case
 
 
-def _json_nested(draw: Random, folder: Path) -> object:
-    (folder / "last.json").write_bytes(b'{"format": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+def _json_nested(folder: Path) -> object:
+    (folder / "last.json").write_bytes(b'{"format": ' + DEEP + b"}")
     return checkpoint.load(folder, "last")
 
 
-def _cut(draw: Random, folder: Path) -> object:
+def _cut(folder: Path) -> None:
     """A checkpoint cut at every kilobyte is refused, and the one before is named and loads."""
     for step in (1, 2):
         checkpoint.save(folder, "last", {"w": torch.full((8192,), step)}, {"step": step, "losses": [0.5] * 999})
@@ -419,80 +468,66 @@ def _cut(draw: Random, folder: Path) -> object:
         whole = file.read_bytes()
         for end in range(0, len(whole), 1024):
             file.write_bytes(whole[:end])
-            try:
+            with pytest.raises(UserError, match="step 1 is there as 'previous'"):
                 checkpoint.load(folder, "last")
-            except UserError as error:
-                assert "step 1 is there as 'previous'" in str(error), error
-            else:
-                raise AssertionError(f"{file.name} cut to {end} bytes loads")
         file.write_bytes(whole)
-    return checkpoint.load(folder, "previous")
+    checkpoint.load(folder, "previous")
 
 
-def _cache_nested(draw: Random, folder: Path) -> object:
+def _cache_nested(folder: Path) -> None:
     """A record in the cache that nests without end is replaced."""
     (folder / "text.txt").write_bytes(STORY)
     for _ in range(2):
         text.load_text(str(folder / "text.txt"), "char", 0)
         for kept in (folder / "cache").rglob("*.json"):
-            kept.write_bytes(b"[" * 100_000)
-    return text.load_text(str(folder / "text.txt"), "char", 0)
+            kept.write_bytes(DEEP)
 
 
-def _zeros(size: int, before: bytes = b"") -> bytes:
-    """gzip of many zeros, quickly: a megabyte of them is compressed once, and a gzip file may have many members."""
-    return gzip.compress(before) + gzip.compress(bytes(1 << 20)) * (size >> 20)
+def _zeros(mebibytes: int) -> bytes:
+    """So many of them, gzipped."""
+    return gzip.compress(bytes(1 << 20)) * mebibytes
 
 
-def _digits_bomb(draw: Random, folder: Path) -> object:
-    return mnist._contents(Found(_zeros(1 << 36), "images.gz", "y"))
-
-
-def _archive_bomb(draw: Random, folder: Path) -> object:
-    return list(imagenette.read_archive(Found(_zeros(1 << 36, _archive()), "x.tgz", "y"), 8))
-
-
-def _image(width: int, height: int) -> Case:
-    """A PNG of a few bytes that claims to be large, black."""
+def _black(width: int, height: int) -> Hand:
+    """A PNG of few bytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    def case(draw: Random, folder: Path) -> bool:
+    def case(_: Path) -> bool:
+        pixels = zlib.compress(bytes(min((width // 8 + 2) * height, 1 << 27)), 1)
         header = struct.pack(">2I5B", width, height, 1, 0, 0, 0, 0)
-        row = (width + 7) // 8 + 1
-        pixels = zlib.compress(bytes(min(row * height, 1 << 27)), 1)
-        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-        return _decoded(content, 3)
+        png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        return _decoded(png, 3)
 
     return case
 
 
 def _header(**tensors: tuple[list[int], int, int]) -> bytes:
-    """The header of safetensors of bytes; of each the shape and where it begins and ends."""
-    return json.dumps(
-        {name: {"dtype": "U8", "shape": shape, "data_offsets": at} for name, (shape, *at) in tensors.items()}
-    ).encode()
+    """The header of safetensors: of each its shape, where it begins and where it ends."""
+    tables = {name: {"dtype": "U8", "shape": shape, "data_offsets": at} for name, (shape, *at) in tensors.items()}
+    return json.dumps(tables).encode()
 
 
-HOSTILE: dict[str, Case] = {
-    "a TOML of 100 MB": _toml("# nothing\n"),
-    "a TOML of 100 MB of keys": _toml('k.a.b."c" = 0.5\n[[x]]\n'),
-    "TOML nested 100,000 deep": _toml("k = " + "[" * 100_000 + "]" * 100_000),
+DEEP = b"[" * 100_000 + b"]" * 100_000
+HOSTILE: dict[str, Hand] = {
+    "a TOML of 100 MB": _toml("# nothing\n" * 10_000_000),
+    "a TOML of 100 MB of keys": _toml('[[x]]\nk.a.b."c" = 0.5\n' * 4_000_000),
+    "a TOML nested 100,000 deep": _toml(f"k = {DEEP.decode()}"),
     "a TOML key of 100,000 parts": _toml("k" + ".k" * 100_000 + " = 1"),
     "a number of 100,000 digits": _toml("steps = 0x" + "f" * 100_000),
     "a checkpoint's JSON nested 100,000 deep": _json_nested,
     "a checkpoint cut at every kilobyte": _cut,
     "a safetensors header of 2^60 bytes": _forged(b"{}", 2**60),
-    "a safetensors header nested 100,000 deep": _forged(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "a safetensors header nested 100,000 deep": _forged(b'{"a": ' + DEEP + b"}"),
     "safetensors whose tensors overlap": _forged(_header(a=([48], 0, 48), b=([48], 16, 64))),
     "safetensors of 2^80 numbers": _forged(_header(a=([2**40, 2**40], 0, 64))),
     "a record in the cache nested 100,000 deep": _cache_nested,
-    "64 GiB of zeros as MNIST's images": _digits_bomb,
-    "64 GiB of zeros after an archive": _archive_bomb,
-    "a PNG of 30,000 x 30,000 pixels": _image(30_000, 30_000),
-    "a PNG of 2^31 - 1 x 1 pixels": _image(2**31 - 1, 1),
-    "a PNG of 7,000 x 7,000 pixels": _image(7000, 7000),
+    "64 GiB of zeros as MNIST's images": lambda _: mnist._contents(Found(_zeros(1 << 16), "images.gz", "y")),
+    "64 GiB of zeros after an archive": lambda _: _archived(gzip.compress(_archive()) + _zeros(1 << 16)),
+    "a PNG of 30,000 x 30,000 pixels": _black(30_000, 30_000),
+    "a PNG of 2^31 - 1 x 1 pixels": _black(2**31 - 1, 1),
+    "a PNG of 7,000 x 7,000 pixels": _black(7000, 7000),
 }
 
 
@@ -548,12 +583,13 @@ def run(kind: str, count: int, seed: int, first: int = 0) -> Report:
         folder = Path(temporary, "case")
         patch.setenv("NANOGFT_CACHE", str(folder / "cache"))
         for number in range(first, first + count):
-            case = list(HOSTILE.values())[number] if kind == "hostile" else KINDS[kind]
+            draw = Random(f"{kind} {seed} {number}")
+            case = list(HOSTILE.values())[number] if kind == "hostile" else functools.partial(KINDS[kind], draw)
             folder.mkdir()
             begun = time.monotonic()
             try:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)
-                read = case(Random(f"{kind} {seed} {number}"), folder) is not False
+                read = case(folder) is not False
                 report.accepted, report.refused = report.accepted + read, report.refused + (not read)
             except UserError as error:
                 report.refused += 1

@@ -79,6 +79,12 @@ def test_the_program_has_one_version():
     assert checkpoint.PROGRAM == project["version"]
 
 
+@pytest.mark.parametrize("meta", [{}, {"config": None}, {"config": [1]}], ids=str)
+def test_a_meta_without_config_is_named(meta):
+    with pytest.raises(UserError, match=r"best\.json was not written by this program, .*: its config\."):
+        checkpoint.config_of(meta, Path("out/x/best.json"))
+
+
 @pytest.mark.parametrize("setting, said", [
     ({"dropout": 0.1}, "unknown key dropout"), ({"method": "lion"}, "method = lion: must be one of gft"),
     ({"bits": 16}, "bits = 16: must be a whole number from 1 to 8"),
@@ -228,9 +234,9 @@ DAMAGE = {
     "json of an old version": ("head", old_version, "was written by format version 1; this program reads 2: use the"),
     "json missing": ("head", Path.unlink, "is missing"),
     "json nested": ("head", lambda path: path.write_text('{"format": ' + "[" * 100_000), "not JSON"),
-    "signed, a file elsewhere": ("head", signed(file="../x.safetensors"), "the name of its file"),
-    "signed, no file": ("head", signed(file=None, bytes="1"), "its hash is right: file, bytes cannot be"),
-    "signed, no step": ("head", signed(meta={}), "the step in meta, cannot be"),
+    "signed, a file elsewhere": ("head", signed(file="../x.safetensors"), "hash is right: its file."),
+    "signed, no file": ("head", signed(file=None, bytes="1"), "its hash is right: its file, bytes."),
+    "signed, no step": ("head", signed(meta={}), "hash is right: its step."),
     "signed, header of 2^60": ("body", signed_tensors(b"\0\0\0\0\0\0\0\x10{}"), "though its hash is right"),
     "signed, no tensors": ("body", signed_tensors(b"\2\0\0\0\0\0\0\0[]"), "though its hash is right"),
 }
