@@ -283,7 +283,9 @@ def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
     return MLP(config, seed) if config.model == "mlp" else Transformer(config, seed)
 
 
-def load_net(folder: Path, name: str = "", option: str = "--checkpoint {}") -> tuple[Transformer | MLP, dict[str, Any], Path]:
+def load_net(
+    folder: Path, name: str = "", option: str = "--checkpoint {}"
+) -> tuple[Transformer | MLP, dict[str, Any], Path]:
     """The net of a checkpoint in `folder`, on the CPU, what else is saved with it, and its JSON.
 
     Without a name it is "best", or "last" where there is no best. Raises UserError, which recommends `option`, if the

@@ -121,7 +121,7 @@ class Run:
         for optimizer, _ in self.optimizers:
             optimizer.found_inf = self.found_inf
         if self.flip_optimizer:
-            self.flip_optimizer.register_step_post_hook(lambda flips, *_: self.found_inf.copy_(flips.stopped))
+            self.flip_optimizer.register_step_post_hook(lambda flips, *_: self.found_inf.copy_(flips.stopped != 0))
 
     def start_from(self, given: str) -> list[str]:
         """Take the first weights from the run in a folder, or from a checkpoint's JSON. Returns lines that say so."""
@@ -133,8 +133,9 @@ class Run:
         old, meta, head = load_net(folder, name, f"--init_from {shlex.quote(str(folder))}/{{}}.json")
         check_shape(self.cfg, checkpoint.config_of(meta, head), head)
         if wrong := [name for name, p in old.named_parameters() if not p.float().norm().isfinite() or not p.any()]:
-            raise UserError(f"init_from: {', '.join(wrong)} of {head} is not finite, or all zeros; use another checkpoint")
-        return [f"init: {head.stem} of step {meta['step']} in {folder}", *take_weights(self.net, old, self.task.saved(), meta)]
+            raise UserError(f"init_from: {', '.join(wrong)} of {head} is not finite or all zeros; use another one")
+        lines = take_weights(self.net, old, self.task.saved(), meta)
+        return [f"init: {head.stem} of step {meta['step']} in {folder}", *lines]
 
     def save(self, name: str) -> None:
         """Write checkpoint `name` ("last" or "best")."""
@@ -232,8 +233,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
             x, y = task.batch_at(rng, part)
             with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                 loss = loss_of(net(x), y)
-            # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights unchanged.
-            # The host notices at its next read and saves nothing more.
+            # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights as they
+            # are. The host notices at its next read and saves nothing more.
             finite.note(found_inf, loss)
             (loss * loss_scale).backward()
             log.loss += loss.detach()

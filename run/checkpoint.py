@@ -131,8 +131,8 @@ def config_of(meta: Mapping[str, Any], head: Path) -> Config:
     except UserError as error:
         raise UserError(
             f"{head} was written by version {meta.get('program', 'unknown')} of this program, format {VERSION}, with "
-            f"settings that this version, {PROGRAM}, does not have: {error}. Update this program (git pull), or use the "
-            "version that wrote the file."
+            f"settings that this version, {PROGRAM}, does not have: {error}. Update this program (git pull), or use "
+            "the version that wrote the file."
         ) from None
 
 
@@ -319,5 +319,6 @@ def _alternative(out_dir: Path, name: str, option: str) -> str:
         if other != name and exists(out_dir, other):
             with contextlib.suppress(UserError):
                 step = _verified(out_dir / f"{other}.json")[0]["meta"]["step"]
-                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {option.replace('{}', other)}."
+                use = option.replace("{}", other)
+                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {use}."
     return f"There is no other good checkpoint in {out_dir}: train again to make one."

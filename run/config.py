@@ -31,7 +31,8 @@ IMAGE = f"(data in {IMAGES} or {FOLDER})"  # conditions under which keys have an
 TEXT = f"not {IMAGE}"
 GFT, FLOATS = "method == 'gft'", "(method != 'gft' or int_layers != 'all')"
 CONFLICTS = {  # what must hold where all its keys have an effect: the rule and the remedy
-    "not set(data + data_dir + out_dir + init_from) & set(map(chr, range(32)))": "control characters are not allowed; remove them",
+    "not set(data + data_dir + out_dir + init_from) & set(map(chr, range(32)))":
+        "control characters are not allowed; remove them",
     f"d_model % (n_head * (4 if {IMAGE} else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
     f"model == 'transformer' or {IMAGE}": "the mlp reads images; use model = transformer, or data = mnist",
     "method != 'gft' or model != 'mlp' or image_side <= 210": "int32 sums over more pixels overflow; use 210 or less",

@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed on the device in every step, and traced to where they began once a run has stopped for them."""
+"""NaN and infinity: noticed on the device in every step, traced to where they began once a run has stopped for them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -21,8 +21,10 @@ def largest(tensors: Iterable[Tensor | None]) -> Tensor:
     return nn.utils.get_total_norm([t for t in tensors if t is not None], math.inf)
 
 
-def origin(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Callable[[Tensor, Tensor], Tensor]) -> str:
-    """What is not finite, in the order of a step: a float weight, what a layer puts out, the error (delta) it is handed.
+def origin(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> str:
+    """What is not finite, the first in a step: a float weight, what a layer puts out, the error (delta) it is handed.
 
     Empty if nothing is in these batches. Integer layers do not learn afterwards: their votes are taken away.
     """
@@ -35,7 +37,8 @@ def origin(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_of: Ca
         if not found and not torch.isfinite(tensor).all():
             found.append(f"{what} {_layer(net, name)} became {_value(tensor)}")
 
-    def watch(name: str, y: Tensor) -> None:
+    def watch(name: str, y: Tensor | tuple[Tensor, Tensor]) -> None:
+        y = y[0] if isinstance(y, tuple) else y  # beside the input, handed through
         look("the activations behind", name, y)
         y.register_hook(lambda delta: look("the error (delta) behind", name, delta))
 

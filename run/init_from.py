@@ -1,12 +1,12 @@
 """The first weights of a run from those of another (--init_from): other steps, k, bits, text, images or method.
 
-A layer stands for a real matrix: W s of integers, w gain of floats. Between layers of one kind weights are copied bit for
-bit. Otherwise the matrix is: a float layer takes it as it is, an integer one on the grid that is nearest in squares,
+A layer stands for a real matrix: W s of integers, w gain of floats. Layers of one kind are copied exactly. Otherwise
+a float layer takes the matrix as it is, an integer one on the grid that is nearest in squares,
 
     W = clip(round(M / u), -Q, Q),   u = the best of 80 units up to max|M| / Q,   s = |M| / |W|  (Frobenius norms)
 
-so that its outputs keep their size. Characters, tokens and classes keep their rows of embedding and head, by name; others
-get those of a new net, as does a first layer of another shape.
+so that its outputs keep their size. Characters, tokens and classes keep their rows of embedding and head, by name;
+others get those of a new net, as does a first layer of another shape.
 """
 
 import base64

@@ -23,8 +23,8 @@ def key(default: Any, help: str, allowed: Sequence = (), needs: str = "True", **
     also    names other trainers or earlier versions have for it, suggested but not accepted
     group   title above this key and the ones after it in the help
     bare    the value meant by --key with nothing after it
-    free    True: a resumed run may change this key, because the final weights stay the same, or because something better
-            is compared: the data's content (sha256), and what device, backend, compile and threads came to
+    free    True: a resumed run may change this key, because the final weights stay the same, or because
+            something better is compared: the data's content (sha256), what device, backend, compile and threads came to
     """
     return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "needs": needs, **rules})
 

@@ -1,4 +1,4 @@
-"""What a training reports: loss and flips at some steps, evaluations, samples, the curve, warnings; and when it saves."""
+"""What a training reports, loss and flips, evaluations, samples, the curve, warnings, and when it saves."""
 
 import math
 import sys
@@ -101,14 +101,14 @@ class Log:
         self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
 
     def _check_finite(self, loss: float) -> None:
-        """Raises UserError if a loss, a delta or a gradient was not finite since the last read, or a float weight is not."""
+        """Raises UserError if loss, delta or gradient was not finite since the last read, or a float weight is not."""
         run = self.run
         floats = [p for p in run.net.parameters() if p.is_floating_point()]
         if run.found_inf.item() or floats and not largest(floats).isfinite():
             steps = range(self.last, min(run.step, self.last + MOST_REPEATED))
             batches = (batch for step in steps for batch in run.task.batches(step, run.device))
-            what = origin(run.net, batches, run.task.loss)
-            self._diverged(what or (f"the loss became {loss}" if not math.isfinite(loss) else "a gradient became infinite"))
+            told = "a gradient became infinite" if math.isfinite(loss) else f"the loss became {loss}"
+            self._diverged(origin(run.net, batches, run.task.loss) or told)
 
     def _diverged(self, what: str) -> None:
         run = self.run
