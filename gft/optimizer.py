@@ -94,11 +94,9 @@ class FlipOptimizer(torch.optim.Optimizer):
         votes_dtype = torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32
         alike: dict[Any, list[int]] = {}  # the numbers of layers that one call can move
         for layer in layers:
-            state, number_of_layer = self.state[layer.weight], len(self.layers)
+            number_of_layer = len(self.layers)
             layer.first_column = sum(other.delta_width for other in self.layers)
             layer.start_voting(None if in_backward else votes_dtype)
-            if group["momentum"] and "momentum" not in state:
-                state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
             self.layers.append(layer)
             kind = number_of_layer if in_backward else (layer.weight.shape, layer.bits)
             alike.setdefault(kind, []).append(number_of_layer)
@@ -113,6 +111,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
         `step` does so too; call it after a change of a group's settings that must not wait for the next step.
         """
+        self._give_momentum()
         for stack in self.stacks:
             group, layer = self.param_groups[stack.group], stack.layers[0]
             if group["update"] != "backward":
@@ -125,6 +124,15 @@ class FlipOptimizer(torch.optim.Optimizer):
                 rule.rule, rule.bits, rule.ortho_tile, rule.topk_tile, rule.momentum,
                 rule.step_size, rule.flip_prob, rule.flip_gamma,
             )  # fmt: skip
+
+    def _give_momentum(self) -> None:
+        """An empty momentum for each weight that needs one; a group's `momentum` may be raised from 0 later."""
+        for stack in self.stacks:
+            if self.param_groups[stack.group]["momentum"]:
+                for layer in stack.layers:
+                    state = self.state[layer.weight]
+                    if "momentum" not in state:
+                        state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
 
     def _rule(self, stack: Stack) -> UpdateRule:
         group = self.param_groups[stack.group]
@@ -144,6 +152,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
+        self._give_momentum()
         stop = self.stopped = self._stop()
         shares = [self._share(group["lr"]) for group in self.param_groups]
         for stack in self.stacks:

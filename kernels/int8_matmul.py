@@ -145,9 +145,7 @@ def _int8_matmul_kernel(
 
 # Launching
 
-FEW_TILES = 128  # large tiles that do not keep a GPU busy
-LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
-SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+ALIGNED = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 RAGGED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
 
 
@@ -155,10 +153,8 @@ def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
     """The tile: RAGGED where operands are not loaded in words of 16 bytes, since each byte then takes an address."""
     strides = (*a.stride(), *b.stride())
     whole = all(size % 16 == 0 for size in (a.shape[1], a.storage_offset(), b.storage_offset()))
-    if not whole or any(size != 1 and size % 16 for size in strides) or 1 not in a.stride() or 1 not in b.stride():
-        return RAGGED
-    tiles = triton.cdiv(a.shape[0], LARGE["BLOCK_M"]) * triton.cdiv(b.shape[1], LARGE["BLOCK_N"])
-    return SMALL if tiles < FEW_TILES else LARGE
+    aligned = whole and not any(size != 1 and size % 16 for size in strides) and 1 in a.stride() and 1 in b.stride()
+    return ALIGNED if aligned else RAGGED
 
 
 @operator("int8_matmul")
@@ -270,12 +266,12 @@ def _launch_config(
 
 
 def launch_configs() -> list[LaunchConfig]:
-    """Each tile with both products; every kind of result once."""
+    """Each tile with both products, and every kind of result."""
     return [
-        _launch_config(LARGE, "bf16", residual=True),
-        _launch_config(LARGE, "i32", backward=True),
-        _launch_config(SMALL, "fp32", residual=True, sizes="i32:1"),
-        _launch_config(SMALL, "bf16", backward=True),
-        _launch_config(RAGGED, "fp32", sizes="i32:1"),
+        _launch_config(ALIGNED, "bf16", residual=True),
+        _launch_config(ALIGNED, "fp32"),
+        _launch_config(ALIGNED, "bf16", backward=True),
+        _launch_config(ALIGNED, "i32", backward=True),
+        _launch_config(RAGGED, "fp32", residual=True, sizes="i32:1"),
         _launch_config(RAGGED, "i32", backward=True, sizes="i32:1"),
     ]

@@ -275,6 +275,18 @@ def test_flip_prob_score_follows_its_exponent():
     assert share["one", 1.0] > 0.95 > 2 * share["score", 1.0] > 4 * share["score", 4.0] > 0
 
 
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_momentum_can_be_raised_from_zero_later(update):
+    net = tiny_net()
+    opt = optimizer(net, update=update)
+    train(net, opt, 0, 1)
+    for group in opt.param_groups:
+        group["momentum"] = 0.9
+    opt.settings_changed()
+    train(net, opt, 1, 2)
+    assert all(opt.state[w]["momentum"].any() for w in net.parameters())
+
+
 def test_momentum_repeats_past_votes():
     """After one vote, a step of no delta still moves weights the way the momentum says, which fades by its decay."""
     layer = IntLinear(32, 32, bits=8)

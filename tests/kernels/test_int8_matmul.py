@@ -106,7 +106,7 @@ def test_cublas_is_given_what_it_multiplies(layout, right):
 # The kernel
 
 
-@pytest.fixture(params=["chosen", "LARGE", "SMALL", "RAGGED"])
+@pytest.fixture(params=["chosen", "ALIGNED", "RAGGED"])
 def tile(request, monkeypatch):
     """The tile that is launched."""
     if request.param != "chosen":
@@ -202,13 +202,11 @@ def test_a_backward_product(device):
 
 def test_tiles_by_situation():
     x, w = int8s(64, 64), int8s(48, 64)
-    assert module._blocks(x, w.t()) is module.SMALL and module._blocks(x, w[:, :48]) is module.SMALL
-    assert module._blocks(aligned_block(x), transposed(w).t()) is module.SMALL
+    assert module._blocks(x, w.t()) is module.ALIGNED and module._blocks(x, w[:, :48]) is module.ALIGNED
+    assert module._blocks(aligned_block(x), transposed(w).t()) is module.ALIGNED
     for ragged in (every_other, inner_block):
         assert module._blocks(ragged(x), w.t()) is module.RAGGED and module._blocks(x, ragged(w).t()) is module.RAGGED
     assert module._blocks(x[:, :63], w[:, :63].t()) is module.RAGGED
-    rows = x[:1].expand(128 * module.FEW_TILES, 64)
-    assert module._blocks(rows, w.t()) is module.LARGE and module._blocks(rows[128:], w.t()) is module.SMALL
 
 
 @kernel_test
