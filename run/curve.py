@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+NUMBERS = ("step", "loss", "val_loss", "flips")  # of a record
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; what follows an unfinished or damaged line is left out."""
@@ -11,12 +13,19 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON; numbers or lists without end
             break
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or record.get("step") is None:
+            break
+        if not all(_plain(record.get(name)) for name in NUMBERS):
             break
         records.append(record)
     return records
+
+
+def _plain(value: object) -> bool:
+    """Whether a number can be compared and drawn; NaN can, and what is not there."""
+    return value is None or (isinstance(value, (int, float)) and not abs(value) > 1e100)
 
 
 def draw(metrics: Path, png: Path, title: str, unit: str = "token") -> None:

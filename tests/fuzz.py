@@ -8,7 +8,8 @@
     checkpoints  folders of a run in which one file is damaged, or forged and signed anew, read by run.checkpoint.load,
                  then saved into; checkpoints whose files are untouched stay as they were. Forged ones that can be read
                  are used as sample.py and predict.py do
-    data         images, archives, MNIST's files, texts and what is kept of texts in the cache, read as the programs do
+    data         images, folders of them, archives, MNIST's files, texts, what is kept of texts in the cache, and a run's
+                 metrics, read as the programs do
     hostile      a few inputs made by hand: enormous, endlessly nested, contradicting themselves
 
 A failure is any other exception, more than SECONDS for a case, more than MEMORY more memory than at the start, or
@@ -54,7 +55,9 @@ from data.images import load_images
 from data.tokenizers import CharTokenizer
 from model import ModelConfig, make_net
 from run import checkpoint, config
+from run.curve import draw as draw_curve
 from run.errors import UserError
+from run.progress import Metrics
 
 SECONDS, MEMORY = 10, 2 << 30
 ROOT = Path(__file__).resolve().parents[1]
@@ -429,8 +432,20 @@ def texts(draw: Random, folder: Path) -> None:
     assert again.tokenizer.to_json() == first.tokenizer.to_json(), "a damaged file of the cache was used"
 
 
+def metrics(draw: Random, folder: Path) -> None:
+    """What a run has logged is damaged; it goes on, and draws its curve."""
+    records = [{"step": step, "loss": 2.0, "flips": 0.1, "val_loss": 1.5, "seconds": 1.0} for step in range(1, 9)]
+    if draw.random() < 0.5:
+        records = mutated_json(draw, records)
+    lines = "".join(f"{json.dumps(record)}\n" for record in records) if isinstance(records, list) else ""
+    path = folder / "metrics.jsonl"
+    path.write_bytes(mutated(draw, lines.encode()))
+    Metrics(path, 6).write({"step": 7, "loss": 2.0})
+    draw_curve(path, folder / "loss.png", "title")
+
+
 def data(draw: Random, folder: Path) -> object:
-    return draw.choices((images, folders, archives, digits, texts), (8, 1, 3, 1, 3))[0](draw, folder)
+    return draw.choices((images, folders, archives, digits, texts, metrics), (16, 2, 6, 2, 6, 1))[0](draw, folder)
 
 
 # By hand
