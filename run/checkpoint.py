@@ -314,11 +314,14 @@ def _good_json(head: Path) -> bytes | None:
 
 
 def _alternative(out_dir: Path, name: str, option: str) -> str:
-    """What to do about a checkpoint that cannot be loaded: the other good one, or that there is none."""
+    """What to do about a checkpoint that cannot be loaded: the newest of the other good ones, or that there is none."""
+    steps: dict[str, int] = {}
     for other in ("previous", "last", "best"):
-        if other != name and exists(out_dir, other):
-            with contextlib.suppress(UserError):
-                step = _verified(out_dir / f"{other}.json")[0]["meta"]["step"]
-                use = option.replace("{}", other)
-                return f"A good checkpoint of step {step} is there as {other!r}: to use it, give {use}."
-    return f"There is no other good checkpoint in {out_dir}: train again to make one."
+        with contextlib.suppress(UserError):
+            if other != name:
+                steps[other] = _verified(out_dir / f"{other}.json")[0]["meta"]["step"]
+    if not steps:
+        return f"There is no other good checkpoint in {out_dir}: train again to make one."
+    newest = max(steps, key=steps.get)
+    use = option.replace("{}", newest)
+    return f"A good checkpoint of step {steps[newest]} is there as {newest!r}: to use it, give {use}."

@@ -256,6 +256,42 @@ def test_damage_is_named_and_the_good_previous_is_offered(tmp_path, part, damage
     assert_holds(tmp_path, "previous", 100)
 
 
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_cut_at_every_kilobyte_the_newest_good_one_is_named(tmp_path, part):
+    """And used only as asked; a failed load changes nothing."""
+    for name, step in (("last", 100), ("best", 150), ("last", 200)):
+        tensors = {"w": torch.full((60, 1000), step, dtype=torch.uint8)}
+        checkpoint.save(tmp_path, name, tensors, {"step": step, "losses": [0.1] * 7000})
+    path = tmp_path / "last.json" if part == "head" else body(tmp_path, "last")
+    whole, files = path.read_bytes(), {p.name for p in tmp_path.iterdir()}
+    assert len(whole) > 50_000
+    for size in range(0, len(whole), 1024):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError) as caught:
+            checkpoint.load(tmp_path, "last")
+        message = str(caught.value)
+        assert message.startswith(f"{path} is damaged: ") and f"{size:,} bytes" in message
+        assert message.endswith("A good checkpoint of step 150 is there as 'best': to use it, give --resume best.")
+        assert path.read_bytes() == whole[:size] and {p.name for p in tmp_path.iterdir()} == files
+        assert [checkpoint.load(tmp_path, name)[1]["step"] for name in ("best", "previous")] == [150, 100]
+    (tmp_path / "best.json").unlink()
+    with pytest.raises(UserError, match="of step 100 is there as 'previous': to use it, give --resume previous"):
+        checkpoint.load(tmp_path, "last")
+
+
+@pytest.mark.parametrize("year", [1971, 2100])
+def test_a_clock_that_was_set_does_not_matter(tmp_path, year):
+    """Steps decide, not the times of files: those of the checkpoints are later, or much earlier, than what follows."""
+    for step in (1, 2):
+        save(tmp_path, step)
+        for path in tmp_path.iterdir():
+            os.utime(path, ((year - 1970) * 365 * 86400,) * 2)
+    save(tmp_path, 3)
+    assert_holds(tmp_path, "last", 3)
+    assert_holds(tmp_path, "previous", 2)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_a_damaged_last_never_pushes_out_a_good_previous(tmp_path):
     save(tmp_path, 100)
     save(tmp_path, 200)
