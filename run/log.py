@@ -92,9 +92,13 @@ class Log:
             record |= {name: round(value, 5) for name, value in self.found.items()}
             run.losses.append(self.found["val_loss"])
         self.metrics.write(record)
-        self.progress.show(record)
-        if "val_loss" in record:
-            self._evaluated()
+        try:
+            self.progress.show(record)
+            if "val_loss" in record:
+                self._evaluated()
+        except OSError:  # the window is closed, or what read a pipe has ended
+            run.save("last")
+            raise
         if run.step % cfg.save_every == 0 or last or self.stopping:
             run.save("last")
         self.loss.zero_()

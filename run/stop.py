@@ -1,5 +1,6 @@
 """Signals that ask a run to stop."""
 
+import contextlib
 import signal
 import sys
 
@@ -22,4 +23,5 @@ class Stop:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        print("\nstopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a window that was closed
+            print("\nstopping after this step; press Ctrl-C again to stop now", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """The training program: it learns, resumes exactly, stops cleanly, and refuses what would lose something."""
 
+import errno
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from run import device as machine
 from run.config import load
 from run.errors import DIVERGED
 from run.folder import choose_folder
-from run.progress import Metrics
+from run.progress import Metrics, Progress
 from run.stop import Stop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,23 @@ def test_an_ignored_hangup_is_not_heard(capsys, tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert run(capsys, tmp_path / "o", steps=3)[0] == 0
+
+
+@pytest.mark.parametrize("error, code", [(BrokenPipeError, 141), (OSError(errno.EIO, "Input/output error"), 1)],
+                         ids=["pipe", "terminal"])  # fmt: skip
+@pytest.mark.parametrize("part", ["show", "text"])
+def test_output_that_nobody_reads_loses_no_step(capsys, tmp_path, monkeypatch, part, error, code):
+    """A closed window, a pipe whose reader has ended: the run ends, and is saved."""
+    real = getattr(Progress, part)
+
+    def gone(self, shown):
+        if self.step >= 6:
+            raise error
+        real(self, shown)
+
+    monkeypatch.setattr(Progress, part, gone)
+    assert run(capsys, tmp_path / "o", save_every=100)[0] == code
+    assert checkpoint.load(tmp_path / "o", "last")[1]["step"] == (7 if part == "show" else 6)
 
 
 def test_a_signal_at_the_end_of_a_step_waits_for_the_next(capsys, tmp_path, monkeypatch):

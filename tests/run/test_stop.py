@@ -1,5 +1,7 @@
 """Signals: the first asks, the second ends, an ignored one stays ignored."""
 
+import errno
+import io
 import os
 import signal
 
@@ -29,6 +31,19 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(number, capsys):
         os.kill(os.getpid(), number)
         signal.getsignal(number)  # Python runs handlers between two operations
     assert ended.value.code == 128 + number
+
+
+def test_a_hangup_is_heard_where_nothing_can_be_said(monkeypatch):
+    """The window is closed: a write fails with EIO."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    stop = Stop()
+    monkeypatch.setattr("sys.stderr", Closed())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
 
 
 def test_another_signal_is_a_second_one():
