@@ -2,11 +2,13 @@
 
     python -m tests.kill --runs 100               about 5 minutes on one core; prints a line a run and a summary
     python -m tests.kill --runs 100 --seed 7      other moments
+    python -m tests.kill --disk                   as root, Linux: on file systems of 8, 16, ..., 320 KiB, which fill up
 
-Each run is killed up to three times: anywhere, in its first step, or while it saves. After every kill all checkpoints must be
-whole, and none may be of an earlier step than before; at the end the weights must be, bit for bit, those of a run
-that was never killed, and the log must hold every step once. Children are forked from a process that has imported
-torch, so that a start costs little. The exit status is 1 if anything differs.
+Each run is killed up to three times: anywhere, in its first step, or while it saves. After every kill all checkpoints
+must be whole, and none may be of an earlier step than before; at the end the weights must be, bit for bit, those of a
+run that was never killed, and the log must hold every step once. A run that finds its disk full must end with exit
+status 1 and one line, and be resumed, once there is room, to the same weights. Children are forked from a process that
+has imported torch, so that a start costs little. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +38,7 @@ VARIANTS = {
     "hybrid": {"int_layers": "attention,mlp"},
     "muon": {"method": "muon"},
 }
-MOMENTS = ("anywhere", "first step", "saving")
+MOMENTS = ("anywhere", "in the first step", "while saving")
 
 
 class Failed(Exception):
@@ -69,14 +72,14 @@ def ended(pid: int, wait: bool = False) -> int | None:
 def wait_for(moment: str, pid: int, out: Path, rng: random.Random, whole: float) -> int | None:
     """Wait for a random moment of this kind. Returns the exit status if the process ends before it, else None."""
     begun, saves = time.monotonic(), rng.randint(0, 20)
-    delay = {"anywhere": rng.uniform(0, whole), "first step": rng.uniform(0, 0.06), "saving": rng.uniform(0, 0.01)}[moment]
+    delay = rng.uniform(0, {"anywhere": whole, "in the first step": 0.06, "while saving": 0.01}[moment])  # seconds
     seen, before = None, False
     while True:
         status = ended(pid)
         if status is not None:
             return status
         if seen is None:
-            if moment == "saving":  # the temporary file of save number `saves`
+            if moment == "while saving":  # the temporary file of save number `saves`
                 now = any(name.endswith(".json.tmp") or name.endswith(".safetensors.tmp") for name in listed(out))
                 saves -= now and not before
                 before = now
@@ -118,7 +121,7 @@ def killed_run(out: Path, settings: dict, rng: random.Random, whole: float) -> t
             ended(pid, wait=True)
             kills_left -= 1
             before, steps = steps, saved_steps(out)
-            kills.append(f"{moment}, saved {steps.get('last', 'nothing')}")
+            kills.append(f"killed {moment}, saved {steps.get('last', 'nothing')}")
             if any(steps.get(name, -1) < step for name, step in before.items()):
                 raise Failed(f"checkpoints of steps {before} became {steps}; killed: {kills}")
         elif status:
@@ -130,11 +133,31 @@ def killed_run(out: Path, settings: dict, rng: random.Random, whole: float) -> t
             return final(log), kills
 
 
+def full_disk(folder: Path, kibibytes: int, settings: dict) -> tuple[str, str]:
+    """The hash of a run that began on a disk of this size, and what it said when that was full. Raises Failed."""
+    disk, log, said = folder / "disk", folder / "disk.log", ""
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", disk], check=True)
+    try:
+        status = ended(start(disk / "out", log, settings, resume=False), wait=True)
+        if status == 1:
+            said = log.read_text(encoding="utf-8").splitlines()[-1]
+            steps = saved_steps(disk / "out")
+            subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+            status = ended(start(disk / "out", log, settings, resume="last" in steps), wait=True)
+        if status or said and not (said.startswith("error: ") and "No space left on device" in said):
+            raise Failed(f"exit status {status} on {kibibytes} KiB: {said or log.read_text(encoding='utf-8')[-2000:]}")
+        return final(log), said and f"full, saved {steps.get('last', 'nothing')}"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--disk", action="store_true")
     args = parser.parse_args(argv)
     counts, failed = collections.Counter(), 0
     with tempfile.TemporaryDirectory(prefix="nanogft-kill-") as folder:
@@ -144,20 +167,25 @@ def main(argv: list[str]) -> int:
             if status := ended(start(log.with_suffix(""), log, settings, resume=False), wait=True):
                 raise SystemExit(f"{name}: exit status {status}: {log.read_text(encoding='utf-8')}")
             expected[name], whole = final(log), max(whole, time.monotonic() - begun)
-        for number in range(args.runs):
+        runs = 40 if args.disk else args.runs
+        for number in range(runs):
             name = list(expected)[number % len(expected)]
             try:
-                found, kills = killed_run(Path(folder, f"run{number}"), VARIANTS[name],
-                                          random.Random(1000 * args.seed + number), whole)  # fmt: skip
+                if args.disk:
+                    found, said = full_disk(Path(folder), 8 * (number + 1), VARIANTS[name])
+                    met = [said or "room enough"]
+                else:
+                    rng = random.Random(1000 * args.seed + number)
+                    found, met = killed_run(Path(folder, f"run{number}"), VARIANTS[name], rng, whole)
                 same = found == expected[name]
             except Failed as error:
-                found, kills, same = str(error), [], False
-            counts.update(kill.partition(",")[0] for kill in kills)
+                found, met, same = str(error), [], False
+            counts.update(event.partition(",")[0] for event in met)
             failed += not same
-            print(f"{number + 1:4} {name}: {'same weights' if same else f'DIFFERENT: {found}'}; killed: "
-                  f"{'; '.join(kills) or 'never'}", flush=True)  # fmt: skip
-    print(f"{args.runs} runs, {counts.total()} kills ({', '.join(f'{n} {k}' for k, n in counts.items())}): "
-          f"{args.runs - failed} ended with the weights of a run that was never killed, {failed} did not")  # fmt: skip
+            print(f"{number + 1:4} {name}: {'same weights' if same else f'DIFFERENT: {found}'}; {'; '.join(met)}",
+                  flush=True)  # fmt: skip
+    print(f"{runs} runs ({', '.join(f'{n} {event}' for event, n in counts.items())}): {runs - failed} ended with the "
+          f"weights of a run that met nothing, {failed} did not")  # fmt: skip
     return 1 if failed else 0
 
 
