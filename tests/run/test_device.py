@@ -135,14 +135,15 @@ import sys
 import torch
 for name in ("fcntl", "resource", "termios", "triton"):
     sys.modules[name] = None
-from run import checkpoint, curve, device, folder, meter, progress
+import bench, predict, sample, train
+from run import checkpoint, device, folder
 from run.config import Config
 chosen = device.choose(Config(compile="false"))
 assert chosen.backend == "torch" and device.peak_memory_bytes(chosen.device) is None
 device.check_memory(Config(), 65, 64, chosen.device)
 path, lock = folder.choose_folder(Config(out_dir=sys.argv[1]))
 checkpoint.save(path, "last", {"w": torch.zeros(3)}, {"step": 1})
-assert checkpoint.load(path, "last")[1] == {"step": 1}
+assert checkpoint.load(path, "last")[1]["step"] == 1
 lock.release()
 print(chosen.reasons[1])
 """
