@@ -153,3 +153,23 @@ def test_a_folder_that_cannot_be_trained_on_is_an_error(tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     assert train.main(["mnist", "--data", str(tmp_path / "texts"), "--device", "cpu"]) == 2
     assert "holds no images in class folders" in capsys.readouterr().err
+
+
+def test_other_images_start_from_a_run(tmp_path, capsys, monkeypatch):
+    """Fine-tuning on one more class: the three that were learnt are known at once."""
+
+    def trained(out: str, more: str) -> list[dict]:
+        argv = f"{VIT} --ortho_tile 16 --topk_tile 16 --compile false --eval_every 1 --out_dir {tmp_path / out} {more}"
+        assert train.main(argv.split()) == 0
+        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: data(240))
+    first = trained("first", "--k 0.4 --steps 60 --eval_every 30")
+    more = dataclasses.replace(data(240), classes=("new", *CLASSES), sha256="1")
+    more = dataclasses.replace(more, train_labels=more.train_labels + 1, val_labels=more.val_labels + 1)
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: more)
+    assert first[-1]["accuracy"] > 0.8 and trained("scratch", "--k 0.02 --steps 2")[0]["accuracy"] < 0.6
+    capsys.readouterr()
+    tuned = trained("tuned", f"--k 0.02 --steps 2 --init_from {tmp_path / 'first'}")
+    assert "3 of 4 classes have their rows from there; new: 'new'" in capsys.readouterr().out
+    assert tuned[0]["accuracy"] > 0.7
