@@ -189,6 +189,7 @@ class Run:
         state, scales = state_bytes([optimizer for optimizer, _ in self.optimizers])
         return {
             "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
+            "keep_bits": cfg.kept_bits if layers else None,
             "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
             "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
             "step_seconds": typical and round(typical, 5), "tokens_per_second": typical and round(tokens / typical, 1),
@@ -295,7 +296,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     print(f"data: {task.about}")
     print("\n".join(on.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
-          + (f", {cfg.bits} bits, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
+          + (f", {cfg.bits} bits{f' read of {cfg.kept_bits} kept' * (cfg.bits < cfg.kept_bits)}, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
     for line in started:
         print(line)
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)

@@ -14,7 +14,7 @@ from experiments.plots import Panel
 from experiments.plots import draw as draw_panels
 from experiments.rows import NOTHING_YET, QUICK, SEEDS, markdown
 from experiments.small import PAPER
-from experiments.sweep import Cell, Store, drawn, run_cells, show_quality
+from experiments.sweep import Cell, Store, drawn, exact, run_cells, show_quality
 
 COMMON = {"eval_on": "tune", "eval_every": 1000, "compile": "true"}
 NETS = {
@@ -68,8 +68,11 @@ def by_bits(plain: Sequence[float], momentum: Sequence[float]) -> Lines:
     """1 to 8 bits with k for each; 7 and 8 bits begin with moves of 2 and 4 units."""
     def points(ks: Sequence[float], more: dict) -> dict[str, dict]:
         size = {7: 2, 8: 4}
-        return {str(b): more | {"bits": b, "k": k, "init_std": spread(b), "step_size": size.get(b, 1)}
-                for b, k in enumerate(ks, 1)}  # fmt: skip
+        return {
+            str(b): more | (exact(b) if b < 6 else {"bits": b})
+            | {"k": k, "init_std": spread(b), "step_size": size.get(b, 1)}
+            for b, k in enumerate(ks, 1)
+        }  # fmt: skip
 
     def spread(bits: int) -> float:
         return 0.6 if bits <= 2 else 0.5 if bits <= 4 else 0.33
@@ -89,7 +92,7 @@ DECAYS = {"none": {"momentum": 0}} | values("momentum", 0.8, 0.9, 0.95, 0.98)
 ORTHO = values("ortho_tile", 32, 64, 128) | {"whole": {"ortho_tile": 0}}
 SELECT = {f"top k in {side or 'layer'}": {"topk_tile": side} for side in (64, 0)}
 GAMMA = {"certain": {}} | {f"p ~ s^{g}": {"flip_prob": "score", "flip_gamma": g} for g in (0.25, 0.5, 1.0, 2.0)}
-FEWER = {"6 bits": {}, "4 bits": {"bits": 4, "k": 0.1}, "ternary": {"bits": 2, "k": 0.015}}
+FEWER = {"6 bits": {}, "4 bits": {**exact(4), "k": 0.1}, "ternary": {**exact(2), "k": 0.015}}
 ADAMW = {"method": "adamw", "lr_end": 0.0, "warmup": 50}
 DEEP = {"d_model": 64}
 MLP_DEPTHS = (1, 2, 4, 8, 16, 24)
@@ -134,8 +137,8 @@ ABLATIONS = (
     Ablation("flip_prob", "Flips with a probability", "probability of a selected weight, s its score", both(
         GAMMA, {"k 0.5": NONE_LM, "k 0.9": {"k": 0.9}}, {"k 0.3": NONE_MNIST, "k 0.6": {"k": 0.6}}), (1,)),
     Ablation("batch", "Batch size, at the same number of examples", "batch size", {
-        LM: batches(24, 200, (6, 12, 24, 48), TWO[0] | {"ternary, no momentum": {"bits": 2, "k": 0.015}}),
-        MNIST: batches(256, 940, (64, 256, 1024, 4096), TWO[1] | {"ternary, no momentum": {"bits": 2, "k": 0.01}})},
+        LM: batches(24, 200, (6, 12, 24, 48), TWO[0] | {"ternary, no momentum": {**exact(2), "k": 0.015}}),
+        MNIST: batches(256, 940, (64, 256, 1024, 4096), TWO[1] | {"ternary, no momentum": {**exact(2), "k": 0.01}})},
         (1,)),
     Ablation("init_std", "Standard deviation of the first weights, of the limit", "init_std", both(
         values("init_std", 0.2, 0.33, 0.5, 0.8, 1.2),

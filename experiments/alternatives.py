@@ -18,7 +18,7 @@ from statistics import mean
 
 from experiments.rows import (QUICK, SEEDS, Finished, Row, grouped_tables, make_row, markdown, settings, shortened,
                               tune_and_train, tuning_table)  # fmt: skip
-from experiments.sweep import Store, quality, show_quality
+from experiments.sweep import Store, exact, quality, show_quality
 
 __all__ = ["tuning_table"]  # for the report
 
@@ -66,8 +66,8 @@ LM_GRIDS = baselines(sgd=(0.1, 0.3, 1.0, 3.0), sign=(1e-3, 2e-3, 4e-3, 8e-3, 16e
     "GFT, 6 bits": (GFT | {"bits": 6, "k": 0.5},),
     "GFT, 6 bits, bf16": (GFT | HALF | {"bits": 6, "k": 0.5},),
     "GFT, 6 bits, momentum": (MOMENTUM | {"bits": 6, "k": 0.3},),
-    "GFT, 4 bits, momentum": (MOMENTUM | {"bits": 4, "k": 0.06, "init_std": 0.5},),
-    "GFT, ternary, momentum": (MOMENTUM | {"bits": 2, "momentum": 0.95, "k": 0.01, "init_std": 0.6},),
+    "GFT, 4 bits, momentum": (MOMENTUM | {**exact(4), "k": 0.06, "init_std": 0.5},),
+    "GFT, ternary, momentum": (MOMENTUM | {**exact(2), "momentum": 0.95, "k": 0.01, "init_std": 0.6},),
 }  # fmt: skip
 LM_FEWER = {
     f"{name}, bf16, as few as it takes": shorter(common | HALF, **rates) for name, common, rates in (
@@ -80,11 +80,11 @@ LM_FEWER = {
 MNIST_GRIDS = baselines(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(4e-3, 8e-3, 16e-3, 32e-3),
                      ste=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), muon=(4e-3, 12e-3, 36e-3)) | {
     "GFT, 6 bits": over(GFT | {"bits": 6}, "k", 0.1, 0.2, 0.3),
-    "GFT, 4 bits": over(GFT | {"bits": 4, "init_std": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
+    "GFT, 4 bits": over(GFT | {**exact(4), "init_std": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
     "GFT, 6 bits, momentum": over(MOMENTUM | {"bits": 6}, "k", 0.05, 0.1, 0.2),
-    "GFT, 4 bits, momentum": over(MOMENTUM | {"bits": 4, "momentum": 0.95, "init_std": 0.5}, "k", 0.015, 0.03, 0.06),
-    "GFT, ternary, momentum": over(MOMENTUM | {"bits": 2, "init_std": 0.6}, "k", 0.00125, 0.0025, 0.005),
-    "GFT, binary, momentum": over(MOMENTUM | {"bits": 1, "momentum": 0.98}, "k", 0.001, 0.002, 0.004),
+    "GFT, 4 bits, momentum": over(MOMENTUM | {**exact(4), "momentum": 0.95, "init_std": 0.5}, "k", 0.015, 0.03, 0.06),
+    "GFT, ternary, momentum": over(MOMENTUM | {**exact(2), "init_std": 0.6}, "k", 0.00125, 0.0025, 0.005),
+    "GFT, binary, momentum": over(MOMENTUM | {**exact(1), "momentum": 0.98}, "k", 0.001, 0.002, 0.004),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ and random crops of at least 80 % of an image's area, which act as more digits. 
 from statistics import mean
 
 from experiments.rows import Finished, Row, grouped_tables, make_row, markdown, settings, train_groups, tuning_table
-from experiments.sweep import Store, show_quality
+from experiments.sweep import Store, exact, show_quality
 
 __all__ = ["tuning_table"]  # for the report
 
@@ -49,28 +49,28 @@ MNIST = (
           {"k": 0.3}, {"k": 0.2} | FORTY, BALANCED | {"k": 0.3}, BALANCED | {"k": 0.3} | FORTY,
           BALANCED | {"k": 0.15} | FORTY, BALANCED | CROP | {"k": 0.3} | FORTY,
           BALANCED | {"k": 0.3, "crop_min": 0.6} | FORTY, BALANCED | CROP | {"k": 0.3} | EIGHTY),
-    mnist("4 bits, no momentum", GFT | {"bits": 4, "init_std": 0.5},
+    mnist("4 bits, no momentum", GFT | {**exact(4), "init_std": 0.5},
           {"k": 0.05} | FORTY, BALANCED | {"k": 0.1}, BALANCED | {"k": 0.05} | FORTY, BALANCED | {"k": 0.05} | SIXTY,
           BALANCED | CROP | {"k": 0.05} | SIXTY, BALANCED | CROP | {"k": 0.05} | LONG),
-    mnist("ternary, no momentum", GFT | {"bits": 2, "init_std": 0.6},
+    mnist("ternary, no momentum", GFT | {**exact(2), "init_std": 0.6},
           {"k": 0.01} | SIXTY, BALANCED | {"k": 0.02} | FORTY, BALANCED | {"k": 0.01} | SIXTY,
           BALANCED | {"k": 0.02} | SIXTY, BALANCED | {"k": 0.02} | LARGE, BALANCED | CROP | {"k": 0.02} | LONG,
           BALANCED | CROP | {"k": 0.02, "topk_tile": 16} | LARGE),
-    mnist("binary, no momentum", GFT | {"bits": 1},
+    mnist("binary, no momentum", GFT | {**exact(1)},
           {"k": 0.01} | SIXTY, BALANCED | {"k": 0.005} | FORTY, BALANCED | {"k": 0.01} | SIXTY,
           BALANCED | {"k": 0.005} | SIXTY, BALANCED | {"k": 0.01} | LARGE,
           BALANCED | {"k": 0.01} | LARGE | {"steps": 1760}, BALANCED | {"k": 0.01, "topk_tile": 32} | LARGE),
     mnist("6 bits, momentum", MOMENTUM | {"bits": 6},
           {"k": 0.1}, BALANCED | {"k": 0.1}, BALANCED | {"k": 0.1} | FORTY, BALANCED | {"k": 0.05} | FORTY,
           BALANCED | CROP | {"k": 0.1} | FORTY, BALANCED | CROP | {"k": 0.1} | EIGHTY),
-    mnist("4 bits, momentum", MOMENTUM | BALANCED | {"bits": 4, "init_std": 0.5},
+    mnist("4 bits, momentum", MOMENTUM | BALANCED | {**exact(4), "init_std": 0.5},
           {"k": 0.03, "momentum": 0.95}, {"k": 0.03} | FORTY, {"k": 0.03, "momentum": 0.95} | FORTY,
           CROP | {"k": 0.03} | FORTY, CROP | {"k": 0.03} | EIGHTY),
-    mnist("ternary, momentum", MOMENTUM | BALANCED | {"bits": 2, "init_std": 0.6},
+    mnist("ternary, momentum", MOMENTUM | BALANCED | {**exact(2), "init_std": 0.6},
           {"k": 0.005}, {"k": 0.005, "momentum": 0.95} | FORTY, {"k": 0.005} | SIXTY, {"k": 0.01} | SIXTY,
           CROP | {"k": 0.005} | FORTY, CROP | {"k": 0.005} | EIGHTY, CROP | {"k": 0.005} | LONG,
           CROP | {"k": 0.005, "topk_tile": 16} | LONG, CROP | {"k": 0.005} | LONG | {"steps": 3520}),
-    mnist("binary, momentum", MOMENTUM | BALANCED | {"bits": 1},
+    mnist("binary, momentum", MOMENTUM | BALANCED | {**exact(1)},
           {"k": 0.002, "momentum": 0.98}, {"k": 0.002, "momentum": 0.98} | FORTY,
           {"k": 0.002, "momentum": 0.95} | SIXTY, {"k": 0.005} | SIXTY,
           {"k": 0.002, "momentum": 0.95} | EIGHTY, {"k": 0.002, "momentum": 0.95} | LONG,

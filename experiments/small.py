@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import mean
 
 from experiments.rows import SEEDS, Row, finished, make_row, markdown, settings, tune_and_train, tuning_table
-from experiments.sweep import Store, show_quality
+from experiments.sweep import Store, exact, show_quality
 
 __all__ = ["tuning_table"]  # for the report
 PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contribution", "topk_tile": 0,
@@ -37,18 +37,18 @@ ROWS = (
     row("GFT, momentum", MOMENTUM,
         {"bits": 6, "k": 0.2}, {"bits": 6, "k": 0.3}, {"bits": 7, "k": 0.3, "step_size": 2},
         {"bits": 8, "k": 0.4, "step_size": 4}),
-    row("GFT, 4 bits, no momentum", GFT | {"bits": 4},
+    row("GFT, 4 bits, no momentum", GFT | {**exact(4)},
         {"k": 0.1, "init_std": 0.5}, {"k": 0.15, "init_std": 0.5}, {"k": 0.1, "init_std": 0.7}),
-    row("GFT, 4 bits, momentum", MOMENTUM | {"bits": 4},
+    row("GFT, 4 bits, momentum", MOMENTUM | {**exact(4)},
         {"k": 0.06}, {"k": 0.06, "init_std": 0.5}, {"k": 0.1, "init_std": 0.5}),
-    row("GFT, ternary, no momentum", GFT | {"bits": 2},
+    row("GFT, ternary, no momentum", GFT | {**exact(2)},
         {"k": 0.015, "init_std": 0.6}, {"k": 0.05, "init_std": 1.0, "k_schedule": "quadratic"},
         {"k": 0.03, "init_std": 0.6, "steps": 250, "batch_size": 96},
         {"k": 0.02, "init_std": 0.8, "steps": 250, "batch_size": 96}),
-    row("GFT, ternary, momentum", MOMENTUM | {"bits": 2, "momentum": 0.95},
+    row("GFT, ternary, momentum", MOMENTUM | {**exact(2), "momentum": 0.95},
         {"k": 0.02}, {"k": 0.02, "init_std": 0.6}, {"k": 0.01, "init_std": 0.6},
         {"k": 0.005, "init_std": 0.6}, {"k": 0.005, "init_std": 0.6, "momentum": 0.98}),
-    row("GFT, paper mode", GFT | PAPER, {"bits": 6, "k": 0.5}, {"bits": 2, "k": 0.5}, {"bits": 2, "k": 0.1}),
+    row("GFT, paper mode", GFT | PAPER, {"bits": 6, "k": 0.5}, {**exact(2), "k": 0.5}, {**exact(2), "k": 0.1}),
 )  # fmt: skip
 
 

@@ -33,6 +33,11 @@ SHOWN = ("tokens", "seconds", "step_seconds", "tokens_per_second", "flips_per_we
          "energy_model_joules")  # fmt: skip
 
 
+def exact(bits: int) -> dict[str, int]:
+    """Settings of weights that keep no more bits than are read of them."""
+    return {"bits": bits, "keep_bits": bits}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it."""

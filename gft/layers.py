@@ -7,6 +7,8 @@ where the input needs no delta, is `tap`: a leaf of zero elements.
 
     y = (X W^T) s A / 127     X = RMSNorm(x) on the int8 grid     s = gain / (sqrt(in) std(W)), fixed at the start
     y = W[token] s            an embedding                        s = gain / std(W)
+
+W is what the products read. With `bits` below `keep_bits` that is coarser than the weight that is kept (gft/grid.py).
 """
 
 import itertools
@@ -17,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gft.grid import initial_weight, kept_bits, read_weight, threshold_of
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
-from kernels.philox import Stream, make_rng, normal
+from kernels.philox import make_rng
 from kernels.quantize_delta import absmax, measure_delta, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
@@ -69,17 +72,6 @@ class Delta:
         return 2 ** (self.bits - 1) - 1
 
 
-def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int, index: int) -> Tensor:
-    """round(N(0, init_std * Q)) clipped to [-Q, Q], or the sign at one bit: int8 of `shape`, from Philox."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits: got {bits}; weights have 1 to 8 bits")
-    q, _ = weight_limit(bits)
-    z = normal(seed, 0, Stream.INIT + 16 * index, shape[0] * shape[1]).view(shape)
-    if bits == 1:
-        return torch.where(z < 0, -1, 1).to(torch.int8)
-    return torch.round(z * (init_std * q)).clamp(-q, q).to(torch.int8)
-
-
 class IntLayer(nn.Module):
     """What IntLinear and IntEmbedding share: the weight, its scale, and what a training step needs.
 
@@ -95,19 +87,21 @@ class IntLayer(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int], bits: int, fan_in: int, gain: float, init_std: float, seed: int,
-        index: int | None, delta: Delta,
+        self, shape: tuple[int, int], bits: int, keep_bits: int | None, fan_in: int, gain: float, init_std: float,
+        seed: int, index: int | None, delta: Delta,
     ):  # fmt: skip
         super().__init__()
         index = next(_made) if index is None else index
-        weight = initial_weight(shape, bits, init_std, seed, index)
-        std = weight.to(torch.float64).std(correction=0).item()
+        self.bits, self.keep_bits = bits, kept_bits(bits, keep_bits)
+        self.threshold = threshold_of(self.keep_bits, init_std)
+        weight = initial_weight(shape, self.keep_bits, init_std, seed, index)
+        std = self.read(weight).to(torch.float64).std(correction=0).item()
         if std == 0:
             raise ValueError(
                 f"{type(self).__name__}: all {weight.numel()} initial weights are equal, so no scale can be computed; "
                 "raise init_std"
             )
-        self.bits, self.q, self.delta = bits, weight_limit(bits)[0], delta
+        self.q, self.delta = weight_limit(self.keep_bits)[0], delta
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", torch.tensor(gain / (fan_in**0.5 * std), dtype=torch.float32))
         # Training state, saved by the optimizer's state_dict where it outlives a step.
@@ -153,13 +147,20 @@ class IntLayer(nn.Module):
         """What is wrong with int8 weights that this layer cannot hold, "" if nothing is."""
         largest = max(abs(int(end)) for end in weight.aminmax()) if weight.numel() else 0  # -128 has no abs in int8
         if largest > self.q:
-            return f"has values up to {largest}; {self.bits} bits hold [-{self.q}, {self.q}]"
-        return "has zeros; 1 bit holds -1 and 1" if self.bits == 1 and bool((weight == 0).any()) else ""
+            return f"has values up to {largest}; {self.keep_bits} bits hold [-{self.q}, {self.q}]"
+        return "has zeros; 1 bit holds -1 and 1" if self.keep_bits == 1 and bool((weight == 0).any()) else ""
 
     @property
     def delta_width(self) -> int:
         """Columns of this layer's delta."""
         raise NotImplementedError
+
+    def read(self, weight: Tensor | None = None) -> Tensor:
+        """What the products read of this layer's weight, or of another one kept as it is: int8."""
+        return read_weight(self.weight if weight is None else weight, self.bits, self.keep_bits, self.threshold)
+
+    def _bits(self) -> str:
+        return f"bits={self.bits}" + (f", keep_bits={self.keep_bits}" if self.keep_bits != self.bits else "")
 
     def start_voting(self, dtype: torch.dtype | None) -> None:
         """Allocate the votes buffer, int32 or int64; None means that votes are not stored."""
@@ -174,14 +175,16 @@ class IntLayer(nn.Module):
     def _voting(self) -> tuple:
         """What a backward pass needs of this layer to vote: tensors that it changes, then settings."""
         about_delta = (self.delta.kind, self.delta.levels, self.first_column)
+        reading = (self.bits, self.keep_bits, self.threshold)
         scales = self.scale, self.votes_scale, self.scratch, self.delta_history
-        return self.rng, self.votes, scales, self.learning, about_delta
+        return self.rng, self.votes, scales, self.learning, about_delta, reading
 
 
 class IntLinear(IntLayer):
     """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output (..., out).
 
     The output is float32, or as the input if that has 16 bits; norms, scales and sums are fp32 either way.
+    `bits` are those of a weight as the products read it, `keep_bits` those it keeps, of which None makes at least six.
     `gain` scales the output, `squared_relu` puts relu(x)^2 in front of the norm, `init_std` is the standard
     deviation of the initial weights in units of Q, `act_range` the A of the activation grid. With `seed`, `index` fixes
     the initial weights; without one, layers made one after another differ.
@@ -190,8 +193,9 @@ class IntLinear(IntLayer):
     def __init__(
         self, in_features: int, out_features: int, bits: int = 6, gain: float = 1.0, squared_relu: bool = False,
         init_std: float = 0.33, act_range: float = 6.0, seed: int = 1, index: int | None = None, delta: Delta = Delta(),
+        keep_bits: int | None = None,
     ):  # fmt: skip
-        super().__init__((out_features, in_features), bits, in_features, gain, init_std, seed, index, delta)
+        super().__init__((out_features, in_features), bits, keep_bits, in_features, gain, init_std, seed, index, delta)
         self.in_features, self.out_features = in_features, out_features
         self.squared_relu, self.act_range = squared_relu, act_range
 
@@ -218,7 +222,7 @@ class IntLinear(IntLayer):
 
     def extra_repr(self) -> str:
         """What print shows."""
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, squared_relu={self.squared_relu}"
+        return f"{self.in_features}, {self.out_features}, {self._bits()}, squared_relu={self.squared_relu}"
 
 
 class IntEmbedding(IntLayer):
@@ -227,8 +231,9 @@ class IntEmbedding(IntLayer):
     def __init__(
         self, rows: int, width: int, bits: int = 6, gain: float = 1.0, init_std: float = 0.33, seed: int = 1,
         index: int | None = None, dtype: torch.dtype = torch.float32, delta: Delta = Delta(),
+        keep_bits: int | None = None,
     ):  # fmt: skip
-        super().__init__((rows, width), bits, 1, gain, init_std, seed, index, delta)
+        super().__init__((rows, width), bits, keep_bits, 1, gain, init_std, seed, index, delta)
         self.rows, self.width, self.dtype = rows, width, dtype
 
     def _apply(self, fn, recurse: bool = True) -> "IntEmbedding":
@@ -251,7 +256,7 @@ class IntEmbedding(IntLayer):
 
     def extra_repr(self) -> str:
         """What print shows."""
-        return f"{self.rows}, {self.width}, bits={self.bits}"
+        return f"{self.rows}, {self.width}, {self._bits()}"
 
 
 def int_layers(module: nn.Module) -> list[IntLayer]:
@@ -274,7 +279,7 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
 def _to_int8(delta: Tensor, voting: tuple) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
     """delta (T, n) to D int8, what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and the ratios
     that bring the votes so far and the new ones to one scale. Signs and delayed scales need none."""
-    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column) = voting
+    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), _ = voting
     if delta_history is None:
         measured = measure_delta(delta, scale, votes_scale, scratch, levels)
         d = quantize_delta(delta, measured[0], rng, first_column, levels)
@@ -294,7 +299,7 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
 
     voter int8 (T, out); operand is X int8 (T, in), or the tokens int64 (T,) of an embedding.
     """
-    rng, votes, (_, votes_scale, _, delta_history), learning, _ = ctx.voting
+    rng, votes, (_, votes_scale, _, delta_history), learning, *_ = ctx.voting
     if learning is not None:
         k, found_inf, *others = learning
         largest = votes_scale if delta_history is None else delta_history[0]
@@ -324,15 +329,15 @@ class _IntLinearFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         if residual is not None:
             residual = residual.reshape(-1, weight.shape[0]).to(dtype)
-        scale = voting[2][0]
-        y = int8_matmul(x_int8, weight, scale, residual, dtype, act_range / 127.0, inv_rms)  # (T, out)
+        scale, reading = voting[2][0], voting[-1]
+        y = int8_matmul(x_int8, read_weight(weight, *reading), scale, residual, dtype, act_range / 127.0, inv_rms)  # (T, out)
         y = y.view(*x.shape[:-1], weight.shape[0])
         return (y, x.view_as(x)) if fork else y
 
     @staticmethod
     def backward(ctx, delta, beside=None):
         flat, x_int8, inv_rms = ctx.saved_tensors
-        weight = ctx.weight
+        weight = read_weight(ctx.weight, *ctx.voting[-1])
         d, voter, scaled, ratios = _to_int8(delta.reshape(-1, weight.shape[0]), ctx.voting)
         delta_x = None
         if ctx.needs_input_grad[0]:
@@ -355,8 +360,8 @@ class _IntEmbeddingFunction(torch.autograd.Function):
     def forward(ctx, tokens, tap, weight, dtype, *voting):
         ctx.save_for_backward(tokens)
         ctx.weight, ctx.voting = weight, voting
-        scale = voting[2][0]
-        return embedding(tokens, weight, scale, dtype)
+        scale, reading = voting[2][0], voting[-1]
+        return embedding(tokens, read_weight(weight, *reading), scale, dtype)
 
     @staticmethod
     def backward(ctx, delta):

@@ -26,7 +26,7 @@ RULE_KEYS = tuple(f.name for f in fields(UpdateRule) if f.name != "bits")  # bit
 
 @dataclass
 class Stack:
-    """Layers of one group whose weights have one shape and one number of bits, so that one call moves them all.
+    """Layers of one group whose weights have one shape and keep as many bits, so that one call moves them all.
 
     group is the number of their param group; flips int64 (L,) counts the moves of each since the optimizer was made.
     """
@@ -98,7 +98,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             layer.first_column = sum(other.delta_width for other in self.layers)
             layer.start_voting(None if in_backward else votes_dtype)
             self.layers.append(layer)
-            kind = number_of_layer if in_backward else (layer.weight.shape, layer.bits)
+            kind = number_of_layer if in_backward else (layer.weight.shape, layer.keep_bits)
             alike.setdefault(kind, []).append(number_of_layer)
         for numbers in alike.values():
             flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
@@ -136,7 +136,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     def _rule(self, stack: Stack) -> UpdateRule:
         group = self.param_groups[stack.group]
-        return UpdateRule(bits=stack.layers[0].bits, **{key: group[key] for key in RULE_KEYS})
+        return UpdateRule(bits=stack.layers[0].keep_bits, **{key: group[key] for key in RULE_KEYS})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

@@ -44,8 +44,11 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
     "warmup < steps": "the warm-up must end before the run does; lower warmup or raise steps",
     "k_warmup <= steps": "the warm-up must fit into the run; lower k_warmup or raise steps",
     "k_end <= k": "k falls to k_end, which must not be larger; lower k_end, or keep k with k_schedule = constant",
-    "step_size <= max(1, 2**bits - 2)": "no weight has room for such a move; lower step_size or raise bits",
-    "bits == 1 or init_std * (2**(bits - 1) - 1) >= 0.2": "99% of the first weights would be 0; raise init_std or bits",
+    "keep_bits in (0, *range(bits, 9))": "a weight keeps at least the bits that are read; raise keep_bits, or give 0",
+    "step_size <= max(1, 2**(keep_bits or max(bits, 6)) - 2)":
+        "no weight has room for such a move; lower step_size or raise keep_bits",
+    "max(bits, keep_bits) == 1 or init_std * (2**((keep_bits or max(bits, 6)) - 1) - 1) >= 0.2":
+        "99% of the first weights would be 0; raise init_std or bits",
     "update == 'step' or grad_accum == 1": "micro-batches are for update = step; or use grad_accum = 1",
     "ortho_tile % 16 == 0": "must be a multiple of 16, or 0 (whole matrix)",
     "topk_tile == 0 or topk_tile >= 8": "must be from 8 to 256, or 0 (whole layer)",
@@ -79,7 +82,8 @@ class Config:
     act_range: float = key(6.0, "activations are rounded to 255 levels in -A..A, A = this", (0.001, 1000), needs=GFT)
 
     method: str = key("gft", "integer flips, or a baseline", METHODS, also="optimizer", group="method")
-    bits: int = key(6, "bits of a weight; 2 is ternary, 1 is -1/+1", (1, 8), needs="method in ('gft', 'ste')")
+    bits: int = key(6, "bits of a weight as it is read; 2: ternary, 1: -1/+1", (1, 8), needs="method in ('gft', 'ste')")
+    keep_bits: int = key(0, "bits a weight keeps; 0: those that are read, at least 6", (0, 8), needs=GFT)
     int_layers: str = key("all", f"integer layers: all, or some of {','.join(LAYER_KINDS)}; others are fp32", needs=GFT)
     rule: str = key("spectral", "how votes become scores", RULES, needs=GFT)
     embedding_rule: str = key("balanced", "the same for the embedding", RULES, needs=GFT)
@@ -133,6 +137,11 @@ class Config:
     def of_images(self) -> bool:
         """Whether data names images: a data set, or a folder."""
         return eval(IMAGE, {}, vars(self))
+
+    @property
+    def kept_bits(self) -> int:
+        """The bits a weight keeps."""
+        return self.keep_bits or max(self.bits, 6)
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

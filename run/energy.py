@@ -112,8 +112,11 @@ def count_net(net: Net, recipe: Recipe) -> Counts:
 
 
 def _weights(c: Counts, la: Layer, r: Recipe) -> None:
-    """What a float weight goes through before each use: rounding to a grid (ste), conversion to bf16."""
+    """What a weight goes through before each use: rounding to a grid (ste, or fewer bits read than kept), to bf16."""
     if la.integer:
+        if r.coarse:  # two or three operations an element, once for the product forwards and once for delta's
+            uses = (1 + la.hands_on) * la.size * r.grad_accum
+            c.add("rounding", int32_add=3 * uses, bytes=2 * uses)
         return
     if r.method == "ste":
         # The grid: a maximum (or mean). The weight: divided, rounded, clipped on both sides, multiplied; in fp32.

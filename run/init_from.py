@@ -1,11 +1,12 @@
 """The first weights of a run from those of another (--init_from): other steps, k, bits, text, images or method.
 
-A layer stands for a real matrix: W s of integers, w gain of floats. Layers of one kind are copied exactly. Otherwise
-a float layer takes the matrix as it is, an integer one on the grid that is nearest in squares,
+A layer stands for a real matrix: W s of integers as they are read, w gain of floats. Layers of one kind are copied
+exactly, and integers that keep as many bits also where fewer are read of them from now on. Otherwise a float layer takes
+the matrix as it is, an integer one on the grid that is nearest in squares,
 
     W = clip(round(M / u), -Q, Q),   u = the best of 80 units up to max|M| / Q,   s = |M| / |W|  (Frobenius norms)
 
-so that its outputs keep their size. Characters, tokens and classes keep their rows of embedding and head, by name;
+so that its outputs keep their size. (With one or two bits read of more, u is what makes W as wide as first weights.) Characters, tokens and classes keep their rows of embedding and head, by name;
 others get those of a new net, as does a first layer of another shape.
 """
 
@@ -87,17 +88,20 @@ def _size(layer: nn.Module) -> str:
 def _take(layer: nn.Module, source: nn.Module, rows: tuple[list[int], list[int]] | None) -> None:
     """Give `layer` the weights of `source`; only some rows, (here, there), if these are named."""
     here, there = rows or (slice(None), slice(None))
-    if type(layer) is type(source) and layer.bits == source.bits:
+    integers = isinstance(layer, IntLayer) and isinstance(source, IntLayer)
+    if integers and layer.keep_bits == source.keep_bits and layer.bits <= source.bits:
         layer.weight[here] = source.weight[there].to(layer.weight.device)
-        if isinstance(layer, IntLayer):
-            layer.scale.copy_(source.scale)
+        sizes = [one.read().float().norm().cpu() for one in (source, layer)]
+        layer.scale.copy_(source.scale if layer.bits == source.bits else source.scale.cpu() * sizes[0] / sizes[1])
+        return
+    if not integers and type(layer) is type(source) and layer.bits == source.bits:
+        layer.weight[here] = source.weight[there].to(layer.weight.device)
         return
     matrix = _matrix(layer)
     matrix[here] = _matrix(source)[there]
     if isinstance(layer, IntLayer):
-        weight, scale = to_grid(matrix, layer.bits)
-        layer.weight.copy_(weight)
-        layer.scale.fill_(scale)
+        layer.weight.copy_(to_grid(matrix, layer))
+        layer.scale.fill_((matrix.norm() / layer.read().float().norm()).item())
     else:
         layer.weight.copy_(matrix / _gain(layer))
 
@@ -109,18 +113,20 @@ def _gain(layer: nn.Module) -> float:
 def _matrix(layer: nn.Module) -> Tensor:
     """The real matrix that a layer stands for, on the CPU."""
     if isinstance(layer, IntLayer):
-        return (layer.weight * layer.scale).cpu()
+        return (layer.read() * layer.scale).cpu()
     return (fake_quantize(layer.weight, layer.bits) * _gain(layer)).cpu()
 
 
-def to_grid(matrix: Tensor, bits: int) -> tuple[Tensor, float]:
-    """Integers of so many bits, int8, and the scale by which they stand for a float matrix."""
-    if bits == 1:
-        weight = torch.where(matrix < 0, -1.0, 1.0)
+def to_grid(matrix: Tensor, layer: IntLayer) -> Tensor:
+    """A float matrix as weights that `layer` could keep, int8: what it reads of them is nearest to the matrix."""
+    if layer.keep_bits == 1:
+        return torch.where(matrix < 0, -1, 1).to(torch.int8)
+    if layer.bits <= 2 < layer.keep_bits:  # as wide as its own, for which the threshold is made
+        steps = layer.weight.float().std().item() / matrix.std()
     else:
-        q, _ = weight_limit(bits)
+        q, _ = weight_limit(layer.bits)
         some = matrix.flatten()[:: max(1, matrix.numel() // SAMPLE)]
         units = matrix.abs().amax() / q * torch.logspace(-1.7, 0, 80)
         errors = [(some - torch.round(some / unit).clamp(-q, q) * unit).square().sum() for unit in units]
-        weight = torch.round(matrix / units[torch.stack(errors).argmin()]).clamp(-q, q)
-    return weight.to(torch.int8), (matrix.norm() / weight.norm()).item()
+        steps = layer.q / q / units[torch.stack(errors).argmin()]
+    return torch.round(matrix * steps).clamp(-layer.q, layer.q).to(torch.int8)

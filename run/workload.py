@@ -24,6 +24,7 @@ class Recipe:
 
     method: str = "gft"
     bits: int = 6
+    keep_bits: int = 0
     rule: str = "spectral"
     embedding_rule: str = "balanced"
     ortho_tile: int = 128
@@ -41,6 +42,11 @@ class Recipe:
     def from_config(cls, config: Config) -> "Recipe":
         """Pick these keys out of a Config."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
+
+    @property
+    def coarse(self) -> bool:
+        """Whether products read fewer bits of an integer weight than it keeps."""
+        return self.bits < (self.keep_bits or max(self.bits, 6))
 
     @property
     def half(self) -> bool:

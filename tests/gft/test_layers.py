@@ -8,7 +8,8 @@ import torch.distributed
 from torch import nn
 
 from gft import layers
-from gft.layers import Delta, IntEmbedding, IntLinear, initial_weight, int_layers, owner_of
+from gft.grid import initial_weight
+from gft.layers import Delta, IntEmbedding, IntLinear, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
 from kernels import fuse
 from kernels.philox import Stream, words
@@ -105,7 +106,7 @@ def assert_formulas(layer: IntLinear, x: torch.Tensor, delta: torch.Tensor, seen
 @pytest.mark.parametrize("squared_relu", [False, True], ids=["plain", "relu2"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_linear_is_the_formula(bits, squared_relu, seen):
-    layer = IntLinear(37, 13, bits, gain=0.7, squared_relu=squared_relu, seed=bits)
+    layer = IntLinear(37, 13, bits, gain=0.7, squared_relu=squared_relu, seed=bits, keep_bits=bits)
     x = (3 * randn(29, 37)).requires_grad_()
     assert_formulas(layer, x, randn(29, 13, seed=1), seen)
 
@@ -363,7 +364,7 @@ def test_initial_weights_are_a_function_of_seed_and_index():
 @pytest.mark.parametrize("bits", [1, 2, 6, 8])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 3)], ids=str)
 def test_embedding_is_the_formula(bits, shape, seen):
-    table = IntEmbedding(5, 9, bits, gain=1.5)
+    table = IntEmbedding(5, 9, bits, gain=1.5, keep_bits=bits)
     optimizer(table)
     tokens = torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(0))
     delta = randn(*shape, 9, seed=1)
@@ -571,7 +572,7 @@ def test_loading_leaves_votes_for_zero_grad():
 ], ids=["float", "int32", "too large", "-128", "shape"])  # fmt: skip
 @pytest.mark.parametrize("assign", [False, True])
 def test_weights_that_do_not_fit_are_refused_by_name(wrong, error, assign):
-    net = nn.Sequential(IntLinear(6, 8, 4), IntLinear(8, 4, 4))
+    net = nn.Sequential(IntLinear(6, 8, 4, keep_bits=4), IntLinear(8, 4, 4, keep_bits=4))
     before = net[1].weight.clone()
     state = net.state_dict()
     state["1.weight"] = wrong(state["1.weight"])
@@ -582,7 +583,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(wrong, error, assign):
 
 def test_the_edges_of_the_grid_can_be_loaded():
     for bits, q in Q.items():
-        layer = IntLinear(8, 4, bits)
+        layer = IntLinear(8, 4, bits, keep_bits=bits)
         for value in (-q, q):
             layer.load_state_dict({"weight": torch.full_like(layer.weight, value), "scale": layer.scale})
             assert (layer.weight == value).all()
@@ -590,9 +591,9 @@ def test_the_edges_of_the_grid_can_be_loaded():
 
 def test_int8_weights_of_another_number_of_bits_are_refused():
     with pytest.raises(RuntimeError, match=r"weight: has values up to \d+; 2 bits hold \[-1, 1\]"):
-        IntLinear(8, 4, bits=2).load_state_dict(IntLinear(8, 4, bits=6).state_dict())
+        IntLinear(8, 4, bits=2, keep_bits=2).load_state_dict(IntLinear(8, 4, bits=6).state_dict())
     with pytest.raises(RuntimeError, match="1 bit .*-1 and 1"):
-        layer = IntLinear(8, 4, bits=1)
+        layer = IntLinear(8, 4, bits=1, keep_bits=1)
         layer.load_state_dict({"weight": torch.zeros_like(layer.weight), "scale": layer.scale})
 
 

@@ -26,7 +26,7 @@ def generator(seed: int) -> torch.Generator:
 
 def tiny_net(bits: int = 6, delta: Delta = Delta(), seed: int = 1, width: int = 70) -> nn.Sequential:
     """An embedding and two matrices, larger than a tile of 64."""
-    settings = {"bits": bits, "delta": delta, "seed": seed}
+    settings = {"bits": bits, "keep_bits": bits, "delta": delta, "seed": seed}
     return nn.Sequential(
         IntEmbedding(VOCAB, 12, index=0, **settings),
         IntLinear(12, width, index=1, **settings),
@@ -172,7 +172,7 @@ def expected_step(weight, votes, q, unit, width, k, u, side):
 @pytest.mark.parametrize("bits, size", [(1, 1), (1, 3), (2, 1), (3, 3), (8, 1)], ids=lambda v: str(v))
 def test_gain_against_brute_force(bits, size, side, k):
     """Rows of +-1 make every X +-21, so votes of a sign delta tie often and are often zero; many moves are illegal."""
-    layer = IntLinear(10, 7, bits, seed=9, delta=Delta("sign"))
+    layer = IntLinear(10, 7, bits, seed=9, delta=Delta("sign"), keep_bits=bits)
     q = Q[bits]
     at_limit = torch.rand(7, 10, generator=generator(1)) < 0.7
     layer.weight.copy_(torch.where(at_limit, layer.weight.sign() * q, layer.weight))

@@ -116,6 +116,15 @@ def test_rounding():
     assert not ops(only(FLOAT, method="adamw"), "rounding")
 
 
+def test_reading_fewer_bits_than_are_kept_is_paid_for():
+    """Three adds and two bytes a weight, for each product that reads it."""
+    plain, coarse = only(LINEAR, bits=4, keep_bits=4), only(LINEAR, bits=4)
+    assert coarse.of("int32_add", "rounding") - plain.of("int32_add", "rounding") == 3 * 2 * 6
+    assert coarse.of("bytes", "rounding") - plain.of("bytes", "rounding") == 2 * 2 * 6
+    first = only(dataclasses.replace(LINEAR, hands_on=False), bits=4)
+    assert coarse.of("bytes", "rounding") - first.of("bytes", "rounding") == 2 * 6
+
+
 def test_embedding():
     table = Layer(7, 4, 5, embedding=True)  # 7 rows of 4, read by 5 tokens of 8 bytes: 20 numbers, 28 weights
     c = only(table)

@@ -1,0 +1,58 @@
+"""The integers a weight can be: its first values, and what the products read of it.
+
+A weight keeps `keep_bits` bits, and votes move it by one unit of that grid. The products may read a coarser grid of `bits`
+bits, formed from the kept weight each time:
+
+    1 bit      -1 below 0, else +1
+    2 bits     -1, 0, +1: past the threshold of 0.4 standard deviations of the first weights, by sign
+    3 to 7     round(W q / Q), Q and q the limits of the two grids
+
+The bits that are not read remember votes until they add up to a step of the coarse grid, as the latent fp32 weights of
+quantization-aware training do. With keep_bits = bits nothing is remembered.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.fuse import fused
+from kernels.philox import Stream, normal
+from kernels.topk import weight_limit
+
+KEPT = 6  # bits, unless more are read
+TERNARY_THRESHOLD = 0.4  # in standard deviations of the first weights
+
+
+def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int, index: int) -> Tensor:
+    """round(N(0, init_std * Q)) clipped to [-Q, Q], or the sign at one bit: int8 of `shape`, from Philox."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits: got {bits}; weights have 1 to 8 bits")
+    q, _ = weight_limit(bits)
+    z = normal(seed, 0, Stream.INIT + 16 * index, shape[0] * shape[1]).view(shape)
+    if bits == 1:
+        return torch.where(z < 0, -1, 1).to(torch.int8)
+    return torch.round(z * (init_std * q)).clamp(-q, q).to(torch.int8)
+
+
+def kept_bits(bits: int, keep_bits: int | None) -> int:
+    """The bits a weight keeps, where None asks for at least six. Raises ValueError for fewer than are read."""
+    kept = max(bits, KEPT) if keep_bits is None else keep_bits
+    if not 1 <= bits <= kept <= 8:
+        raise ValueError(f"keep_bits: got {keep_bits} with bits {bits}; a weight keeps at least the bits read, 1 to 8")
+    return kept
+
+
+def threshold_of(keep_bits: int, init_std: float) -> int:
+    """The largest kept weight that is read as 0 at two bits."""
+    return int(TERNARY_THRESHOLD * init_std * weight_limit(keep_bits)[0])
+
+
+@fused
+def read_weight(weight: Tensor, bits: int, keep_bits: int, threshold: int) -> Tensor:
+    """What the products read of a kept weight, int8 of the same shape: the weight itself where the grids agree."""
+    if bits == keep_bits:
+        return weight
+    if bits == 1:
+        return (weight >> 7) | 1
+    if bits == 2:
+        return torch.sign(weight - weight.clamp(-threshold, threshold))
+    return torch.round(weight.to(torch.float32) * (weight_limit(bits)[0] / weight_limit(keep_bits)[0])).to(torch.int8)
