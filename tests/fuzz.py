@@ -136,7 +136,7 @@ WORDS = [
 ]  # fmt: skip
 TEXTS = [
     "", " ", "x", "0", "1", "2", "-1", "64", "1e3", "1e400", "-1e-400", "nan", "inf", "-inf", "0x10", "1_0", "1.5",
-    "9" * 5000, "true", "None", "auto", "all", "mnist", "head,mlp", ",", "\0", "\n", "\udcff", "'", '"', "{}", "[1]", 
+    "9" * 5000, "true", "None", "auto", "all", "mnist", "head,mlp", ",", "\0", "\n", "\udcff", "'", '"', "{}", "[1]",
     "--", "%d", "x" * 9999,
 ]  # fmt: skip
 LITERALS = [
