@@ -1,6 +1,6 @@
 """Kill trainings with SIGKILL at random moments, resume them until the end, and compare their weights.
 
-    python -m tests.kill --runs 100               about 5 minutes on one core; prints a line a run and a summary
+    python -m tests.kill --runs 100               about 10 minutes on one core; prints a line a run and a summary
     python -m tests.kill --runs 100 --seed 7      other moments
     python -m tests.kill --disk                   as root, Linux: on file systems of 8, 16, ..., 320 KiB, which fill up
 
