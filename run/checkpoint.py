@@ -126,8 +126,11 @@ def require(values: Mapping[str, Any], head: Path, **kinds: type) -> None:
 def config_of(meta: Mapping[str, Any], head: Path) -> Config:
     """The settings in the meta of a checkpoint whose JSON is `head`. Raises UserError if they are another version's."""
     require(meta, head, config=dict)
+    config = meta["config"]
+    if "keep_bits" not in config and "bits" in config:  # before there was the key, weights kept what was read of them
+        config = config | {"keep_bits": config["bits"]}
     try:
-        return from_dict(meta["config"])
+        return from_dict(config)
     except UserError as error:
         raise UserError(
             f"{head} was written by version {meta.get('program', 'unknown')} of this program, format {VERSION}, with "

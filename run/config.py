@@ -261,10 +261,11 @@ def to_toml(cfg: Config) -> str:
 def differences(a: Config, b: Config) -> list[str]:
     """The keys in which b (now) would not continue a (the checkpoint's) exactly, one readable line each.
 
-    Neither the order of `int_layers` counts, nor what a key says that has no effect in either.
+    What `int_layers` and `keep_bits` come to is compared, and what a key says that has no effect in either is not.
     """
     different = {k: f for k, f in FIELDS.items() if not f.metadata.get("free") and getattr(a, k) != getattr(b, k)}
-    if a.integer_kinds == b.integer_kinds:
-        different.pop("int_layers", None)
+    for k, came_to in (("int_layers", "integer_kinds"), ("keep_bits", "kept_bits")):
+        if getattr(a, came_to) == getattr(b, came_to):
+            different.pop(k, None)
     return [f"{k} = {show(getattr(a, k))} in the checkpoint, {show(getattr(b, k))} now" for k, f in different.items()
             if not (unmet(a, f) and unmet(b, f))]

@@ -6,8 +6,9 @@ the matrix as it is, an integer one on the grid that is nearest in squares,
 
     W = clip(round(M / u), -Q, Q),   u = the best of 80 units up to max|M| / Q,   s = |M| / |W|  (Frobenius norms)
 
-so that its outputs keep their size. (With one or two bits read of more, u is what makes W as wide as first weights.) Characters, tokens and classes keep their rows of embedding and head, by name;
-others get those of a new net, as does a first layer of another shape.
+so that its outputs keep their size. (With one or two bits read of more, u is what makes W as wide as first weights.)
+Characters, tokens and classes keep their rows of embedding and head, by name; others get those of a new net, as does a
+first layer of another shape.
 """
 
 import base64

@@ -537,7 +537,7 @@ def test_the_command_that_samples_has_letters_the_text_has(capsys, tmp_path):
 
 
 def test_a_net_too_small_for_a_scale_is_told(capsys, tmp_path):
-    status, _, error = run(capsys, tmp_path / "o", d_model=2, n_head=1, bits=2)
+    status, _, error = run(capsys, tmp_path / "o", d_model=2, n_head=1, bits=2, keep_bits=2)
     assert status == 2 and "initial weights are equal" in error and "--d_model" in error
 
 
@@ -637,7 +637,10 @@ def test_damaged_checkpoint_is_named_and_previous_works_if_asked(capsys, tmp_pat
     damaged[-3] ^= 1
     tensors.write_bytes(damaged)
     status, _, error = run(capsys, tmp_path / "o", save_every=5, resume="last")
-    assert status == 1 and tensors.name in error and "--resume previous" in error
+    assert status == 1 and tensors.name in error and "A good checkpoint of step 12 is there as 'best'" in error
+    (tmp_path / "o" / "best.json").unlink()
+    status, _, error = run(capsys, tmp_path / "o", save_every=5, resume="last")
+    assert status == 1 and "of step 10 is there as 'previous': to use it, give --resume previous" in error
     status, again, _ = run(capsys, tmp_path / "o", save_every=5, resume="previous")
     assert status == 0 and again["weights_sha256"] == whole["weights_sha256"]
 
@@ -692,7 +695,7 @@ def test_a_run_that_cannot_be_started_from_is_named(capsys, tmp_path):
     head = tmp_path / "first" / "best.json"
     head.write_text("{}")
     status, _, error = run(capsys, tmp_path / "o", **start)
-    assert status == 1 and f"to use it, give --init_from {tmp_path / 'first'}/previous.json" in error
+    assert status == 1 and f"to use it, give --init_from {tmp_path / 'first'}/last.json" in error
     assert not checkpoint.exists(tmp_path / "o", "last"), "and the folder can be used"
 
 

@@ -85,6 +85,14 @@ def test_a_meta_without_config_is_named(meta):
         checkpoint.config_of(meta, Path("out/x/best.json"))
 
 
+def test_a_checkpoint_of_before_keep_bits_is_read_as_it_was():
+    """Its weights of 4 bits would otherwise be read as the coarse part of 6."""
+    config = to_dict(Config(bits=4))
+    del config["keep_bits"]
+    old = checkpoint.config_of({"config": config}, Path("last.json"))
+    assert old.kept_bits == old.bits == 4 and checkpoint.config_of({"config": to_dict(Config(bits=4))}, "").kept_bits == 6
+
+
 @pytest.mark.parametrize("setting, said", [
     ({"dropout": 0.1}, "unknown key dropout"), ({"method": "lion"}, "method = lion: must be one of gft"),
     ({"bits": 16}, "bits = 16: must be a whole number from 1 to 8"),

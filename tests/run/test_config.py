@@ -339,6 +339,8 @@ def test_differences_are_those_that_change_the_weights() -> None:
     assert differences(a, dataclasses.replace(a, **spelled)) == [], "all layers, and keys without an effect"
     assert differences(a, dataclasses.replace(a, int_layers="head,mlp", lr=1.0)) == [
         'int_layers = "all" in the checkpoint, "head,mlp" now', "lr = 0.008 in the checkpoint, 1.0 now"]  # fmt: skip
+    assert differences(a, dataclasses.replace(a, keep_bits=6)) == [], "both keep 6 bits"
+    assert differences(a, dataclasses.replace(a, keep_bits=7)) == ["keep_bits = 0 in the checkpoint, 7 now"]
     b = dataclasses.replace(a, bits=4, steps=2000, method="ste")
     assert differences(a, b) == ['method = "gft" in the checkpoint, "ste" now', "bits = 6 in the checkpoint, 4 now",
                                  "steps = 1000 in the checkpoint, 2000 now"]
