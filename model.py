@@ -200,9 +200,11 @@ class Block(nn.Module):
         if cache is not None:
             if cache.layers[layer] is not None:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache.layers[layer], (k, v), strict=True))
-            cache.layers[layer] = (k[:, :, -self.context :], v[:, :, -self.context :])
+            newest = (k[:, :, -self.context :], v[:, :, -self.context :])
+            cache.layers[layer] = newest
+            k, v = newest if q.shape[2] == 1 else (k, v)
         n, keys = q.shape[2], k.shape[2]
-        if not self.causal:
+        if not self.causal or (n == 1 and keys <= self.context):
             y = attention(q, k, v)
         elif n == keys <= self.context:
             y = attention(q, k, v, is_causal=True)

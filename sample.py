@@ -67,20 +67,15 @@ def draw(p: Tensor, u: float) -> int:
 
 
 def _last_logits(net: nn.Module, tokens: list[int], cache: object | None, device: torch.device) -> Tensor:
-    """Logits after the last of `tokens`: float32 (V,) on the CPU. The net's training mode is left as it was."""
+    """Logits after the last of `tokens`: float32 (V,) on the CPU."""
     import torch
 
-    was_training = net.training
-    net.eval()
-    try:
-        step = PREFILL if cache is not None else len(tokens)
-        with torch.no_grad():
-            for start in range(0, len(tokens), step):
-                chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
-                logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)
-        return logits[0, -1].float().cpu()
-    finally:
-        net.train(was_training)
+    step = PREFILL if cache is not None else len(tokens)
+    with torch.no_grad():
+        for start in range(0, len(tokens), step):
+            chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
+            logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)
+    return logits[0, -1].float().cpu()
 
 
 def generate(
@@ -97,7 +92,8 @@ def generate(
     """Yield `max_tokens` tokens that continue `prompt_ids` (at least one), each as soon as it is known.
 
     `temperature` 0 is greedy: the likeliest token, of equal ones the lowest. `top_k` 0 and `top_p` 1 filter
-    nothing. Without the cache every token re-reads the whole text: slow, and the reference for the cache.
+    nothing. Without the cache every token re-reads the whole text: slow, and the reference for the cache. The net is in
+    evaluation mode until the last token is drawn.
     Raises UserError where the net gives logits that are not finite.
     """
     import torch
@@ -109,19 +105,25 @@ def generate(
     device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
     cache = net.new_cache(1) if use_cache else None
     text = list(prompt_ids)
-    fresh = text
-    for index in range(max_tokens):
-        logits = _last_logits(net, fresh, cache, device)
-        if not torch.isfinite(logits).all():
-            raise UserError("the network's logits are not finite: this checkpoint's training went wrong; use another")
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            u = float(uniform(seed, index, Stream.SAMPLE, 1, start=sample_index))
-            token = draw(probabilities(logits, temperature, top_k, top_p), u)
-        yield token
-        text.append(token)
-        fresh = [token] if use_cache else text
+    fresh, was_training = text, net.training
+    net.eval()
+    try:
+        for index in range(max_tokens):
+            logits = _last_logits(net, fresh, cache, device)
+            if not torch.isfinite(logits).all():
+                raise UserError(
+                    "the network's logits are not finite: this checkpoint's training went wrong; use another"
+                )
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                u = float(uniform(seed, index, Stream.SAMPLE, 1, start=sample_index))
+                token = draw(probabilities(logits, temperature, top_k, top_p), u)
+            yield token
+            text.append(token)
+            fresh = [token] if use_cache else text
+    finally:
+        net.train(was_training)
 
 
 def start_ids(tokenizer: Tokenizer, text: str) -> list[int]:

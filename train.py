@@ -206,6 +206,11 @@ class Run:
         }  # fmt: skip
 
 
+def bits_of(cfg: Config) -> str:
+    """In words, the bits of a weight that are read, and that it keeps."""
+    return f"{cfg.bits} bits" + (f" read of {cfg.kept_bits} kept" if cfg.bits < cfg.kept_bits else "")
+
+
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
     """Bytes that optimizers keep between steps: of state, and of scales."""
     states = [state for o in optimizers for state in o.state_dict()["state"].values()]
@@ -296,7 +301,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     print(f"data: {task.about}")
     print("\n".join(on.reasons))
     print(f"net: {run.weights:,} weights, method {cfg.method}"
-          + (f", {cfg.bits} bits{f' read of {cfg.kept_bits} kept' * (cfg.bits < cfg.kept_bits)}, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
+          + (f", {bits_of(cfg)}, rule {cfg.rule}, momentum {cfg.momentum:g}" if cfg.method == "gft" else ""))
     for line in started:
         print(line)
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)

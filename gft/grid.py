@@ -1,7 +1,7 @@
 """The integers a weight can be: its first values, and what the products read of it.
 
-A weight keeps `keep_bits` bits, and votes move it by one unit of that grid. The products may read a coarser grid of `bits`
-bits, formed from the kept weight each time:
+A weight keeps `keep_bits` bits, and votes move it by one unit of that grid. The products may read a coarser grid of
+`bits` bits, formed from the kept weight each time:
 
     1 bit      -1 below 0, else +1
     2 bits     -1, 0, +1: past the threshold of 0.4 standard deviations of the first weights, by sign

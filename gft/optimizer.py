@@ -52,8 +52,8 @@ class FlipOptimizer(torch.optim.Optimizer):
                                   reach memory; a weight may then be used once between two steps
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
-    A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was not
-    finite; `stopped`, float32 () on the device, is then not 0 until the next step.
+    A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was
+    not finite; `stopped`, float32 () on the device, is then not 0 until the next step.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
@@ -142,8 +142,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Move weights by the votes of the backward passes since the last step, and clear the votes.
 
-        Nothing is read on the host where Triton kernels make the moves (`unsupported_reason` in kernels/update_rule.py says
-        where not), so a step can be captured in a CUDA graph (with `lr` a tensor). Returns what closure returned.
+        Nothing is read on the host where Triton kernels make the moves (`unsupported_reason` in kernels/update_rule.py
+        says where not), so a step can be captured in a CUDA graph (with `lr` a tensor). Returns what closure returned.
         Raises RuntimeError under a GradScaler, as delta has a scale of its own, and if a layer's weight has been
         replaced since the optimizer was made.
         """

@@ -123,8 +123,8 @@ def flip(
     momentum_scale float32 (L, tiles) where the rule has momentum; all but votes contiguous. k float64 () is the share
     of a tile's weights to move, rng int64 (seed, step, ...), layers int64 (L,) the numbers of the matrices, which give
     each its own random streams. Where stop, float32 (), is not 0 nothing changes. Returns the flips of each matrix,
-    int64 (L,), added to `flips` if given, on the device, without waiting for it unless torch makes the moves. Raises ValueError on shapes that do
-    not agree and on other types.
+    int64 (L,), added to `flips` if given, on the device, without waiting for it unless torch makes the moves. Raises
+    ValueError on shapes that do not agree and on other types.
     """
     if votes.dtype not in (torch.int32, torch.int64, torch.float32):
         raise ValueError(f"flip: got votes {votes.dtype}; they must be int32, int64 or float32")

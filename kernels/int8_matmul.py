@@ -82,7 +82,7 @@ def int8_matmul_torch(
     """`int8_matmul` in torch."""
     scale = scale * factor
     if inv_rms is not None:
-        scale = torch.where(inv_rms == inv_rms, scale, inv_rms)
+        scale = scale + (inv_rms - inv_rms)  # NaN where inv_rms is
     return _scaled(int8_product_torch(x, w.t()), scale, residual, dtype)
 
 

@@ -45,13 +45,10 @@ def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:
     """Four 32-bit words for each counter; counters are numpy uint64 arrays (or ints) below 2^32."""
     c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
     k0, k1 = key
-    low, shift = np.uint64(MASK), np.uint64(32)
     for _ in range(rounds):
-        product_0, product_1 = np.uint64(MULTIPLIER_0) * c0, np.uint64(MULTIPLIER_1) * c2
-        c0 = (product_1 >> shift) ^ c1 ^ np.uint64(k0)
-        c1 = product_1 & low
-        c2 = (product_0 >> shift) ^ c3 ^ np.uint64(k1)
-        c3 = product_0 & low
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0, c1 = (product_1 >> 32) ^ (c1 ^ k0), product_1 & MASK
+        c2, c3 = (product_0 >> 32) ^ (c3 ^ k1), product_0 & MASK
         k0, k1 = (k0 + WEYL_0) & MASK, (k1 + WEYL_1) & MASK
     return c0, c1, c2, c3
 

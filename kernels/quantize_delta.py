@@ -95,7 +95,7 @@ def _measure_delta_kernel(
 
 @jit
 def rounded_down(v, LIMIT: tl.constexpr):
-    """floor(v) clipped to [-LIMIT, LIMIT], NaN to 0: int32. On a GPU `tl.floor` takes subnormal numbers, negative too, as 0."""
+    """floor(v) clipped to [-LIMIT, LIMIT], NaN to 0: int32. (On a GPU `tl.floor` takes subnormal numbers as 0.)"""
     v = tl.where(v == v, tl.minimum(tl.maximum(v, -1.0 * LIMIT), 1.0 * LIMIT), 0.0)
     q = v.to(tl.int32)
     return q - (v < q.to(tl.float32)).to(tl.int32)
@@ -189,8 +189,8 @@ def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Te
         votes_scale / top and sigma / top, where top = max(votes_scale, sigma), which becomes the new votes_scale
         scale * sigma
 
-    delta float (T, n) of any stride; scale, the weight's, and votes_scale float32 (); scratch int32 (2,), zeros before and
-    after. Where delta has a NaN, so has the result. Raises ValueError on another shape or type of delta.
+    delta float (T, n) of any stride; scale, the weight's, and votes_scale float32 (); scratch int32 (2,), zeros before
+    and after. Where delta has a NaN, so has the result. Raises ValueError on another shape or type of delta.
     """
     check_rows("measure_delta", delta)
     if not on_triton(delta):

@@ -2,8 +2,8 @@
 
     x^ = x / rms(x)            delta_x = (delta_x^ - x^ * mean(x^ * delta_x^)) / rms(x)
 
-Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). Where x also goes past the layer, as in a residual
-block, the delta that comes back that way is added.
+Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). Where x also goes past the layer, as in a
+residual block, the delta that comes back that way is added.
 
 Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n written; about 12
 operations an element, two of them fp64. A program holds its rows in registers: one read.
@@ -105,10 +105,10 @@ def rmsnorm_backward(
 ) -> Tensor:  # fmt: skip
     """delta of the layer's input from the integer product D W, or from delta_x^ itself.
 
-    product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale, None for 1; x float (T, n) as it
-    entered `rmsnorm_quantize`, inv_rms float32 (T, 1), residual (T, n) of x's type or None. Any strides.
-    Returns (T, n) of x's type. Raises ValueError on
-    other shapes or types, an empty batch, or rows over `MAX_COLUMNS` on the Triton backend.
+    product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale, None for 1; x float
+    (T, n) as it entered `rmsnorm_quantize`, inv_rms float32 (T, 1), residual (T, n) of x's type or None. Any strides.
+    Returns (T, n) of x's type. Raises ValueError on other shapes or types, an empty batch, or rows over `MAX_COLUMNS`
+    on the Triton backend.
     """
     if x.dim() != 2 or 0 in x.shape or product.shape != x.shape:
         raise ValueError(

@@ -10,8 +10,6 @@ Memory, for x of b bytes an element: b T n bytes read, T n + 4 T written; about 
 fp64. A program holds whole rows in its registers, so x is read once; that limits a row to `MAX_COLUMNS`.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,7 @@ def rmsnorm_quantize_torch(x: Tensor, act_range: float, squared_relu: bool = Fal
     # By way of fp64: torch's own fp32 square root on a CPU is not always the nearest number, the GPU's is.
     rms = torch.sqrt(mean_square.to(torch.float64)).to(torch.float32)
     inv_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, 1.0 / rms, 0.0)
-    inv_rms = torch.where(mean_square < math.inf, inv_rms, math.nan)
+    inv_rms = inv_rms + (mean_square - mean_square)  # NaN where the mean is not finite
     # In place where a pass over memory costs more than the arithmetic, here and in the other references.
     rounded = (x * inv_rms).mul_(127.0 / act_range).round_()
     return rounded.clamp_(-127, 127).to(torch.int8), inv_rms
@@ -150,8 +148,8 @@ def check_width(name: str, t: Tensor) -> None:
 def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor]:
     """Normalise rows and put them on the int8 grid.
 
-    x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n) and 1 / rms float32
-    (T, 1), 0 for rows of zeros and NaN for rows that are not finite, whose X means nothing. Raises ValueError on another
+    x float32, float16 or bfloat16 (T, n) of any stride, act_range = A. Returns X int8 (T, n) and 1 / rms float32 (T,
+    1), 0 for rows of zeros and NaN for rows that are not finite, whose X means nothing. Raises ValueError on another
     shape or type, an empty batch, or rows over `MAX_COLUMNS` on the Triton backend.
     """
     check_rows("rmsnorm_quantize", x)

@@ -67,20 +67,19 @@ def select(ranks: Tensor, m: Tensor) -> Tensor:
     values, chosen = ranks.numpy(), np.zeros(ranks.shape, dtype=bool)
     n = values.shape[1]
     wanted = m.clamp_max(n).numpy()
-    for count in np.unique(wanted):
-        if count == 0:
-            continue
+    for count in np.unique(wanted[wanted > 0]):
         tiles = np.flatnonzero(wanted == count)
-        part = values[tiles]
-        threshold = np.partition(part, n - count, axis=1)[:, n - count, None]
-        mask = part >= threshold
+        part = np.partition(values[tiles], n - count, axis=1)
+        threshold = np.maximum(part[:, n - count], 1)
+        mask = values[tiles] >= threshold[:, None]
         # More ranks at the threshold than places left: the lower indices have them.
-        crowded = np.flatnonzero(mask.sum(axis=1) > count)
+        crowded = np.flatnonzero(part[:, : n - count].max(axis=1, initial=0) == threshold)
         if crowded.size:
-            above, level = part[crowded] > threshold[crowded], part[crowded] == threshold[crowded]
+            rows = values[tiles[crowded]]
+            above, level = rows > threshold[crowded, None], rows == threshold[crowded, None]
             left = count - above.sum(axis=1, keepdims=True)
             mask[crowded] = above | (level & (np.cumsum(level, axis=1) <= left))
-        chosen[tiles] = mask & (part > 0)
+        chosen[tiles] = mask
     return torch.from_numpy(chosen)
 
 

@@ -1,8 +1,8 @@
 """The first weights of a run from those of another (--init_from): other steps, k, bits, text, images or method.
 
 A layer stands for a real matrix: W s of integers as they are read, w gain of floats. Layers of one kind are copied
-exactly, and integers that keep as many bits also where fewer are read of them from now on. Otherwise a float layer takes
-the matrix as it is, an integer one on the grid that is nearest in squares,
+exactly, and integers that keep as many bits also where fewer are read of them from now on. Otherwise a float layer
+takes the matrix as it is, an integer one on the grid that is nearest in squares,
 
     W = clip(round(M / u), -Q, Q),   u = the best of 80 units up to max|M| / Q,   s = |M| / |W|  (Frobenius norms)
 

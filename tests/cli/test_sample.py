@@ -139,11 +139,15 @@ def test_the_cache_is_fed_each_token_once_and_a_long_prompt_in_parts(net):
     assert net.fed == [sample.PREFILL, sample.PREFILL, 5, 1]
 
 
-def test_modes_are_the_callers_between_tokens(net):
+def test_modes_are_the_callers_again_after_the_last_token(net):
     net.train()
     for _ in sample.generate(net, [1], 3, **DEFAULTS):
-        assert net.training and torch.is_grad_enabled()
-    assert net.modes == {(False, False)}
+        assert torch.is_grad_enabled()
+    assert net.training and net.modes == {(False, False)}
+    some = sample.generate(net, [1], 3, **DEFAULTS)
+    next(some)
+    some.close()
+    assert net.training
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -141,7 +141,7 @@ def test_a_residual_is_added_and_gets_all_of_delta():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fork_adds_the_delta_that_comes_past_the_layer(dtype, compiled):
-    """A residual block whose layer takes x past itself has the deltas and votes of one that leaves the sum to autograd."""
+    """A residual block has the same delta and votes as where autograd adds what comes past the layer."""
     found = []
     for fork in (True, False):
         up, down = IntLinear(8, 32, index=0), IntLinear(32, 8, index=1)
@@ -591,7 +591,7 @@ def test_the_edges_of_the_grid_can_be_loaded():
 
 def test_int8_weights_of_another_number_of_bits_are_refused():
     with pytest.raises(RuntimeError, match=r"weight: has values up to \d+; 2 bits hold \[-1, 1\]"):
-        IntLinear(8, 4, bits=2, keep_bits=2).load_state_dict(IntLinear(8, 4, bits=6).state_dict())
+        IntLinear(8, 4, bits=2, keep_bits=2, init_std=0.6).load_state_dict(IntLinear(8, 4, bits=6).state_dict())
     with pytest.raises(RuntimeError, match="1 bit .*-1 and 1"):
         layer = IntLinear(8, 4, bits=1, keep_bits=1)
         layer.load_state_dict({"weight": torch.zeros_like(layer.weight), "scale": layer.scale})
