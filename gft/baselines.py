@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gft.grid import initial_weight
+from gft.weight_grid import initial_weight
 from kernels.topk import weight_limit
 
 

@@ -8,7 +8,7 @@ where the input needs no delta, is `tap`: a leaf of zero elements.
     y = (X W^T) s A / 127     X = RMSNorm(x) on the int8 grid     s = gain / (sqrt(in) std(W)), fixed at the start
     y = W[token] s            an embedding                        s = gain / std(W)
 
-W is what the products read. With `bits` below `keep_bits` that is coarser than the weight that is kept (gft/grid.py).
+W is what the products read. With `bits` below `keep_bits` that is coarser than the weight that is kept (gft/weight_grid.py).
 """
 
 import itertools
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gft.grid import initial_weight, kept_bits, read_weight, threshold_of
+from gft.weight_grid import initial_weight, kept_bits, read_weight, threshold_of
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward

@@ -59,9 +59,9 @@ def _rmsnorm_backward_kernel(
     else:
         x_hat = wide * inverse
     mean = mean_of(tl.sum((x_hat * delta_hat).to(tl.float64), axis=1), columns)
-    delta = (delta_hat - mul_rn(x_hat, mean[:, None])) * inverse
+    delta = mul_rn(delta_hat - mul_rn(x_hat, mean[:, None]), tl.broadcast_to(inverse, delta_hat.shape))
     if SQUARED_RELU:
-        delta = delta * (2.0 * wide)
+        delta = mul_rn(delta, 2.0 * wide)
     delta = delta.to(out.dtype.element_ty)
     if residual is not None:
         beside = tl.load(residual + row * residual_row + wide_column * residual_column, mask=mask, other=0.0)

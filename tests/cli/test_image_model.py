@@ -5,7 +5,7 @@ import torch
 
 from gft.baselines import FloatLinear
 from gft.layers import IntLayer
-from model import MLP, ModelConfig, Transformer, image_rope_table, make_net, normalise_rotate, rope_table
+from model import MLP, ModelConfig, Transformer, image_rope_table, make_net, rope_table, rotate
 from run.config import LAYER_KINDS, load
 
 VIT = ("shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 "
@@ -19,10 +19,10 @@ def config(line: str):
 def test_positions_of_patches_are_relative_in_rows_and_columns():
     """q . k depends on how far apart two patches lie, by row and by column, and on nothing else."""
     table = image_rope_table(4, 5, 8, torch.device("cpu"))
-    assert table.shape == (2, 20, 4)
+    assert table.shape == (2, 20, 8)
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(8, generator=generator).expand(1, 1, 20, 8) for _ in range(2))
-    scores = (normalise_rotate(q, table)[0, 0] @ normalise_rotate(k, table)[0, 0].T).view(4, 5, 4, 5)
+    q, k = (torch.randn(8, generator=generator).expand(1, 20, 1, 8) for _ in range(2))
+    scores = (rotate(q, table)[0, :, 0] @ rotate(k, table)[0, :, 0].T).view(4, 5, 4, 5)
     assert torch.allclose(scores[0, 1, 1, 3], scores[2, 0, 3, 2], atol=1e-5)  # one down, two right
     assert not torch.allclose(scores[0, 1, 1, 3], scores[0, 1, 2, 2], atol=1e-3)
 

@@ -8,7 +8,7 @@ import torch.distributed
 from torch import nn
 
 from gft import layers
-from gft.grid import initial_weight
+from gft.weight_grid import initial_weight
 from gft.layers import Delta, IntEmbedding, IntLinear, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
 from kernels import fuse

@@ -13,7 +13,7 @@ from run.monitor import Monitor, warnings
 
 def trained(steps: int, every: int, update: str = "step"):
     """Step, report, weights of every step so far, layer; row 2 of the layer gets no vote."""
-    net = nn.ModuleDict({"only": IntLinear(8, 6, bits=3, index=0)})
+    net = nn.ModuleDict({"only": IntLinear(8, 6, bits=3, keep_bits=3, index=0)})
     layer = net["only"]
     optimizer = FlipOptimizer(net.parameters(), 0.5, rule="gain", update=update)
     monitor = Monitor(net, every, seed=1)

@@ -1,6 +1,6 @@
 """What is read of a weight that keeps more bits: the grids, and layers and optimizers on them.
 
-    python -m pytest -q tests/gft/test_grid.py
+    python -m pytest -q tests/gft/test_weight_grid.py
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gft import FlipOptimizer, IntEmbedding, IntLinear
-from gft.grid import kept_bits, read_weight, threshold_of
+from gft.weight_grid import kept_bits, read_weight, threshold_of
 from kernels.topk import weight_limit
 
 
