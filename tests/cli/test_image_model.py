@@ -49,9 +49,13 @@ def test_sixteen_bits_go_from_layer_to_layer(line):
     image = None if cfg.data == "tinyshakespeare" else (28, 28, 1) if cfg.data == "mnist" else (16, 16, 3)
     net = make_net(ModelConfig.from_config(cfg, 3, image))
     found = []
+
+    def seen(_, given, out):  # a tuple where the layer hands its input on
+        found.append((given[0].dtype, (out[0] if isinstance(out, tuple) else out).dtype))
+
     for module in net.modules():
         if isinstance(module, (IntLayer, FloatLinear)):
-            module.register_forward_hook(lambda _, given, out: found.append((given[0].dtype, (out[0] if isinstance(out, tuple) else out).dtype)))
+            module.register_forward_hook(seen)
     outputs = net(torch.zeros(2, 4, dtype=torch.long) if image is None else torch.randn(2, *image[::-1]))
     outputs.float().sum().backward()
     layers = found if image is not None else [pair for pair in found if pair[0] != torch.long]
