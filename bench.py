@@ -42,7 +42,7 @@ from kernels import backend
 from kernels.flip import flip
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn
-from kernels.quantize_delta import absmax, quantize_delta
+from kernels.quantize_delta import measure_delta, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
 from kernels.update_rule import UpdateRule
@@ -211,8 +211,9 @@ def row_cases(t: Timer, sizes: Sizes) -> list[Case]:
             f"rmsnorm_quantize {str(dtype)[6:]}", sizes.rows, 0, area * (dtype.itemsize + 1) + 4 * tokens,
             lambda dtype=dtype: (t.floats(tokens, width, dtype=dtype), ACT_RANGE), rmsnorm_quantize, norm,
         ) for dtype in (torch.float32, torch.bfloat16)),
-        Case("absmax", sizes.rows, 0, 4 * area, lambda: (t.floats(tokens, width),), absmax,
-             {"abs().amax()": Usual(lambda x: x.abs().amax())}),
+        Case("measure_delta", sizes.rows, 0, 4 * area,
+             lambda: (t.floats(tokens, width), scale, t.number(1e6), t.integers(1, 2, largest=0, dtype=torch.int32)),
+             measure_delta, {"abs().amax()": Usual(lambda x, *_: x.abs().amax())}),
         Case("quantize_delta", sizes.rows, 0, 5 * area,
              lambda: (t.floats(tokens, width), sigma, t.rng(), 0), quantize_delta),
         Case("rmsnorm_backward", sizes.rows, 0, 12 * area + 4 * tokens,

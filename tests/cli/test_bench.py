@@ -23,7 +23,7 @@ def test_quick_run_has_kernels_and_steps(monkeypatch, capsys):
     assert result["sizes"] == "quick" and result["backend"] == "torch"
     assert all(value > 0 for value in result["ceilings"].values())
     names = [row["kernel"] for row in result["kernels"]]
-    assert {"int8_matmul", "int8_product", "rmsnorm_quantize float32", "absmax", "quantize_delta", "rmsnorm_backward",
+    assert {"int8_matmul", "int8_product", "rmsnorm_quantize float32", "measure_delta", "quantize_delta", "rmsnorm_backward",
             "accumulate_votes", "learn gain", "learn spectral", "flip gain", "flip spectral"} <= set(names)  # fmt: skip
     assert all(row["seconds"] > 0 and row["of_floor"] > 0 and row["wrong"] == "" for row in result["kernels"])
     matmul = result["kernels"][0]
@@ -57,14 +57,14 @@ def test_a_wrong_or_failing_kernel_has_no_speed(monkeypatch, capsys):
     spoiled, right = [], bench.int8_matmul
     monkeypatch.setattr(bench.backend, "use", use)
     monkeypatch.setattr(bench, "int8_matmul", product)
-    monkeypatch.setattr(bench, "absmax", failing)
+    monkeypatch.setattr(bench, "measure_delta", failing)
     assert bench.main(["kernels", "--quick", "--device", "cpu", "--json"]) == 1
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.startswith("int8_matmul")]
     assert "WRONG, so not timed: result 1 differs from the torch backend's in 64 of 4,096 values" in line
     assert " us" not in line
     rows = {row["kernel"]: row for row in json.loads(output.splitlines()[-1])["kernels"]}
-    assert "seconds" not in rows["int8_matmul"] and rows["absmax"]["wrong"] == "RuntimeError: no kernel image"
+    assert "seconds" not in rows["int8_matmul"] and rows["measure_delta"]["wrong"] == "RuntimeError: no kernel image"
     assert rows["int8_product"]["seconds"] > 0 and rows["flip spectral"]["seconds"] > 0
 
 
