@@ -95,7 +95,7 @@ class LayerFactory:
         if self._integer(kind):
             return IntLinear(
                 in_features, out_features, c.bits, gain, squared_relu, c.init_std, c.act_range, self.seed,
-                self._next(), self.delta, c.keep_bits or None,
+                self._next(), self.delta, c.keep_bits,
             )  # fmt: skip
         return FloatLinear(in_features, out_features, gain, squared_relu, self._latent_bits, self.seed, self._next())
 
@@ -105,7 +105,7 @@ class LayerFactory:
         if self._integer("embedding"):
             return IntEmbedding(
                 rows, width, c.bits, 1.0, c.init_std, self.seed, self._next(), c.activations, self.delta,
-                c.keep_bits or None,
+                c.keep_bits,
             )
         return FloatEmbedding(rows, width, self._latent_bits, self.seed, self._next())
 
@@ -124,7 +124,7 @@ def rotation(angle: Tensor) -> Tensor:
 
 
 def image_rope_table(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
-    """cos and sin for patches row by row: the first half of the pairs turns with the row, the second with the column.
+    """cos and signed sin for patches row by row: the first half of the pairs turns with the row, the second with the column.
 
     float32 (2, rows * columns, head_dim); head_dim must be a multiple of 4.
     """

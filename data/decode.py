@@ -1,6 +1,6 @@
 """An image file as a square of pixels, the same for training and for predict.py.
 
-What a file is, its content decides, not its name. Of an animation or of several pages the first picture counts.
+A file's content decides what it is, not its name. Of an animation or of several pages the first picture counts.
 Transparency is composited on white. Of EXIF only the orientation is read.
 """
 

@@ -2,8 +2,8 @@
 FOLDER/CLASS/* alone.
 
 Without val/ a tenth of each class is held out to evaluate on: the images whose hashes are the smallest, so that copies
-of an image stay together and a new image moves hardly any other. Files are read where they are. What counts as an
-image, the content decides; the others are named and left out, hidden files and __MACOSX in silence.
+of an image stay together and a new image moves hardly any other. Files are read where they are. Content decides what is an
+image; the others are named and left out, hidden files and __MACOSX in silence.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def _listed(top: Path, left_out: list[str]) -> list[ImageFile]:
         splits["train"] = top / "train"
         splits |= {"val": top / name for name in EVALUATED[::-1] if (top / name).is_dir()}
         left_out += [f"{name}/: not in train/" for name in _folders(top) if top / name not in splits.values()]
-    for root in splits.values():
+    for root in dict.fromkeys((top, *splits.values())):
         left_out += [f"{name}: in no class's folder" for name in sorted(filter(_shown, os.listdir(root)))
                      if not (root / name).is_dir()]  # fmt: skip
     paths = ((split, folder, path) for split, root in splits.items() for folder in _folders(root)

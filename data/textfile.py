@@ -96,7 +96,7 @@ class TextSource:
         return count, alphabet
 
     def _tell_controls(self, controls: int, count: int, first: str, found: set[str]) -> None:
-        seen = (f"{self.where} has control characters that texts do not have: {controls:,} of {count:,} "
+        seen = (f"{self.where} has control characters that no text should have: {controls:,} of {count:,} "
                 f"({controls / count:.2%}), the first {first}")  # fmt: skip
         if controls < FEW * count:
             notice(f"{seen}. They are kept.")

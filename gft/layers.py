@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gft.weight_grid import initial_weight, kept_bits, read_weight, threshold_of
+from gft.weight_grid import initial_weight, read_weight, threshold_of
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
+from kernels.limits import kept_bits
 from kernels.philox import make_rng
 from kernels.quantize_delta import absmax, measure_delta, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
@@ -77,22 +78,26 @@ class IntLayer(nn.Module):
 
     rng             int64 (3,): seed, step, and rows seen in this step; the noise that rounds delta is a function of it
     votes           int32 or int64 (out, in), None until an optimizer is made for the weight
-    votes_scale     float32 (): the largest sigma of this step's passes, NaN if one was not finite
+    votes_scale     float32 (): the largest sigma of this step's passes, not finite if one was not
     scratch         int32 (2,): of measure_delta
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
 
     Rounding noise goes to rows in the order of the backward passes: a layer used twice in one forward pass trains
-    correctly, but its weights depend on the number of micro-batches.
+    correctly, but its weights depend on the number of micro-batches. One layer's backward passes must not run at the same
+    time on two streams.
     """
 
     def __init__(
-        self, shape: tuple[int, int], bits: int, keep_bits: int | None, fan_in: int, gain: float, init_std: float,
+        self, shape: tuple[int, int], bits: int, keep_bits: int, fan_in: int, gain: float, init_std: float,
         seed: int, index: int | None, delta: Delta,
     ):  # fmt: skip
         super().__init__()
         index = next(_made) if index is None else index
         self.bits, self.keep_bits = bits, kept_bits(bits, keep_bits)
+        if not 1 <= bits <= self.keep_bits <= 8:
+            raise ValueError(f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, "
+                             "and keeps at least those that are read")  # fmt: skip
         self.threshold = threshold_of(self.keep_bits, init_std)
         weight = initial_weight(shape, self.keep_bits, init_std, seed, index)
         std = self.read(weight).to(torch.float64).std(correction=0).item()
@@ -184,7 +189,7 @@ class IntLinear(IntLayer):
     """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output (..., out).
 
     The output is float32, or as the input if that has 16 bits; norms, scales and sums are fp32 either way.
-    `bits` are those of a weight as the products read it, `keep_bits` those it keeps, of which None makes at least six.
+    `bits` are those of a weight as the products read it, `keep_bits` those it keeps, of which 0 makes at least six.
     `gain` scales the output, `squared_relu` puts relu(x)^2 in front of the norm, `init_std` is the standard
     deviation of the initial weights in units of Q, `act_range` the A of the activation grid. With `seed`, `index` fixes
     the initial weights; without one, layers made one after another differ.
@@ -193,7 +198,7 @@ class IntLinear(IntLayer):
     def __init__(
         self, in_features: int, out_features: int, bits: int = 6, gain: float = 1.0, squared_relu: bool = False,
         init_std: float = 0.33, act_range: float = 6.0, seed: int = 1, index: int | None = None, delta: Delta = Delta(),
-        keep_bits: int | None = None,
+        keep_bits: int = 0,
     ):  # fmt: skip
         super().__init__((out_features, in_features), bits, keep_bits, in_features, gain, init_std, seed, index, delta)
         self.in_features, self.out_features = in_features, out_features
@@ -209,8 +214,9 @@ class IntLinear(IntLayer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., in) float to (..., out), plus residual (..., out) if given.
 
-        With `fork`, returns also x itself. What takes that one, past this layer, as a residual connection does, has its
-        delta added in this layer's own backward pass. Raises ValueError on another width or an empty batch.
+        With `fork`, returns also x (a view of it, not to be changed in place). What takes that one, past this layer, as
+        a residual connection does, has its delta added in this layer's own backward pass. Raises ValueError on another
+        width or an empty batch.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"IntLinear: got rows of {x.shape[-1]}; this layer takes {self.in_features}")
@@ -234,7 +240,7 @@ class IntEmbedding(IntLayer):
     def __init__(
         self, rows: int, width: int, bits: int = 6, gain: float = 1.0, init_std: float = 0.33, seed: int = 1,
         index: int | None = None, dtype: torch.dtype = torch.float32, delta: Delta = Delta(),
-        keep_bits: int | None = None,
+        keep_bits: int = 0,
     ):  # fmt: skip
         super().__init__((rows, width), bits, keep_bits, 1, gain, init_std, seed, index, delta)
         self.rows, self.width, self.dtype = rows, width, dtype

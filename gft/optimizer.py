@@ -90,7 +90,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         group = self.param_groups[number]
         device, in_backward = layers[0].weight.device, group["update"] == "backward"
         if not hasattr(self, "found_inf"):
-            self.found_inf = torch.zeros((), device=device)
+            self.found_inf = self.stopped = torch.zeros((), device=device)
         votes_dtype = torch.int64 if group["max_tokens"] > MAX_REDUCTION else torch.int32
         alike: dict[Any, list[int]] = {}  # the numbers of layers that one call can move
         for layer in layers:
@@ -111,7 +111,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
         `step` does so too; call it after a change of a group's settings that must not wait for the next step.
         """
-        self._give_momentum()
+        self._match_momentum()
         for stack in self.stacks:
             group, layer = self.param_groups[stack.group], stack.layers[0]
             if group["update"] != "backward":
@@ -125,14 +125,15 @@ class FlipOptimizer(torch.optim.Optimizer):
                 rule.step_size, rule.flip_prob, rule.flip_gamma,
             )  # fmt: skip
 
-    def _give_momentum(self) -> None:
-        """An empty momentum for each weight that needs one; a group's `momentum` may be raised from 0 later."""
+    def _match_momentum(self) -> None:
+        """An empty momentum for each weight that needs one, none for others: a group's `momentum` may change later."""
         for stack in self.stacks:
-            if self.param_groups[stack.group]["momentum"]:
-                for layer in stack.layers:
-                    state = self.state[layer.weight]
-                    if "momentum" not in state:
-                        state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
+            for layer in stack.layers:
+                state, wanted = self.state[layer.weight], bool(self.param_groups[stack.group]["momentum"])
+                if wanted and "momentum" not in state:
+                    state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
+                elif not wanted:
+                    state.pop("momentum", None), state.pop("momentum_scale", None)
 
     def _rule(self, stack: Stack) -> UpdateRule:
         group = self.param_groups[stack.group]
@@ -152,12 +153,14 @@ class FlipOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_usable()
-        self._give_momentum()
+        self._match_momentum()
         stop = self.stopped = self._stop()
-        shares = [self._share(group["lr"]) for group in self.param_groups]
-        for stack in self.stacks:
-            if self.param_groups[stack.group]["update"] == "step":
-                self._flip(stack, shares[stack.group], stop)
+        for number, group in enumerate(self.param_groups):
+            if group["update"] == "step":
+                k = self._share(group["lr"])
+                for stack in self.stacks:
+                    if stack.group == number:
+                        self._flip(stack, k, stop)
         _advance(self.layers, stop)
         self.settings_changed()
         return loss

@@ -4,7 +4,7 @@ A weight keeps `keep_bits` bits, and votes move it by one unit of that grid. The
 `bits` bits, formed from the kept weight each time:
 
     1 bit      -1 below 0, else +1
-    2 bits     -1, 0, +1: past the threshold of 0.4 standard deviations of the first weights, by sign
+    2 bits     0 up to the threshold of 0.4 init_std Q (0.4 standard deviations of first weights), beyond it the sign
     3 to 7     round(W q / Q), Q and q the limits of the two grids
 
 The bits that are not read remember votes until they add up to a step of the coarse grid, as the latent fp32 weights of
@@ -18,7 +18,6 @@ from kernels.fuse import fused
 from kernels.philox import Stream, normal
 from kernels.topk import weight_limit
 
-KEPT = 6  # bits, unless more are read
 TERNARY_THRESHOLD = 0.4  # in standard deviations of the first weights
 
 
@@ -33,17 +32,10 @@ def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int
     return torch.round(z * (init_std * q)).clamp(-q, q).to(torch.int8)
 
 
-def kept_bits(bits: int, keep_bits: int | None) -> int:
-    """The bits a weight keeps, where None asks for at least six. Raises ValueError for fewer than are read."""
-    kept = max(bits, KEPT) if keep_bits is None else keep_bits
-    if not 1 <= bits <= kept <= 8:
-        raise ValueError(f"keep_bits: got {keep_bits} with bits {bits}; a weight keeps at least the bits read, 1 to 8")
-    return kept
-
-
 def threshold_of(keep_bits: int, init_std: float) -> int:
     """The largest kept weight that is read as 0 at two bits."""
-    return int(TERNARY_THRESHOLD * init_std * weight_limit(keep_bits)[0])
+    q, _ = weight_limit(keep_bits)
+    return min(int(TERNARY_THRESHOLD * init_std * q), q - 1)
 
 
 @fused

@@ -87,6 +87,7 @@ def _measure_delta_kernel(
         sigma = tl.div_rn(none + largest, none + LEVELS)
         before = tl.load(votes_scale)
         top = tl.maximum(tl.maximum(none + before, sigma, tl.PropagateNan.ALL), TINY, tl.PropagateNan.ALL)
+        tl.debug_barrier()  # every thread has read votes_scale
         tl.store(votes_scale + none.to(tl.int32), top, mask=place == 0)
         ratio = tl.div_rn(tl.where(place == 1, before, sigma), top)
         result = tl.where(place == 0, sigma, tl.where(place == 3, sigma * tl.load(scale), ratio))
@@ -179,7 +180,8 @@ def absmax(delta: Tensor) -> Tensor:
         return absmax_torch(delta)
     none = torch.zeros((), dtype=torch.float32, device=delta.device)
     scratch = torch.zeros((2,), dtype=torch.int32, device=delta.device)
-    return _measure_delta(delta if delta.dim() == 2 else delta.reshape(1, -1), none, none.clone(), scratch, 1)[0]
+    rows = delta if delta.dim() == 2 else delta.reshape(-1, delta.shape[-1] if delta.dim() else 1)
+    return _measure_delta(rows, none, none.clone(), scratch, 1)[0]
 
 
 def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int = 127) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.limits import MAX_REDUCTION, RULES
+from kernels.limits import MAX_REDUCTION, RULES, kept_bits
 from run.errors import closest, refuse
 from run.keys import brief, convert, key, read_argv, show
 
@@ -45,9 +45,10 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
     "k_warmup <= steps": "the warm-up must fit into the run; lower k_warmup or raise steps",
     "k_end <= k": "k falls to k_end, which must not be larger; lower k_end, or keep k with k_schedule = constant",
     "keep_bits in (0, *range(bits, 9))": "a weight keeps at least the bits that are read; raise keep_bits, or give 0",
-    "step_size <= max(1, 2**(keep_bits or max(bits, 6)) - 2)":
+    "step_size <= max(1, 2**kept_bits(bits, keep_bits) - 2)":
         "no weight has room for such a move; lower step_size or raise keep_bits",
-    "max(bits, keep_bits) == 1 or init_std * (2**((keep_bits or max(bits, 6)) - 1) - 1) >= 0.2":
+    # One and two bits are read by a weight's sign and a threshold, more by rounding.
+    "max(bits, keep_bits) == 1 or init_std * (2**((bits if bits > 2 else kept_bits(bits, keep_bits)) - 1) - 1) >= 0.2":
         "99% of the first weights would be 0; raise init_std or bits",
     "update == 'step' or grad_accum == 1": "micro-batches are for update = step; or use grad_accum = 1",
     "ortho_tile % 16 == 0": "must be a multiple of 16, or 0 (whole matrix)",
@@ -141,7 +142,7 @@ class Config:
     @property
     def kept_bits(self) -> int:
         """The bits a weight keeps."""
-        return self.keep_bits or max(self.bits, 6)
+        return kept_bits(self.bits, self.keep_bits)
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

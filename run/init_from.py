@@ -1,7 +1,7 @@
 """The first weights of a run from those of another (--init_from): other steps, k, bits, text, images or method.
 
-A layer stands for a real matrix: W s of integers as they are read, w gain of floats. Layers of one kind are copied
-exactly, and integers that keep as many bits also where fewer are read of them from now on. Otherwise a float layer
+A layer stands for a real matrix: W s of integers as they are read, w gain of floats. Layers of the same kind are copied
+exactly. So are integers that keep the same number of bits, even if fewer of them are now read. Otherwise a float layer
 takes the matrix as it is, an integer one on the grid that is nearest in squares,
 
     W = clip(round(M / u), -Q, Q),   u = the best of 80 units up to max|M| / Q,   s = |M| / |W|  (Frobenius norms)
@@ -90,10 +90,11 @@ def _take(layer: nn.Module, source: nn.Module, rows: tuple[list[int], list[int]]
     """Give `layer` the weights of `source`; only some rows, (here, there), if these are named."""
     here, there = rows or (slice(None), slice(None))
     integers = isinstance(layer, IntLayer) and isinstance(source, IntLayer)
+    same = integers and (layer.bits, layer.threshold) == (source.bits, source.threshold)
     if integers and layer.keep_bits == source.keep_bits and layer.bits <= source.bits:
         layer.weight[here] = source.weight[there].to(layer.weight.device)
-        sizes = [one.read().float().norm().cpu() for one in (source, layer)]
-        layer.scale.copy_(source.scale if layer.bits == source.bits else source.scale.cpu() * sizes[0] / sizes[1])
+        sizes = source.read()[there].float().norm().cpu(), layer.read()[here].float().norm().cpu()
+        layer.scale.copy_(source.scale if same else source.scale.cpu() * sizes[0] / sizes[1])
         return
     if not integers and type(layer) is type(source) and layer.bits == source.bits:
         layer.weight[here] = source.weight[there].to(layer.weight.device)

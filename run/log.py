@@ -112,7 +112,11 @@ class Log:
             steps = range(self.last, min(run.step, self.last + MOST_REPEATED))
             batches = (batch for step in steps for batch in run.task.batches(step, run.device))
             told = "a gradient became infinite" if math.isfinite(loss) else f"the loss became {loss}"
-            self._diverged(origin(run.net, batches, run.task.loss) or told)
+            try:
+                told = origin(run.net, batches, run.task.loss) or told
+            except (MemoryError, torch.OutOfMemoryError):  # it runs uncompiled, and may need more than the run
+                pass
+            self._diverged(told)
 
     def _diverged(self, what: str) -> None:
         run = self.run
@@ -152,7 +156,7 @@ class Log:
 
 
 def draw_curve(run: Run) -> None:
-    """Draw loss.png anew; a disk that does not take it is no reason to stop."""
+    """Draw loss.png anew; a full disk does not stop the run."""
     title = f"{run.cfg.name}: {run.cfg.method}, {run.weights / 1e6:.2f} M weights"
     try:
         draw(run.out / "metrics.jsonl", run.out / "loss.png", title, run.task.unit.removesuffix("s"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gft.layers import IntLayer
 from kernels.philox import Stream, uniform
+from kernels.topk import weight_limit
 
 SAMPLE = 1024  # weights per layer whose moves are compared
 PLATEAU_EVALUATIONS, PLATEAU_FALL = 4, 0.003
@@ -70,8 +71,9 @@ class Monitor:
         last = self.moved.get(name, torch.zeros_like(moved))
         self.moved[name] = torch.where(moved != 0, moved, last)
         moves = int((moved * last != 0).sum())
+        read, (limit, _) = layer.read(weight), weight_limit(layer.bits)  # what the products see of it
         found = {
-            "flips": _share(change != 0), "at_limit": _share(weight.abs() == layer.q), "zeros": _share(weight == 0),
+            "flips": _share(change != 0), "at_limit": _share(read.abs() == limit), "zeros": _share(read == 0),
             "undone": int((moved * last < 0).sum()) / max(moves, 1),
         }  # fmt: skip
         if name in self.dead_rows:

@@ -16,6 +16,7 @@ from torch import nn
 from gft.baselines import FloatEmbedding, FloatLinear
 from run.config import LAYER_KINDS, Config
 from gft.layers import IntEmbedding, IntLayer, IntLinear
+from kernels.limits import kept_bits
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Recipe:
     @property
     def coarse(self) -> bool:
         """Whether products read fewer bits of an integer weight than it keeps."""
-        return self.bits < (self.keep_bits or max(self.bits, 6))
+        return self.bits < kept_bits(self.bits, self.keep_bits)
 
     @property
     def half(self) -> bool:

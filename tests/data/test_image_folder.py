@@ -125,7 +125,7 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     images = load(tmp_path)
     assert len(images.train) + len(images.val) == 6 and images.classes == ("cats", "dogs")
     said = capsys.readouterr().err
-    assert "4 files and folders in" in said and "loose.png: in no class's folder" in said
+    assert "5 files and folders in" in said and "readme: in no" in said and "loose.png: in no class's folder" in said
     assert "'train/cats/labels.csv': not an image in JPEG" in said and "'train/cats/dead': No such file" in said
     assert "DS_Store" not in said and "._0" not in said and "MACOSX" not in said
 

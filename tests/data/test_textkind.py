@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from data import textfile
 from data.text import load_text
-from data.textkind import likely_encoding
+from data.textkind import likely_encoding, other_format
 from run.errors import UserError
 
 ENGLISH = "It was a dark night, and the wind cried. He had walked for hours and hoped to find shelter soon.\n" * 40
@@ -83,6 +83,11 @@ def picture(kind: str) -> bytes:
 )  # fmt: skip
 def test_formats(tmp_path, content, said):
     assert f"FILE is {said}" in refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("word", ["GGUF", "PAR1 and PAR2", "Rar!", "%PDF-1.4 is old", "SQLite format 3", "BZh", "PK"])
+def test_a_text_may_begin_with_the_name_of_a_format(word):
+    assert other_format(f"{word} is what this text is about".encode(), "FILE") == ""
 
 
 @pytest.mark.parametrize("text", [ENGLISH, FRENCH, RUSSIAN, CHINESE, JAPANESE], ids="en fr ru zh ja".split())
@@ -162,7 +167,7 @@ def test_what_is_no_text_in_any_encoding(tmp_path, content):
 )
 def test_many_control_characters_are_refused_with_line_and_share(tmp_path, text, seen, remedy):
     message = refusal(tmp_path, text.encode())
-    assert f"control characters that texts do not have: {seen}" in message and remedy in message
+    assert f"control characters that no text should have: {seen}" in message and remedy in message
 
 
 def test_a_few_control_characters_are_told_and_kept(tmp_path, monkeypatch, capsys):

@@ -276,7 +276,7 @@ def test_flip_prob_score_follows_its_exponent():
 
 
 @pytest.mark.parametrize("update", ["step", "backward"])
-def test_momentum_can_be_raised_from_zero_later(update):
+def test_momentum_can_be_raised_from_zero_and_lowered_to_it_later(update):
     net = tiny_net()
     opt = optimizer(net, update=update)
     train(net, opt, 0, 1)
@@ -285,6 +285,12 @@ def test_momentum_can_be_raised_from_zero_later(update):
     opt.settings_changed()
     train(net, opt, 1, 2)
     assert all(opt.state[w]["momentum"].any() for w in net.parameters())
+    for group in opt.param_groups:
+        group["momentum"] = 0.0
+    opt.settings_changed()
+    train(net, opt, 2, 3)
+    assert not any("momentum" in opt.state[w] for w in net.parameters())
+    optimizer(tiny_net(), update=update).load_state_dict(opt.state_dict())
 
 
 def test_momentum_repeats_past_votes():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gft import FlipOptimizer, IntEmbedding, IntLinear
-from gft.weight_grid import kept_bits, read_weight, threshold_of
+from gft.weight_grid import read_weight, threshold_of
+from kernels.limits import kept_bits
 from kernels.topk import weight_limit
 
 
@@ -22,8 +23,8 @@ def every(keep_bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_what_is_read(bits, keep_bits):
     if bits > keep_bits:
-        with pytest.raises(ValueError, match=f"got {keep_bits} with bits {bits}"):
-            kept_bits(bits, keep_bits)
+        with pytest.raises(ValueError, match=f"got bits {bits} and keep_bits {keep_bits}"):
+            IntLinear(8, 4, bits, keep_bits=keep_bits)
         return
     kept, (q, _), (most, _) = every(keep_bits), weight_limit(bits), weight_limit(keep_bits)
     threshold = threshold_of(keep_bits, 0.33)
@@ -41,7 +42,7 @@ def test_what_is_read(bits, keep_bits):
 
 
 def test_six_bits_are_kept_unless_more_are_read():
-    assert [kept_bits(bits, None) for bits in range(1, 9)] == [6, 6, 6, 6, 6, 6, 7, 8]
+    assert [kept_bits(bits) for bits in range(1, 9)] == [6, 6, 6, 6, 6, 6, 7, 8]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -64,6 +65,11 @@ def test_a_layer_reads_what_its_products_use(bits):
         moved = (layer.weight.int() - before.int()).abs()
         assert moved.any() and moved.max() == (2 if layer.keep_bits == 1 else 1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("init_std", [0.33, 1.0, 3.0, 100.0])
+def test_a_wide_start_still_has_all_three_values(init_std):
+    assert set(IntLinear(64, 64, 2, init_std=init_std).read().unique().tolist()) >= {-1, 1}
 
 
 def test_an_embedding_reads_its_rows():

@@ -67,6 +67,16 @@ def test_to_grid(bits):
     assert not full or torch.equal(to_grid(weight * scale, layer), weight), "what is on the grid stays there"
 
 
+@pytest.mark.parametrize("there, here", [({}, {"bits": 4}), ({"bits": 2, "init_std": 0.6}, {"bits": 2})], ids=str)
+def test_rows_that_are_read_otherwise_keep_their_size(there, here):
+    """The head of a text with a few of the characters: what is read of the shared rows has the norm it had."""
+    names = {"tokenizer": {"kind": "char", "chars": "abc" + "".join(map(chr, range(0x100, 0x180)))}}
+    old, new = net(seed=5, **there), net(vocab_size=131, **here)
+    take_weights(new, old, names, LETTERS)
+    norms = [(n.head.read()[:3] * n.head.scale).norm().item() for n in (old, new)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_characters_keep_their_rows():
     """Those that both texts have, wherever they stand; a character with a name of three bytes counts as one."""
     here = {"tokenizer": {"kind": "char", "chars": "€zfa"}}

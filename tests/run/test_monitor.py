@@ -141,3 +141,16 @@ def test_warnings(losses, progress, resident, expected):
     found = warnings(losses, progress, math.log(65), resident)
     assert set(found) == expected
     assert all(len(text) > 20 for text in found.values())
+
+
+def test_limits_and_zeros_are_those_of_what_is_read():
+    net = nn.ModuleDict({"only": IntLinear(8, 6, bits=2, index=0)})
+    layer = net["only"]
+    optimizer, monitor = FlipOptimizer(net.parameters(), 0.5, rule="gain"), Monitor(net, 1, seed=1)
+    monitor.before_backward(0)
+    layer(torch.ones(2, 8)).sum().backward()
+    monitor.before_step()
+    optimizer.step()
+    row, read = monitor.report()["layers"]["only"], layer.read()
+    assert 0 < row["zeros"] == pytest.approx((read == 0).float().mean().item(), abs=1e-5)
+    assert 0 < row["at_limit"] == pytest.approx((read != 0).float().mean().item(), abs=1e-5)
