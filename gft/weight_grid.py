@@ -14,7 +14,6 @@ quantization-aware training do. With keep_bits = bits nothing is remembered.
 import torch
 from torch import Tensor
 
-from kernels.fuse import fused
 from kernels.philox import Stream, normal
 from kernels.topk import weight_limit
 
@@ -38,7 +37,6 @@ def threshold_of(keep_bits: int, init_std: float) -> int:
     return min(int(TERNARY_THRESHOLD * init_std * q), q - 1)
 
 
-@fused
 def read_weight(weight: Tensor, bits: int, keep_bits: int, threshold: int) -> Tensor:
     """What the products read of a kept weight, int8 of the same shape: the weight itself where the grids agree."""
     if bits == keep_bits:
