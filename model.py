@@ -124,7 +124,7 @@ def rotation(angle: Tensor) -> Tensor:
 
 
 def image_rope_table(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
-    """cos and signed sin for patches row by row: the first half of the pairs turns with the row, the second with the column.
+    """cos and signed sin for patches row by row: half of the pairs turn with the row, half with the column.
 
     float32 (2, rows * columns, head_dim); head_dim must be a multiple of 4.
     """

@@ -133,7 +133,8 @@ class Run:
         old, meta, head = load_net(folder, name, f"--init_from {shlex.quote(str(folder))}/{{}}.json")
         check_shape(self.cfg, checkpoint.config_of(meta, head), head)
         if wrong := [name for name, p in old.named_parameters() if not p.float().norm().isfinite() or not p.any()]:
-            raise UserError(f"init_from: weights of {head} are not finite, or all zeros: {', '.join(wrong)}; use another")
+            raise UserError(f"init_from: weights of {head} are not finite or all zeros: {', '.join(wrong)}; "
+                            "use another")  # fmt: skip
         lines = take_weights(self.net, old, self.task.saved(), meta)
         return [f"init: {head.stem} of step {meta['step']} in {folder}", *lines]
 

@@ -2,8 +2,8 @@
 FOLDER/CLASS/* alone.
 
 Without val/ a tenth of each class is held out to evaluate on: the images whose hashes are the smallest, so that copies
-of an image stay together and a new image moves hardly any other. Files are read where they are. Content decides what is an
-image; the others are named and left out, hidden files and __MACOSX in silence.
+of an image stay together and a new image moves hardly any other. Files are read where they are. Content decides what is
+an image; the others are named and left out, hidden files and __MACOSX in silence.
 """
 
 import hashlib

@@ -19,8 +19,8 @@ FORMATS = (
     (rb"%PDF-\d.{1,3}[\r\n]", "a PDF", "Take the text out: pdftotext {} NEW"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*|.{4}ftyp", "a picture or a film",
      "A text model needs a text file"),
-    (rb'.{4}\0{4}\{"|\x93NUMPY|GGUF[\x01-\x0f]\0|\x80[\x02-\x05]|PAR1[\0-\x1f]|\x89HDF|SQLite format 3\0', "a file of numbers or tables",
-     "Give the text that was there before them"),
+    (rb'.{4}\0{4}\{"|\x93NUMPY|GGUF[\x01-\x0f]\0|\x80[\x02-\x05]|PAR1[\0-\x1f]|\x89HDF|SQLite format 3\0',
+     "a file of numbers or tables", "Give the text that was there before them"),
 )  # fmt: skip
 # Control characters that texts have none of: tabs, line ends and page breaks are text, and so are a terminal's colours.
 CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) - set("\t\n\v\f\r\x1b\x85")

@@ -8,7 +8,8 @@ where the input needs no delta, is `tap`: a leaf of zero elements.
     y = (X W^T) s A / 127     X = RMSNorm(x) on the int8 grid     s = gain / (sqrt(in) std(W)), fixed at the start
     y = W[token] s            an embedding                        s = gain / std(W)
 
-W is what the products read. With `bits` below `keep_bits` that is coarser than the weight that is kept (gft/weight_grid.py).
+W is what the products read. With `bits` below `keep_bits` that is coarser than the weight that is kept
+(gft/weight_grid.py).
 """
 
 import itertools
@@ -81,11 +82,12 @@ class IntLayer(nn.Module):
     votes_scale     float32 (): the largest sigma of this step's passes, not finite if one was not
     scratch         int32 (2,): of measure_delta
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
+    delta_width     columns of this layer's delta, whose noise the optimizer gives a place of its own
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
 
     Rounding noise goes to rows in the order of the backward passes: a layer used twice in one forward pass trains
-    correctly, but its weights depend on the number of micro-batches. One layer's backward passes must not run at the same
-    time on two streams.
+    correctly, but its weights depend on the number of micro-batches. One layer's backward passes must not run at the
+    same time on two streams.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class IntLayer(nn.Module):
         index = next(_made) if index is None else index
         self.bits, self.keep_bits = bits, kept_bits(bits, keep_bits)
         if not 1 <= bits <= self.keep_bits <= 8:
-            raise ValueError(f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, "
-                             "and keeps at least those that are read")  # fmt: skip
+            raise ValueError(
+                f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, and keeps "
+                "at least those that are read"
+            )
         self.threshold = threshold_of(self.keep_bits, init_std)
         weight = initial_weight(shape, self.keep_bits, init_std, seed, index)
         std = self.read(weight).to(torch.float64).std(correction=0).item()
@@ -155,11 +159,6 @@ class IntLayer(nn.Module):
             return f"has values up to {largest}; {self.keep_bits} bits hold [-{self.q}, {self.q}]"
         return "has zeros; 1 bit holds -1 and 1" if self.keep_bits == 1 and bool((weight == 0).any()) else ""
 
-    @property
-    def delta_width(self) -> int:
-        """Columns of this layer's delta."""
-        raise NotImplementedError
-
     def read(self, weight: Tensor | None = None) -> Tensor:
         """What the products read of this layer's weight, or of another one kept as it is: int8."""
         return read_weight(self.weight if weight is None else weight, self.bits, self.keep_bits, self.threshold)
@@ -202,12 +201,8 @@ class IntLinear(IntLayer):
     ):  # fmt: skip
         super().__init__((out_features, in_features), bits, keep_bits, in_features, gain, init_std, seed, index, delta)
         self.in_features, self.out_features = in_features, out_features
+        self.delta_width = out_features
         self.squared_relu, self.act_range = squared_relu, act_range
-
-    @property
-    def delta_width(self) -> int:
-        """Columns of this layer's delta."""
-        return self.out_features
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, fork: bool = False
@@ -244,6 +239,7 @@ class IntEmbedding(IntLayer):
     ):  # fmt: skip
         super().__init__((rows, width), bits, keep_bits, 1, gain, init_std, seed, index, delta)
         self.rows, self.width, self.dtype = rows, width, dtype
+        self.delta_width = width
 
     def _apply(self, fn, recurse: bool = True) -> "IntEmbedding":
         """The output's type follows .half(), .bfloat16() and .float()."""
@@ -251,11 +247,6 @@ class IntEmbedding(IntLayer):
         dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
         self.dtype = dtype if dtype in (*HALVES, torch.float32) else self.dtype
         return self
-
-    @property
-    def delta_width(self) -> int:
-        """Columns of this layer's delta."""
-        return self.width
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 (...) to (..., width). Raises ValueError on an empty batch."""
