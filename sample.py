@@ -71,7 +71,7 @@ def _last_logits(net: nn.Module, tokens: list[int], cache: object | None, device
     import torch
 
     step = PREFILL if cache is not None else len(tokens)
-    with torch.no_grad():
+    with torch.inference_mode():
         for start in range(0, len(tokens), step):
             chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
             logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)

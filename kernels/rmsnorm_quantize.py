@@ -44,7 +44,7 @@ def rmsnorm_quantize_torch(x: Tensor, act_range: float, squared_relu: bool = Fal
     mean_square = row_mean(x * x)
     # By way of fp64: torch's own fp32 square root on a CPU is not always the nearest number, the GPU's is.
     rms = torch.sqrt(mean_square.to(torch.float64)).to(torch.float32)
-    inv_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, 1.0 / rms, 0.0)
+    inv_rms = torch.where(mean_square > SMALLEST_MEAN_SQUARE, rms.reciprocal(), 0.0)
     inv_rms = inv_rms + (mean_square - mean_square)  # NaN where the mean is not finite
     # In place where a pass over memory costs more than the arithmetic, here and in the other references.
     rounded = (x * inv_rms).mul_(127.0 / act_range).round_()
