@@ -34,7 +34,7 @@ from torch import nn
 
 import data
 from data.task import Task
-from gft.baselines import SignSGD
+from gft.baselines import Muon, SignSGD
 from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
 from model import ModelConfig, load_net, make_net
@@ -57,9 +57,9 @@ def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
     `tokens` are those of a step, whose votes are summed.
 
     adamw    torch.optim.AdamW on every weight; also on the float layers of a gft run that has some
-    muon     torch.optim.Muon on the matrices of the blocks, AdamW on embedding and head
+    muon     Muon on the matrices of the blocks, AdamW on embedding and head
     sgd      torch.optim.SGD with momentum 0.9; signsgd moves every weight by lr against the sign of its gradient
-    ste      AdamW on latent weights, which the layers round (gft/baselines.py)
+    ste      AdamW or Muon on latent weights, which the layers round (gft/baselines.py)
     """
     found: Optimizers = []
     if integers := int_layers(net):
@@ -73,7 +73,7 @@ def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
         )  # fmt: skip
         found.append((flips, Schedule(flips, cfg.steps, cfg.k_end, cfg.k_schedule, cfg.k_warmup)))
     floats = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
-    blocks = [p for name, p in floats.items() if cfg.method == "muon" and name.startswith("blocks.")]
+    blocks = [p for name, p in floats.items() if cfg.under_muon and name.startswith("blocks.")]
     others = [p for p in floats.values() if not any(p is block for block in blocks)]
     if cfg.method == "sgd":
         optimizer = torch.optim.SGD(others, lr=cfg.lr, momentum=0.9, fused=True)
@@ -87,7 +87,7 @@ def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
     if others:
         found.append((optimizer, Schedule(optimizer, cfg.steps, cfg.lr_end * cfg.lr, warmup=cfg.warmup)))
     if blocks:
-        muon = torch.optim.Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95)
+        muon = Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, state=cfg.muon_state)
         found.append((muon, Schedule(muon, cfg.steps, cfg.lr_end * cfg.muon_lr, warmup=cfg.warmup)))
     return found
 

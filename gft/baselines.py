@@ -1,4 +1,5 @@
-"""The baselines: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for "ste"; and signSGD."""
+"""The baselines: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for "ste"; signSGD, and Muon
+that keeps its momentum in fewer bytes or none."""
 
 from collections.abc import Callable
 
@@ -84,3 +85,50 @@ class SignSGD(torch.optim.Optimizer):
             for p in [p for p in group["params"] if p.grad is not None]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
         return loss
+
+
+MUON_BLOCK = 2048  # momenta that share a scale, as in the paper
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with momentum 0.95, of which `state` is kept between steps.
+
+    fp32    as torch's
+    int8    on a linear grid of 255 values in blocks of `MUON_BLOCK`, rounded to nearest (Gupta et al., arXiv 2509.23106)
+    none    nothing, and no momentum: each row of a gradient is normalised, then the gradient is orthogonalised
+            (SWAN, Ma et al., arXiv 2412.13148)
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, state: str = "fp32"):
+        momentum = 0.0 if state == "none" else 0.95
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=bool(momentum))
+        self.keeps = state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """As torch's; what is kept in int8 is float32 during a step. Returns what closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        states = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, state in states:
+            if self.keeps == "none":
+                p.grad.div_(p.grad.square().mean(dim=1, keepdim=True).sqrt_().clamp_min_(torch.finfo(p.dtype).tiny))
+            elif "momentum_int8" in state:
+                blocks = _blocks(state.pop("momentum_int8").float()) * state.pop("momentum_scale")
+                state["momentum_buffer"] = blocks.view(-1)[: p.numel()].view(p.shape)
+        super().step()
+        for p, state in states:
+            if self.keeps == "none":
+                state.clear()
+            elif self.keeps == "int8":
+                blocks = _blocks(state.pop("momentum_buffer"))
+                state["momentum_scale"] = scale = (blocks.abs().amax(dim=1, keepdim=True) / 127).clamp_min_(1e-30)
+                state["momentum_int8"] = torch.round(blocks / scale).to(torch.int8).view(-1)[: p.numel()].view(p.shape)
+        return loss
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """(blocks, MUON_BLOCK), zeros after the last value."""
+    return F.pad(values.reshape(-1), (0, -values.numel() % MUON_BLOCK)).view(-1, MUON_BLOCK)

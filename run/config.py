@@ -30,6 +30,7 @@ FOLDER = "data.endswith('/')"  # of images; `load` adds the slash
 IMAGE = f"(data in {IMAGES} or {FOLDER})"  # conditions under which keys have an effect
 TEXT = f"not {IMAGE}"
 GFT, FLOATS = "method == 'gft'", "(method != 'gft' or int_layers != 'all')"
+MUON = "(method == 'muon' or method == 'ste' and ste_optimizer == 'muon')"
 CONFLICTS = {  # what must hold where all its keys have an effect: the rule and the remedy
     "not set(data + data_dir + out_dir + init_from) & set(map(chr, range(32)))":
         "control characters are not allowed; remove them",
@@ -108,7 +109,9 @@ class Config:
     batch_size: int = key(48, "sequences a step, over all micro-batches", (1, 10**6))
     grad_accum: int = key(1, "micro-batches a step, divides batch_size", (1, 10**6))
     lr: float = key(8e-3, "learning rate of float weights", (1e-9, 1000), needs=FLOATS, also="learning_rate")
-    muon_lr: float = key(1.6e-2, "Muon's learning rate, for the blocks", (1e-9, 1000), needs="method == 'muon'")
+    ste_optimizer: str = key("adamw", "of the latent weights", ("adamw", "muon"), needs="method == 'ste'")
+    muon_lr: float = key(1.6e-2, "Muon's learning rate, for the blocks", (1e-9, 1000), needs=MUON)
+    muon_state: str = key("fp32", "of Muon's momentum; none: SWAN", ("fp32", "int8", "none"), needs=MUON)
     beta2: float = key(0.99, "decay of AdamW's second moment", (0.001, 0.999999),
                        needs=f"{FLOATS} and 'sgd' not in method")
     weight_decay: float = key(0.0, "weight decay of float weights", (0, 1000), needs=FLOATS, also="wd")
@@ -138,6 +141,11 @@ class Config:
     def of_images(self) -> bool:
         """Whether data names images: a data set, or a folder."""
         return eval(IMAGE, {}, vars(self))
+
+    @property
+    def under_muon(self) -> bool:
+        """Whether Muon trains the matrices of the blocks."""
+        return eval(MUON, {}, vars(self))
 
     @property
     def kept_bits(self) -> int:

@@ -159,7 +159,9 @@ def _bytes_per_weight(cfg: Config) -> int:
     """Memory of a weight and what belongs to it, the least there is while a step is made."""
     if cfg.method == "gft":
         return 1 + (cfg.momentum > 0) + 4 * (cfg.update == "step")  # the weight, its momentum, its int32 votes
-    return {"signsgd": 8, "sgd": 12, "muon": 12}.get(cfg.method, 16)  # fp32: weight, gradient, moments
+    if cfg.under_muon:
+        return 8 + {"fp32": 4, "int8": 1, "none": 0}[cfg.muon_state]
+    return {"signsgd": 8, "sgd": 12}.get(cfg.method, 16)  # fp32: weight, gradient, moments
 
 
 def _free_bytes() -> int | None:

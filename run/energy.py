@@ -257,12 +257,14 @@ def _sinkhorn(c: Counts, shape: tuple[int, int]) -> None:
 
 
 def _descent(c: Counts, la: Layer, r: Recipe) -> None:
-    """The optimizer step of a float weight. ste is AdamW; Muon has AdamW for what is not hidden."""
+    """The optimizer step of a float weight. ste is AdamW or Muon; Muon has AdamW for what is not hidden."""
     n = la.size
     if r.weight_decay:
         c.add("update", fp32_mul=n)
-    if r.method == "muon" and la.hidden:
-        c.add("update", fp32_mul=2 * n, fp32_add=4 * n, bytes=(4 + 4 + 4 + 2) * n)  # momentum, then Nesterov's mixture
+    if r.under_muon and la.hidden:
+        # Momentum (SWAN: rows to unit norm), then Nesterov's mixture; the gradient is read, a bf16 matrix written.
+        kept = {"fp32": 4, "int8": 1, "none": 0}[r.muon_state]
+        c.add("update", fp32_mul=2 * n, fp32_add=4 * n, bytes=(4 + 2 * kept + 2) * n)
         _newton_schulz(c, la.shape, "bf16", 2, 2)
         c.add("update", fp32_mul=n, fp32_add=n, bytes=(2 + 4 + 4) * n)
         return

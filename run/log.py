@@ -123,7 +123,8 @@ class Log:
         one = run.step == self.last + 1
         steps = f"step {run.step}" if one else f"one of the steps {self.last + 1} to {run.step}"
         # Integer weights cannot grow: beside float ones, it is these that did.
-        lower = {"gft": "--lr" if run.floats else "--k", "muon": "--muon_lr or --lr"}.get(run.cfg.method, "--lr")
+        lower = "--k" if run.cfg.method == "gft" and not run.floats else "--lr"
+        lower = "--muon_lr or --lr" if run.cfg.under_muon else lower
         raise UserError(
             f"{what} at {steps}; nothing after it was saved, and earlier checkpoints are intact. "
             f"Start a new run with a lower {lower} in another --out_dir", DIVERGED,

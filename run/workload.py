@@ -38,6 +38,8 @@ class Recipe:
     precision: str = "fp32"
     grad_accum: int = 1
     weight_decay: float = 0.0
+    ste_optimizer: str = "adamw"
+    muon_state: str = "fp32"
 
     @classmethod
     def from_config(cls, config: Config) -> "Recipe":
@@ -48,6 +50,11 @@ class Recipe:
     def coarse(self) -> bool:
         """Whether products read fewer bits of an integer weight than it keeps."""
         return self.bits < kept_bits(self.bits, self.keep_bits)
+
+    @property
+    def under_muon(self) -> bool:
+        """Whether Muon trains the hidden matrices."""
+        return self.method == "muon" or (self.method, self.ste_optimizer) == ("ste", "muon")
 
     @property
     def half(self) -> bool:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import train
-from gft.baselines import SignSGD
+from gft.baselines import Muon, SignSGD
 from gft.layers import int_layers
 from gft.optimizer import FlipOptimizer
 from kernels.limits import MAX_REDUCTION
@@ -19,7 +19,8 @@ SETTINGS = {
     "gft": {}, "momentum": {"momentum": 0.9, "delta_scale": "delayed"}, "backward": {"update": "backward"},
     "hybrid": {"int_layers": "attention,mlp"}, "adamw": {"method": "adamw"}, "muon": {"method": "muon"},
     "sgd": {"method": "sgd", "lr": 0.02}, "signsgd": {"method": "signsgd", "lr": 0.01},
-    "ste": {"method": "ste", "bits": 2},
+    "ste": {"method": "ste", "bits": 2}, "ste_muon": {"method": "ste", "bits": 2, "ste_optimizer": "muon"},
+    "muon_int8": {"method": "muon", "muon_state": "int8"}, "swan": {"method": "muon", "muon_state": "none"},
 }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def weights(net: nn.Module) -> list[torch.Tensor]:
     ({"int_layers": "embedding,head"}, [FlipOptimizer, torch.optim.AdamW]),
     ({"method": "adamw"}, [torch.optim.AdamW]),
     ({"method": "ste"}, [torch.optim.AdamW]),
-    ({"method": "muon"}, [torch.optim.AdamW, torch.optim.Muon]),
+    ({"method": "muon"}, [torch.optim.AdamW, Muon]),
+    ({"method": "ste", "ste_optimizer": "muon"}, [torch.optim.AdamW, Muon]),
     ({"method": "sgd"}, [torch.optim.SGD]),
     ({"method": "signsgd"}, [SignSGD]),
 ], ids=str)  # fmt: skip
@@ -71,7 +73,7 @@ def test_every_parameter_has_one_optimizer(settings, kinds):
     for optimizer, _ in optimizers:
         floating = {p.is_floating_point() for group in optimizer.param_groups for p in group["params"]}
         assert floating == {not isinstance(optimizer, FlipOptimizer)}
-    if settings.get("method") == "muon":
+    if Muon in kinds:
         blocks = {id(p) for name, p in net.named_parameters() if name.startswith("blocks.")}
         assert {id(p) for p in optimizers[1][0].param_groups[0]["params"]} == blocks
 
@@ -118,11 +120,12 @@ def test_bytes_of_state_and_scales(name, settings):
     steps(net, optimizers, 0, 2)
     state, scales = train.state_bytes([optimizer for optimizer, _ in optimizers])
     n, floats = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    layers = len(int_layers(net))
+    layers, others = len(int_layers(net)), 2 * VOCAB * 16  # embedding and head, which Muon leaves to AdamW
     wanted = {
         "gft": (0, 0), "backward": (0, 0), "hybrid": (8 * floats, 0), "adamw": (8 * n, 0), "ste": (8 * n, 0),
-        "momentum": (n, layers * 4 * (1 + 17)), "muon": (4 * n + 4 * 2 * VOCAB * 16, 0), "sgd": (4 * n, 0),
-        "signsgd": (0, 0),
+        "momentum": (n, layers * 4 * (1 + 17)), "muon": (4 * n + 4 * others, 0), "sgd": (4 * n, 0),
+        "signsgd": (0, 0), "ste_muon": (4 * n + 4 * others, 0), "swan": (8 * others, 0),
+        "muon_int8": (n + 7 * others, 4 * 4),
     }[name]  # fmt: skip
     assert state == pytest.approx(wanted[0], abs=64) and scales == wanted[1], "64: AdamW's numbers of steps"
     if name in ("gft", "momentum", "backward", "signsgd"):

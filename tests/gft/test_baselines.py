@@ -1,10 +1,10 @@
-"""gft/baselines.py: the layers and grids of the baselines, and signSGD."""
+"""gft/baselines.py: the layers and grids of the baselines, signSGD and Muon."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gft.baselines import FloatEmbedding, FloatLinear, SignSGD, fake_quantize
+from gft.baselines import FloatEmbedding, FloatLinear, Muon, SignSGD, fake_quantize
 
 
 def randn(*shape, seed=0) -> torch.Tensor:
@@ -100,3 +100,57 @@ def test_signsgd_moves_by_lr_against_the_sign_and_keeps_nothing(decay):
     assert opt.step(closure) > 0
     torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.01 * decay) - 0.01 * layer.weight.grad.sign())
     assert not opt.state and opt.state_dict()["state"] == {}
+
+
+def muon_run(state: str, steps: int = 3) -> tuple[Muon, torch.Tensor]:
+    """Muon on one matrix of 70 x 40, more than one block of momenta, and the matrix after some steps."""
+    p = torch.nn.Parameter(randn(70, 40))
+    opt = Muon([p], lr=0.1, weight_decay=0.1, state=state)
+    for step in range(steps):
+        p.grad = randn(70, 40, seed=step + 1)
+        opt.step()
+    return opt, p.detach()
+
+
+def test_muon_is_torchs_and_keeps_what_it_is_told():
+    p = torch.nn.Parameter(randn(70, 40))
+    plain = torch.optim.Muon([p], lr=0.1, weight_decay=0.1, momentum=0.95)
+    for step in range(3):
+        p.grad = randn(70, 40, seed=step + 1)
+        plain.step()
+    assert torch.equal(muon_run("fp32")[1], p.detach())
+    opt, weight = muon_run("int8")
+    (state,), (kept,) = opt.state.values(), plain.state.values()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in state.items()} == {
+        "momentum_int8": (torch.int8, (70, 40)), "momentum_scale": (torch.float32, (2, 1))}  # fmt: skip
+    scale = state["momentum_scale"].repeat_interleave(2048)[: 70 * 40].view(70, 40)
+    # Each of three roundings is off by half a unit at most, and decays.
+    assert (state["momentum_int8"] * scale - kept["momentum_buffer"]).abs().max() < 1.5 * scale.max()
+    assert 0 < (weight - p.detach()).abs().max() < 0.05
+
+
+def test_muon_without_state_is_the_orthogonalised_gradient_of_normalised_rows():
+    opt, after = muon_run("none", steps=1)
+    moved = (randn(70, 40) * (1 - 0.1 * 0.1) - after) / 0.1
+    assert not any(opt.state_dict()["state"].values())
+    singular = torch.linalg.svdvals(moved)
+    assert 0.6 < singular.min() and singular.max() < 1.3 * (70 / 40) ** 0.5, "all directions alike"
+    p = torch.nn.Parameter(randn(70, 40))
+    again = Muon([p], lr=0.1, weight_decay=0.1, state="none")
+    p.grad = randn(70, 40, seed=1) * torch.logspace(-3, 3, 70)[:, None]
+    again.step()
+    torch.testing.assert_close(p.detach(), after, rtol=1e-2, atol=1e-2)  # rows at any scale
+
+
+def test_muon_evaluates_a_closure_first():
+    p = torch.nn.Parameter(randn(8, 8))
+
+    def closure():
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    for state in ("fp32", "int8", "none"):
+        p.grad, before = None, p.detach().clone()
+        assert Muon([p], lr=0.1, state=state).step(closure) == (before**2).sum()
+        assert not torch.equal(p.detach(), before)

@@ -190,6 +190,10 @@ def test_orthogonalisation():
     assert ops(muon, "orthogonalisation")["bf16_mul"] == 160
     assert ops(muon, "orthogonalisation")["bytes"] == 24
     assert not ops(only(FLOAT, method="muon"), "orthogonalisation")
+    # Latent weights under Muon are the same step; momentum is read and written in 4, 1 or 0 bytes.
+    moved = [ops(only(dataclasses.replace(FLOAT, hidden=True), method="ste", ste_optimizer="muon", muon_state=state),
+                 "update")["bytes"] for state in ("fp32", "int8", "none")]  # fmt: skip
+    assert moved == [ops(muon, "update")["bytes"] - less * FLOAT.size for less in (0, 6, 8)]
     # 512 x 512 (three matrices of 512 KiB) is off the chip: norm 4 read, scaling 4 read 2 written; five steps of 2
     # bytes: X, A | A, P | P, X, X; the last result is 4 bytes.
     n = 512 * 512
