@@ -18,7 +18,7 @@ from statistics import mean
 
 from experiments.rows import (QUICK, SEEDS, Finished, Row, grouped_tables, make_row, markdown, settings, shortened,
                               tune_and_train, tuning_table)  # fmt: skip
-from experiments.sweep import Store, exact, quality, show_quality
+from experiments.sweep import Store, exact, quality, show_quality, steps_to
 
 __all__ = ["tuning_table"]  # for the report
 
@@ -118,14 +118,8 @@ def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
 def joules_to(runs: Sequence[dict], target: float) -> float | None:
     """Modelled joules of training until the mean of `runs` reaches `target` (loss, of images accuracy) at an
     evaluation; None if it does not, or a run diverged."""
-    images = runs[0].get("accuracy") is not None
-    # The curve is rounded; its last value is known in full. A run that diverged has none.
-    curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r["curve"] else [] for r in runs]
-    for points in zip(*curves, strict=False):
-        reached = mean(value for _, value in points)
-        if reached >= target if images else reached <= target:
-            return runs[0]["energy_model_joules"] * points[0][0] / runs[0]["steps"]
-    return None
+    step = steps_to(runs, target)
+    return None if step is None else runs[0]["energy_model_joules"] * step / runs[0]["steps"]
 
 
 def table(store: Store, threads: int = 1) -> str:

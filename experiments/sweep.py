@@ -218,6 +218,20 @@ def badness(record: dict) -> float:
     return record["val_loss"] if record.get("accuracy") is None else -record["accuracy"]
 
 
+def steps_to(records: Sequence[dict], target: float) -> int | None:
+    """The first evaluation at which the mean of runs of equal length is as good as `target` (loss, of images accuracy).
+
+    None if there is none, or a run diverged.
+    """
+    # The curve is rounded; its last value is known in full. A run that diverged has none.
+    curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r["curve"] else [] for r in records]
+    for points in zip(*curves, strict=False):
+        reached = mean(value for _, value in points)
+        if reached <= target if records[0].get("accuracy") is None else reached >= target:
+            return points[0][0]
+    return None
+
+
 def show_quality(records: Sequence[dict]) -> str:
     """Mean and spread of what runs are judged by: nats, of images percent."""
     if records[0].get("accuracy") is None:
