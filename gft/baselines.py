@@ -94,7 +94,7 @@ class Muon(torch.optim.Muon):
     """torch's Muon with momentum 0.95, of which `state` is kept between steps.
 
     fp32    as torch's
-    int8    on a linear grid of 255 values in blocks of `MUON_BLOCK`, rounded to nearest (Gupta et al., arXiv 2509.23106)
+    int8    on a linear grid of 255 values in blocks of `MUON_BLOCK`, rounded to nearest (arXiv 2509.23106)
     none    nothing, and no momentum: each row of a gradient is normalised, then the gradient is orthogonalised
             (SWAN, Ma et al., arXiv 2412.13148)
     """

@@ -27,7 +27,7 @@ def made_up(monkeypatch):
             "val_loss": value + 0.01 * cfg.seed, "eval_on": cfg.eval_on, "method": cfg.method, "bits": cfg.bits,
             "seed": cfg.seed,
             "flips_per_weight_per_step": cfg.k / 2, "float_param_bytes": 0, "optimizer_state_bytes": 0,
-            "int_weight_bytes": 1000, "weights": 1000,
+            "int_weight_bytes": 1000, "weights": 1000, "steps": cfg.steps, "curve": [[cfg.steps, value]],
             "step_seconds": 0.1 if cfg.compile == "true" else 0.2, "peak_memory_bytes": 2**20,
             "environment": {"compile": cfg.compile == "true", "torch": "t", "device": "cpu", "threads": 1,
                             **({"processor": f"Processor {cfg.seed}"} if cfg.seed > 1 else {})},
