@@ -42,7 +42,7 @@ BASELINE = "AdamW, fp32"
 ROWS = (
     row(BASELINE, ADAMW | {"method": "adamw"},
         *each("lr", 4e-3, 8e-3, 12e-3, 16e-3, 24e-3, 32e-3), {"lr": 8e-3, "lr_end": 0.1},
-        *each("lr", 8e-3, 16e-3, 24e-3, **HALF), *each("lr", 8e-3, 16e-3, **TWELVE)),
+        *each("lr", 4e-3, 8e-3, 16e-3, 24e-3, **HALF), *each("lr", 8e-3, 16e-3, **TWELVE)),
     row("Muon, fp32", MUON | {"method": "muon"},
         *each("muon_lr", 8e-3, 16e-3, 24e-3, 32e-3, 48e-3, 64e-3),
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
