@@ -174,6 +174,10 @@ class Cache:
         self.seen = 0
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
+    def repeat(self, rows: int) -> None:
+        """So many texts go on from the one that has been fed."""
+        self.layers = [tuple(part.repeat(rows, 1, 1, 1) for part in layer) for layer in self.layers]
+
 
 class Block(nn.Module):
     """x + attention, then x + MLP; the last matrix of each is scaled by 1 / sqrt(2 n_layer)."""

@@ -8,7 +8,8 @@ The checkpoint is all it needs: no config file, no data. The text is a function 
 prompt and the options: token t of sample i is drawn by the number Philox(seed, t, SAMPLE, i), through the
 inverse of the distribution function, so sample i is the same text whatever --samples is.
 
-torch is imported where it is used: --help and a mistyped option are answered without waiting for it.
+Nets that are all integer run in numpy on a CPU (decoder.py), others in torch; both, and numpy, are imported where they
+are used: --help and a mistyped option are answered without waiting for them.
 """
 
 from __future__ import annotations
@@ -17,113 +18,149 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from run.errors import UserError
 from run.keys import closest
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    import numpy as np
+    from numpy.typing import ArrayLike
+    from torch import nn
 
     from data.tokenizers import Tokenizer
 
 CHECKPOINTS = ("last", "best", "previous")  # run.checkpoint.LOADED
 PREFILL = 512  # prompt tokens fed at once: memory grows with its square, not with the prompt's
+DRAWN = 256  # tokens whose random numbers are drawn at once
 SEPARATOR = "---"
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The distribution to draw from: logits (V,) on the CPU to float64 (V,), exact zeros where filtered out.
+class Source(Protocol):
+    """What text is generated from: decoder.Decoder, or NetSource."""
+
+    def feed(self, tokens: ArrayLike) -> np.ndarray:
+        """Logits float32 (B, V) after the last of `tokens`, ints (B, T) that follow those fed before."""
+
+    def repeat(self, texts: int) -> None:
+        """So many texts go on from the one that has been fed."""
+
+
+class NetSource:
+    """A net in torch, on its own device, in evaluation mode for as long as it computes."""
+
+    def __init__(self, net: nn.Module, use_cache: bool = True):
+        """Without the cache every token re-reads the whole text: slow, and the reference for the cache."""
+        self.net, self.cache, self.texts = net, net.new_cache(1) if use_cache else None, None
+
+    def feed(self, tokens: ArrayLike) -> np.ndarray:
+        """See Source."""
+        import numpy as np
+        import torch
+
+        tokens, was_training = np.asarray(tokens), self.net.training
+        if self.cache is None:
+            self.texts = tokens if self.texts is None else np.concatenate((self.texts, tokens), axis=1)
+        text, step = (self.texts, self.texts.shape[1]) if self.cache is None else (tokens, PREFILL)
+        device = next((t.device for t in self.net.state_dict().values()), torch.device("cpu"))
+        self.net.eval()
+        with torch.inference_mode():
+            for start in range(0, text.shape[1], step):
+                chunk = torch.tensor(text[:, start : start + step], device=device)  # (B, T)
+                logits = self.net(chunk) if self.cache is None else self.net(chunk, cache=self.cache)  # (B, T, V)
+        self.net.train(was_training)
+        return logits[:, -1].float().cpu().numpy()
+
+    def repeat(self, texts: int) -> None:
+        """See Source."""
+        if self.cache is None:
+            self.texts = self.texts.repeat(texts, axis=0)
+        else:
+            self.cache.repeat(texts)
+
+
+def probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """The distributions to draw from: logits (B, V) to float64 (B, V), exact zeros where filtered out.
 
     `top_k` > 0 keeps the k largest logits; `top_p` < 1 then keeps the smallest set of the likeliest tokens whose
     probability reaches it. Of equal logits the lower index goes first. `temperature` > 0.
     """
-    import torch
+    import numpy as np
 
-    scaled = logits.to(torch.float64)
-    scaled = (scaled - scaled.max()) / temperature  # the maximum first: a tiny temperature must not overflow
-    values, order = torch.sort(scaled, descending=True, stable=True)
-    if top_k > 0:
-        values[top_k:] = -math.inf
-    values = torch.softmax(values, 0)
-    if top_p < 1:
-        before = torch.cumsum(values, 0).roll(1)
-        before[0] = 0
-        values[before >= top_p] = 0
-        values = values / values.sum()
-    return torch.empty_like(values).scatter_(0, order, values)
-
-
-def draw(p: Tensor, u: float) -> int:
-    """The token where the distribution function of `p` (V,) passes `u` in [0, 1); never one with p = 0."""
-    import torch
-
-    cdf = torch.cumsum(p, 0)
-    token = int(torch.searchsorted(cdf, u * cdf[-1], right=True))
-    return min(token, int(p.nonzero()[-1]))  # u * total may round up to the total
+    values = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # the maximum first: a tiny temperature must not overflow to NaN
+        values = np.exp((values - values.max(axis=1, keepdims=True)) / temperature)
+    if top_k > 0 or top_p < 1:
+        order = np.argsort(-logits, axis=1, kind="stable")
+        ranked = np.take_along_axis(values, order, axis=1)
+        if top_k > 0:
+            ranked[:, top_k:] = 0
+        if top_p < 1:
+            ranked /= ranked.sum(axis=1, keepdims=True)
+            ranked[np.cumsum(ranked, axis=1) - ranked >= top_p] = 0
+        np.put_along_axis(values, order, ranked, axis=1)
+    return values / values.sum(axis=1, keepdims=True)
 
 
-def _last_logits(net: nn.Module, tokens: list[int], cache: object | None, device: torch.device) -> Tensor:
-    """Logits after the last of `tokens`: float32 (V,) on the CPU."""
-    import torch
+def draw(p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The tokens (B,) where the distribution functions of p (B, V) pass u (B,) in [0, 1); never one with p = 0."""
+    import numpy as np
 
-    step = PREFILL if cache is not None else len(tokens)
-    with torch.inference_mode():
-        for start in range(0, len(tokens), step):
-            chunk = torch.tensor([tokens[start : start + step]], device=device)  # (1, T)
-            logits = net(chunk) if cache is None else net(chunk, cache=cache)  # (1, T, V)
-    return logits[0, -1].float().cpu()
+    cdf = np.cumsum(p, axis=1)
+    passed = (cdf <= (u * cdf[:, -1])[:, None]).sum(axis=1)
+    last = p.shape[1] - 1 - (p[:, ::-1] > 0).argmax(axis=1)  # u * total may round up to the total
+    return np.minimum(passed, last)
+
+
+def uniform(seed: int, first: int, tokens: int, samples: Sequence[int]) -> np.ndarray:
+    """The numbers that draw tokens first, first + 1, ... of `samples`: float64 (tokens, samples) in [0, 1)."""
+    import numpy as np
+
+    from kernels.philox_words import MASK, Stream, philox4x32
+
+    group, steps = np.array(samples, dtype=np.uint64) >> 2, np.arange(first, first + tokens, dtype=np.uint64)[:, None]
+    counter = (group & MASK, group >> 32, steps & MASK, Stream.SAMPLE)
+    four = np.stack(philox4x32(counter, (seed & MASK, seed >> 32 & MASK)))  # (4, tokens, samples)
+    return four[np.array(samples) % 4, :, np.arange(len(samples))].T * 2.0**-32
 
 
 def generate(
-    net: nn.Module,
+    source: Source,
     prompt_ids: list[int],
     max_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
     seed: int,
-    use_cache: bool = True,
-    sample_index: int = 0,
-) -> Iterator[int]:
-    """Yield `max_tokens` tokens that continue `prompt_ids` (at least one), each as soon as it is known.
+    samples: Sequence[int] = (0,),
+) -> Iterator[list[int]]:
+    """Yield `max_tokens` times the next token of every one of `samples`, which continue `prompt_ids` (at least one).
 
     `temperature` 0 is greedy: the likeliest token, of equal ones the lowest. `top_k` 0 and `top_p` 1 filter
-    nothing. Without the cache every token re-reads the whole text: slow, and the reference for the cache. The net is in
-    evaluation mode until the last token is drawn.
-    Raises UserError where the net gives logits that are not finite.
+    nothing. Raises UserError where the net gives logits that are not finite.
     """
-    import torch
-
-    from kernels.philox import Stream, uniform
+    import numpy as np
 
     if not prompt_ids:
         raise ValueError("prompt_ids is empty: give at least one token (see start_ids)")
-    device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
-    cache = net.new_cache(1) if use_cache else None
-    text = list(prompt_ids)
-    fresh, was_training = text, net.training
-    net.eval()
-    try:
-        for index in range(max_tokens):
-            logits = _last_logits(net, fresh, cache, device)
-            if not torch.isfinite(logits).all():
-                raise UserError(
-                    "the network's logits are not finite: this checkpoint's training went wrong; use another"
-                )
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                u = float(uniform(seed, index, Stream.SAMPLE, 1, start=sample_index))
-                token = draw(probabilities(logits, temperature, top_k, top_p), u)
-            yield token
-            text.append(token)
-            fresh = [token] if use_cache else text
-    finally:
-        net.train(was_training)
+    fresh = np.array([prompt_ids])
+    for index in range(max_tokens):
+        logits = source.feed(fresh)
+        if not np.isfinite(logits).all():
+            raise UserError("the network's logits are not finite: this checkpoint's training went wrong; use another")
+        if index == 0 and len(samples) > 1:
+            source.repeat(len(samples))
+            logits = logits.repeat(len(samples), axis=0)
+        if temperature == 0:
+            tokens = logits.argmax(axis=1)
+        else:
+            if index % DRAWN == 0:
+                numbers = uniform(seed, index, min(DRAWN, max_tokens - index), samples)
+            tokens = draw(probabilities(logits, temperature, top_k, top_p), numbers[index % DRAWN])
+        yield tokens.tolist()
+        fresh = tokens[:, None]
 
 
 def start_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -164,7 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="another seed, another text (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="texts to print (default: %(default)s)")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: the CPU for nets that are all integer, a GPU for others where there is one (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--no-cache", action="store_true", help="re-read the whole text for every token (slow)")
     return parser
 
@@ -218,18 +258,33 @@ def choose_device(wanted: str) -> tuple[str, str]:
     return ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "torch sees no CUDA GPU")
 
 
-def load(folder: Path, name: str | None, device: str) -> tuple[nn.Module, Tokenizer, str]:
-    """The net, its tokenizer and a line that says which checkpoint they are; UserError if it cannot be used."""
+def load(folder: Path, name: str | None, device: str, use_cache: bool = True) -> tuple[Source, Tokenizer, str]:
+    """What generates text, its tokenizer and a line that says what they are; UserError if it cannot be used."""
     from data.tokenizers import tokenizer_from_json
-    from model import load_net
+    from decoder import Decoder, supports
+    from run import checkpoint
 
-    net, meta, head = load_net(folder, name or "")
+    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
+    tensors, meta = checkpoint.load_arrays(folder, name, "--checkpoint {}")
+    head = folder / f"{name}.json"
     if "tokenizer" not in meta:
         raise UserError(f"{head} is a net for images; python predict.py {folder} IMAGE... uses it")
-    tokenizer = tokenizer_from_json(meta["tokenizer"])
+    checkpoint.require(meta, head, vocab_size=int)
+    tokenizer, cfg = tokenizer_from_json(meta["tokenizer"]), checkpoint.config_of(meta, head)
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(f"{head} has {tokenizer.vocab_size} tokens for a net of {meta['vocab_size']}; train again")
-    return net.to(device).eval(), tokenizer, f"{head.stem} of step {meta['step']}"
+    about = f"checkpoint {name} of step {meta['step']}"
+    if device != "cuda" and use_cache and supports(cfg):
+        try:
+            source = Decoder(checkpoint.group(tensors, "model"), cfg, meta["vocab_size"])
+        except ValueError as error:
+            raise UserError(f"{head} does not fit this version's network: {error}") from None
+        return source, tokenizer, f"{about}; in numpy, on the CPU"
+    from model import load_net
+
+    device, reason = choose_device(device)
+    net, *_ = load_net(folder, name)
+    return NetSource(net.to(device), use_cache), tokenizer, f"{about}; in torch, device {device} ({reason})"
 
 
 def _prompt(given: str) -> str:
@@ -265,17 +320,25 @@ def out_of_memory(error: BaseException) -> bool:
 def run(argv: list[str]) -> None:
     """Everything main does, errors and interruptions aside."""
     args = parse(argv)
-    device, reason = choose_device(args.device)
-    net, tokenizer, name = load(find_folder(args.folder), args.checkpoint, device)
+    source, tokenizer, about = load(find_folder(args.folder), args.checkpoint, args.device, not args.no_cache)
     prompt = _prompt(args.prompt)
     prompt_ids = start_ids(tokenizer, prompt)
-    print(f"checkpoint {name}; device {device} ({reason})", file=sys.stderr)
-    for index in range(args.samples):
-        emit(f"{SEPARATOR}\n" * (index > 0) + prompt)
-        options = (args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, not args.no_cache, index)
-        for piece in decoded(tokenizer, generate(net, prompt_ids, *options)):
-            emit(piece)
-        emit("\n")
+    print(about, file=sys.stderr)
+    options = (args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, range(args.samples))
+    others: list[list[int]] = []  # of the samples after the first, which alone is printed as it is generated
+
+    def first_of_all() -> Iterator[int]:
+        for first, *rest in generate(source, prompt_ids, *options):
+            if rest:
+                others.append(rest)
+            yield first
+
+    emit(prompt)
+    for piece in decoded(tokenizer, first_of_all()):
+        emit(piece)
+    for tokens in zip(*others, strict=True) if others else [()] * (args.samples - 1):
+        emit(f"\n{SEPARATOR}\n{prompt}{''.join(decoded(tokenizer, tokens))}")
+    emit("\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -305,4 +368,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Products of one row gain nothing from threads, which wait for one another where another process runs.
+    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
     sys.exit(main())

@@ -267,10 +267,10 @@ def sample_text(net: nn.Module, task: Task, cfg: Config) -> str:
     """`sample_tokens` tokens of the net's own text, drawn from the run's seed; nothing of images."""
     if task.tokenizer is None or not cfg.sample_tokens:
         return ""
-    from sample import decoded, generate, start_ids
+    from sample import NetSource, decoded, generate, start_ids
 
-    tokens = generate(net, start_ids(task.tokenizer, ""), cfg.sample_tokens, 0.8, 0, 1.0, cfg.seed)
-    return "".join(decoded(task.tokenizer, tokens)).strip()
+    tokens = generate(NetSource(net), start_ids(task.tokenizer, ""), cfg.sample_tokens, 0.8, 0, 1.0, cfg.seed)
+    return "".join(decoded(task.tokenizer, (token for (token,) in tokens))).strip()
 
 
 def python() -> str:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gft.weight_grid import initial_weight
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 
 
 class FloatLinear(nn.Module):

@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gft.weight_grid import initial_weight, read_weight, threshold_of
+from gft.weight_grid import initial_weight, read_weight
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
-from kernels.limits import kept_bits
+from kernels.limits import kept_bits, threshold_of, weight_limit
 from kernels.philox import make_rng
 from kernels.quantize_delta import absmax, measure_delta, quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
-from kernels.topk import weight_limit
 from kernels.votes import accumulate_votes, rescaled
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -14,10 +14,8 @@ quantization-aware training do. With keep_bits = bits nothing is remembered.
 import torch
 from torch import Tensor
 
+from kernels.limits import weight_limit
 from kernels.philox import Stream, normal
-from kernels.topk import weight_limit
-
-TERNARY_THRESHOLD = 0.4  # in standard deviations of the first weights
 
 
 def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int, index: int) -> Tensor:
@@ -29,12 +27,6 @@ def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int
     if bits == 1:
         return torch.where(z < 0, -1, 1).to(torch.int8)
     return torch.round(z * (init_std * q)).clamp(-q, q).to(torch.int8)
-
-
-def threshold_of(keep_bits: int, init_std: float) -> int:
-    """The largest kept weight that is read as 0 at two bits."""
-    q, _ = weight_limit(keep_bits)
-    return min(int(TERNARY_THRESHOLD * init_std * q), q - 1)
 
 
 def read_weight(weight: Tensor, bits: int, keep_bits: int, threshold: int) -> Tensor:

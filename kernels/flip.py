@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.limits import weight_limit
 from kernels.momentum import accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
 from kernels.scores import score, score_block
 from kernels.tiles import from_tiles, tile_count, tile_sizes, to_tiles
-from kernels.topk import apply_moves, flip_probability, rank, select, topk_block, topk_count, weight_limit
+from kernels.topk import apply_moves, flip_probability, rank, select, topk_block, topk_count
 from kernels.update_rule import (
     UpdateRule,
     block_side,

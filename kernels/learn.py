@@ -15,10 +15,10 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
 from kernels.flip import flip, flip_torch, learning_configs
-from kernels.limits import MAX_REDUCTION
+from kernels.limits import MAX_REDUCTION, weight_limit
 from kernels.momentum import momentum_block
 from kernels.scores import score_block
-from kernels.topk import topk_block, weight_limit
+from kernels.topk import topk_block
 from kernels.update_rule import (
     UpdateRule,
     block_side,

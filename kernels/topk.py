@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.backend import jit, tl
 from kernels.fuse import fused
+from kernels.limits import weight_limit
 from kernels.philox import TOPK_STREAM, philox_words
 from kernels.tiles import block_to_tiles, tiles_to_block
 
@@ -23,11 +24,6 @@ from kernels.tiles import block_to_tiles, tiles_to_block
 def fixed_point(k: Tensor) -> Tensor:
     """k in [0, 1], float64, in units of 2^-32: int64, so that every backend forms m in integers."""
     return torch.floor(k * 2.0**32 + 0.5).to(torch.int64)
-
-
-def weight_limit(bits: int) -> tuple[int, int]:
-    """Q, the largest weight of `bits` bits, and the unit of a move."""
-    return (1, 2) if bits == 1 else (max(1, 2 ** (bits - 1) - 1), 1)
 
 
 @fused(dynamic=False)

@@ -16,7 +16,11 @@ Order of work in `save`. Killed between any two lines, a good checkpoint remains
 
 Only a checkpoint whose hashes hold becomes `previous`: a damaged `last` never pushes out a good `previous`.
 One process writes to a folder; any number may read from it meanwhile.
+
+torch is imported where it is used: `load_arrays` does without it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -24,17 +28,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
+import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError
-from torch import Tensor
 
 from run.config import Config, from_dict
 from run.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT, VERSION = "nanogft-checkpoint", 2
 PROGRAM = "0.1.0"  # the version in pyproject.toml
@@ -59,6 +65,9 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
     """
     if name not in SAVED:
         raise ValueError(f"name = {name!r}: a checkpoint is saved as one of {', '.join(SAVED)}")
+    import safetensors.torch
+    import torch
+
     out_dir = Path(out_dir)
     data = safetensors.torch.save(
         {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
@@ -103,13 +112,24 @@ def load(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[dict[st
     Raises UserError naming the file that is missing, damaged or foreign, what was seen, what was expected, and
     which other checkpoint of the folder is good; `option` is the caller's own that would choose it, {} being its name.
     """
+    import safetensors.torch
+
+    return _load(out_dir, name, option, safetensors.torch.load)
+
+
+def load_arrays(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """`load` without torch: numpy's arrays, which are not to be written to."""
+    return _load(out_dir, name, option, safetensors.numpy.load)
+
+
+def _load(out_dir: Path, name: str, option: str, decode: Callable[[bytes], Any]) -> tuple[dict, dict[str, Any]]:
     if name not in LOADED:
         raise ValueError(f"name = {name!r}: a checkpoint is loaded as one of {', '.join(LOADED)}")
     head = Path(out_dir) / f"{name}.json"
     while True:
         before = _stamp(head)
         try:
-            record, tensors = _verified(head)
+            record, tensors = _verified(head, decode)
             return tensors, record["meta"]
         except UserError as exc:
             if _stamp(head) != before:  # a training run saved while this was reading: read the new one
@@ -161,6 +181,9 @@ def flatten(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     {0: {"step": 3.0, "m": t}} becomes {"0.step": tensor(3.0), "0.m": t}; numbers are float64 or int64 tensors of no
     dimension. Raises TypeError for anything else, None and texts included: they belong into meta.
     """
+    import torch
+    from torch import Tensor
+
     tensors = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -187,6 +210,8 @@ def unflatten(tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes in the order of the names: equal only for bit-identical weights."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -291,7 +316,7 @@ def _record(head: Path) -> dict[str, Any]:
     return record
 
 
-def _verified(head: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _verified(head: Path, decode: Callable[[bytes], Any] = safetensors.deserialize) -> tuple[dict[str, Any], Any]:
     """A checkpoint's JSON and its tensors, both verified: the bytes checked are the bytes used."""
     record = _record(head)
     body = head.with_name(record["file"])
@@ -302,8 +327,8 @@ def _verified(head: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if seen != record["sha256"]:
         raise UserError(f"{body} is damaged: its SHA-256 is {seen} and {head.name} says {record['sha256']}.")
     try:
-        return record, safetensors.torch.load(data)
-    except (SafetensorError, KeyError) as exc:  # the second: a type of numbers that torch does not have
+        return record, decode(data)
+    except (SafetensorError, KeyError) as exc:  # the second: a type of numbers that torch or numpy does not have
         raise UserError(f"{body} was not written by this program, though its hash is right ({exc}).") from None
 
 

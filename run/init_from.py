@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gft.baselines import FloatLinear, fake_quantize
 from gft.layers import IntLayer
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 from run.config import Config, show
 from run.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gft.layers import IntLayer
 from kernels.philox import Stream, uniform
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 
 SAMPLE = 1024  # weights per layer whose moves are compared
 PLATEAU_EVALUATIONS, PLATEAU_FALL = 4, 0.003

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from model import ModelConfig, Transformer
 from run import checkpoint
 from run.config import Config, to_dict
 from run.errors import UserError
+from sample import NetSource
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = dict(temperature=1.0, top_k=0, top_p=1.0, seed=3)
@@ -35,15 +38,13 @@ class FakeNet(nn.Module):
         self.fed: list[int] = []
         self.modes: set[tuple[bool, bool]] = set()
 
-    def new_cache(self, batch_size: int) -> list[int]:
+    def new_cache(self, batch_size: int) -> object:
         assert batch_size == 1
-        return []
+        return SimpleNamespace(repeat=lambda rows: None)
 
-    def forward(self, tokens: torch.Tensor, cache: list[int] | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: object = None) -> torch.Tensor:
         self.fed.append(tokens.shape[1])
         self.modes.add((self.training, torch.is_grad_enabled()))
-        if cache is not None:
-            cache.extend(tokens[0].tolist())
         return self.table[tokens]
 
 
@@ -52,12 +53,22 @@ def net() -> FakeNet:
     return FakeNet(torch.randn(13, 13, generator=torch.Generator().manual_seed(0)) * 2)
 
 
-def tokens(net, n=40, prompt=(1,), **options) -> list[int]:
-    return list(sample.generate(net, list(prompt), n, **(DEFAULTS | options)))
+def tokens(net, n=40, prompt=(1,), use_cache=True, sample_index=0, **options) -> list[int]:
+    options = DEFAULTS | options | {"samples": (sample_index,)}
+    return [token for (token,) in sample.generate(NetSource(net, use_cache), list(prompt), n, **options)]
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
+    """Of one text."""
+    return torch.from_numpy(sample.probabilities(np.asarray(logits, np.float32)[None], temperature, top_k, top_p)[0])
+
+
+def draw(p, u: float) -> int:
+    return int(sample.draw(np.asarray(p)[None], np.array([u]))[0])
 
 
 def kept(logits, top_k=0, top_p=1.0) -> set[int]:
-    return set(sample.probabilities(torch.tensor(logits), 1.0, top_k, top_p).nonzero().flatten().tolist())
+    return set(probabilities(logits, 1.0, top_k, top_p).nonzero().flatten().tolist())
 
 
 def test_greedy_is_the_argmax_and_ignores_the_seed(net):
@@ -72,13 +83,13 @@ def test_greedy_takes_the_lower_of_equal_tokens():
 
 def test_a_vanishing_temperature_is_greedy_and_a_large_one_is_uniform(net):
     assert tokens(net, temperature=1e-320) == tokens(net, temperature=0.0)
-    p = sample.probabilities(net.table[0], 1e6, 0, 1.0)
+    p = probabilities(net.table[0], 1e6, 0, 1.0)
     torch.testing.assert_close(p, torch.full((13,), 1 / 13, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_probabilities_without_filters_are_the_softmax(net):
     expected = torch.softmax(net.table[4].double() / 0.7, 0)
-    torch.testing.assert_close(sample.probabilities(net.table[4], 0.7, 0, 1.0), expected, atol=1e-15, rtol=1e-13)
+    torch.testing.assert_close(probabilities(net.table[4], 0.7, 0, 1.0), expected, atol=1e-15, rtol=1e-13)
 
 
 def test_top_k_keeps_exactly_k_and_of_equal_logits_the_lower_index():
@@ -97,23 +108,23 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
 def test_top_p_counts_what_top_k_left_and_the_rest_sums_to_one():
     logits = torch.tensor([math.log(w) for w in (0.4, 0.3, 0.2, 0.1)])
     assert kept(logits.tolist(), top_k=2, top_p=0.5) == {0}  # 0.4 of the remaining 0.7
-    p = sample.probabilities(logits, 1.0, 3, 0.6)  # 0.4 + 0.3 of the remaining 0.9
+    p = probabilities(logits, 1.0, 3, 0.6)  # 0.4 + 0.3 of the remaining 0.9
     torch.testing.assert_close(p, torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64), atol=1e-7, rtol=0)
 
 
 def test_draw_inverts_the_distribution_function():
     p = torch.tensor([0.0, 0.3, 0.0, 0.2, 0.5, 0.0], dtype=torch.float64)
     n = 1000
-    drawn = torch.tensor([sample.draw(p, (i + 0.5) / n) for i in range(n)])
+    drawn = torch.tensor([draw(p, (i + 0.5) / n) for i in range(n)])
     assert torch.equal(torch.bincount(drawn, minlength=6), (p * n).round().long())
     assert torch.equal(drawn, drawn.sort().values)
-    assert sample.draw(p, 0.0) == 1 and sample.draw(p, math.nextafter(1.0, 0.0)) == 4
+    assert draw(p, 0.0) == 1 and draw(p, math.nextafter(1.0, 0.0)) == 4
 
 
 def test_generated_tokens_are_distributed_as_the_softmax_says(net):
     n = 4000
-    drawn = [tokens(net, n=1, sample_index=i)[0] for i in range(n)]
-    expected = sample.probabilities(net.table[1], 1.0, 0, 1.0) * n
+    (drawn,) = sample.generate(NetSource(net), [1], 1, **DEFAULTS, samples=range(n))
+    expected = probabilities(net.table[1], 1.0, 0, 1.0) * n
     seen = torch.bincount(torch.tensor(drawn), minlength=13)
     assert ((seen - expected) ** 2 / expected).sum() < 32.9  # chi-squared of 12 degrees: passed by 99.9 %
 
@@ -122,13 +133,18 @@ def test_token_t_of_sample_i_is_drawn_by_its_own_philox_number(net):
     text = tokens(net, n=5, seed=2**63 + 7, sample_index=6, temperature=0.9, top_p=0.9)
     for t, (before, token) in enumerate(zip([1, *text], text)):
         u = float(uniform(2**63 + 7, t, Stream.SAMPLE, 7)[6])
-        assert token == sample.draw(sample.probabilities(net.table[before], 0.9, 0, 0.9), u)
+        assert token == draw(probabilities(net.table[before], 0.9, 0, 0.9), u)
 
 
 def test_same_seed_same_text_other_seed_or_sample_other_text(net):
     assert tokens(net) == tokens(net)
     texts = {tuple(tokens(net, seed=seed, sample_index=i)) for seed in (0, 1, 2**40) for i in (0, 1, 5)}
     assert len(texts) == 9
+
+
+def test_samples_in_one_pass_are_the_texts_of_each_alone(net):
+    together = list(sample.generate(NetSource(net), [1], 300, **DEFAULTS, samples=(0, 5, 2)))
+    assert [list(text) for text in zip(*together)] == [tokens(net, 300, sample_index=i) for i in (0, 5, 2)]
 
 
 def test_the_cache_is_fed_each_token_once_and_a_long_prompt_in_parts(net):
@@ -139,15 +155,11 @@ def test_the_cache_is_fed_each_token_once_and_a_long_prompt_in_parts(net):
     assert net.fed == [sample.PREFILL, sample.PREFILL, 5, 1]
 
 
-def test_modes_are_the_callers_again_after_the_last_token(net):
+def test_modes_are_the_callers_between_tokens(net):
     net.train()
-    for _ in sample.generate(net, [1], 3, **DEFAULTS):
-        assert torch.is_grad_enabled()
-    assert net.training and net.modes == {(False, False)}
-    some = sample.generate(net, [1], 3, **DEFAULTS)
-    next(some)
-    some.close()
-    assert net.training
+    for _ in sample.generate(NetSource(net), [1], 3, **DEFAULTS):
+        assert torch.is_grad_enabled() and net.training
+    assert net.modes == {(False, False)}
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -211,15 +223,15 @@ def call(capsys, *argv) -> tuple[int, str, str]:
 def test_the_program_prints_the_prompt_and_max_tokens_tokens(run, capsys):
     code, out, err = call(capsys, run, "--prompt", "ROMEO:é", "--max-tokens", 20)
     assert code == 0 and out.startswith("ROMEO:é") and len(out) == 7 + 20 + 1 and out.endswith("\n")
-    assert "checkpoint last of step 7" in err and "device" in err
+    assert "checkpoint last of step 7; in numpy" in err
     assert call(capsys, run, "--max_tokens=0", "--prompt=ab")[1] == "ab\n"
 
 
 def test_samples_do_not_depend_on_how_many_are_printed(run, capsys):
     one = call(capsys, run, "--max-tokens", 30)[1]
     three = call(capsys, run, "--max-tokens", 30, "--samples", 3)[1]
-    again = call(capsys, run, "--max-tokens", 30, "--samples", 3, "--no-cache")[1]
-    assert three == again and three.startswith(f"{one}---\n") and len(set(three.split("\n---\n"))) == 3
+    code, again, err = call(capsys, run, "--max-tokens", 30, "--samples", 3, "--no-cache")
+    assert code == 0 and "in torch" in err and three == again and three.startswith(f"{one}---\n") and len(set(three.split("\n---\n"))) == 3
     assert call(capsys, run, "--max-tokens", 30, "--seed", 2)[1] != one
 
 
@@ -257,6 +269,12 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("set()\n"), done.stderr
+
+
+def test_text_of_an_integer_net_needs_no_torch(run):
+    code = f"import sys, sample; sample.main([{str(run)!r}, '--max-tokens', '9']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout) == 10, done.stderr
 
 
 def test_checkpoints_are_those_that_can_be_loaded():

@@ -13,7 +13,7 @@ from gft.layers import Delta, IntEmbedding, IntLinear, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
 from kernels import fuse
 from kernels.philox import Stream, words
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 
 needs_compiler = pytest.mark.skipif(fuse.compiler() is None, reason="torch.compile needs a C++ compiler")
 A = 6.0

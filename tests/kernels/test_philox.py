@@ -27,7 +27,6 @@ from kernels.philox import (
     make_rng,
     noise,
     normal,
-    philox4x32,
     philox_words,
     uniform,
     uniform_from,
@@ -35,6 +34,7 @@ from kernels.philox import (
     words_from,
     words_torch,
 )
+from kernels.philox_words import philox4x32
 from tests.kernels.inputs import kernel_test, opaque
 
 ROOT = Path(__file__).resolve().parents[2]
