@@ -46,7 +46,7 @@ ROWS = (
     row("Muon, fp32", MUON | {"method": "muon"},
         *each("muon_lr", 8e-3, 16e-3, 24e-3, 32e-3, 48e-3, 64e-3),
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
-        *each("muon_lr", 24e-3, 32e-3, 48e-3, **HALF), {"muon_lr": 24e-3} | TWELVE),
+        *each("muon_lr", 24e-3, 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 24e-3} | TWELVE),
     row("Muon, int8", MUON | {"method": "muon", "muon_state": "int8"},
         *each("muon_lr", 32e-3, 48e-3, **HALF), {"muon_lr": 48e-3}),
     row("SWAN", MUON | {"method": "muon", "muon_state": "none"},
@@ -56,7 +56,7 @@ ROWS = (
         *each("k", 0.3, 0.4, 0.5, **HALF), *each("k", 0.3, 0.4, **TWELVE)),
     row("GFT, 6 bits, momentum", MOMENTUM | {"bits": 6},
         *each("k", 0.2, 0.3), {"k": 0.3, "bits": 7, "step_size": 2}, {"k": 0.4, "bits": 8, "step_size": 4},
-        *each("k", 0.2, 0.3, **HALF), {"k": 0.2} | TWELVE),
+        *each("k", 0.2, 0.3, 0.4, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
     *(row(f"GFT, {name}", GFT | {"bits": bits}, {"k": 0.5}, *each("k", *ks, **HALF))
       for name, bits, ks in (("4 bits", 4, (0.4, 0.6)), ("ternary", 2, (0.3, 0.5)), ("binary", 1, (0.3, 0.5)))),
     *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, {"k": 0.3}, *each("k", *ks, **HALF))
