@@ -18,6 +18,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -333,12 +334,16 @@ def run(argv: list[str]) -> None:
                 others.append(rest)
             yield first
 
+    begun = time.perf_counter()
     emit(prompt)
     for piece in decoded(tokenizer, first_of_all()):
         emit(piece)
+    seconds = time.perf_counter() - begun
     for tokens in zip(*others, strict=True) if others else [()] * (args.samples - 1):
         emit(f"\n{SEPARATOR}\n{prompt}{''.join(decoded(tokenizer, tokens))}")
     emit("\n")
+    if made := args.max_tokens * args.samples:
+        print(f"{made:,} tokens in {seconds:.2f} s, {1000 * seconds / made:.3g} ms each", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
