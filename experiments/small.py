@@ -50,22 +50,21 @@ ROWS = (
     row("Muon, int8", MUON | {"method": "muon", "muon_state": "int8"},
         *each("muon_lr", 32e-3, 48e-3, **HALF), {"muon_lr": 48e-3}),
     row("SWAN", MUON | {"method": "muon", "muon_state": "none"},
-        *each("muon_lr", 16e-3, 32e-3, **HALF), *each("muon_lr", 16e-3, 32e-3)),
+        *each("muon_lr", 4e-3, 16e-3, **HALF), {"muon_lr": 8e-3}),
     row("GFT, 6 bits", GFT | {"bits": 6},
         *each("k", 0.4, 0.5), {"k": 0.5, "init_std": 0.4}, {"k": 0.55, "bits": 7, "step_size": 2},
         *each("k", 0.3, 0.4, 0.5, **HALF), *each("k", 0.3, 0.4, **TWELVE)),
     row("GFT, 6 bits, momentum", MOMENTUM | {"bits": 6},
         *each("k", 0.2, 0.3), {"k": 0.3, "bits": 7, "step_size": 2}, {"k": 0.4, "bits": 8, "step_size": 4},
         *each("k", 0.2, 0.3, 0.4, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
-    *(row(f"GFT, {name}", GFT | {"bits": bits}, {"k": 0.5}, *each("k", *ks, **HALF))
-      for name, bits, ks in (("4 bits", 4, (0.4, 0.6)), ("ternary", 2, (0.3, 0.5)), ("binary", 1, (0.3, 0.5)))),
-    *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, {"k": 0.3}, *each("k", *ks, **HALF))
-      for name, bits, ks in (("4 bits", 4, (0.2, 0.3)), ("ternary", 2, (0.2, 0.3)), ("binary", 1, (0.15, 0.3)))),
-    *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits},
-          *each("lr", 8e-3, 16e-3, **HALF), {"lr": 16e-3})
+    *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, **HALF))
+      for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
+    *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", 0.2, 0.3, **HALF))
+      for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
+    *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3}, {"lr": 8e-3} | HALF)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},
-          {"muon_lr": 32e-3} | HALF, *each("muon_lr", 32e-3, 64e-3))
+          *each("muon_lr", 32e-3, 48e-3, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     row("GFT, 4 bits kept", GFT | exact(4),
         *each("k", 0.1, 0.15, init_std=0.5), {"k": 0.1, "init_std": 0.7}),
