@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gft.distributed import Place, max_over_ranks, noise_rng, votes_ready
 from gft.weight_grid import initial_weight, read_weight
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
@@ -83,6 +84,7 @@ class IntLayer(nn.Module):
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
     delta_width     columns of this layer's delta, whose noise the optimizer gives a place of its own
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
+    place           among the ranks that train it together; None of one process
 
     Rounding noise goes to rows in the order of the backward passes: a layer used twice in one forward pass trains
     correctly, but its weights depend on the number of micro-batches. One layer's backward passes must not run at the
@@ -121,12 +123,13 @@ class IntLayer(nn.Module):
         self.register_buffer("delta_history", history, persistent=False)
         self.first_column = 0  # of this layer's columns in the noise; the optimizer gives each layer its own
         self.learning: tuple[Any, ...] | None = None
+        self.place: Place | None = None
         self.tap = torch.zeros(0, requires_grad=True)
         _layers.add(self)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.learning = None  # a copy is no part of the optimizer that the original learns by
+        self.learning = self.place = None  # a copy is no part of the optimizer that the original learns by
         _layers.add(self)
 
     def _apply(self, fn, recurse: bool = True) -> "IntLayer":
@@ -169,7 +172,7 @@ class IntLayer(nn.Module):
         """Allocate the votes buffer, int32 or int64; None means that votes are not stored."""
         self.votes = None if dtype is None else torch.zeros(self.weight.shape, dtype=dtype, device=self.weight.device)
         self.votes_scale.zero_()
-        self.learning = None
+        self.learning = self.place = None
 
     def kept_state(self) -> dict[str, Tensor]:
         """What must be saved of this layer, beside its weight, to go on exactly."""
@@ -180,7 +183,7 @@ class IntLayer(nn.Module):
         about_delta = (self.delta.kind, self.delta.levels, self.first_column)
         reading = (self.bits, self.keep_bits, self.threshold)
         scales = self.scale, self.votes_scale, self.scratch, self.delta_history
-        return self.rng, self.votes, scales, self.learning, about_delta, reading
+        return self.rng, self.votes, scales, self.learning, about_delta, self.place, reading
 
 
 class IntLinear(IntLayer):
@@ -278,9 +281,13 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
 def _to_int8(delta: Tensor, voting: tuple) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
     """delta (T, n) to D int8, what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and the ratios
     that bring the votes so far and the new ones to one scale. Signs and delayed scales need none."""
-    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), _ = voting
+    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), place, _ = voting
+    if place is not None:
+        rng = noise_rng(rng, delta.shape[0], place)
     if delta_history is None:
-        measured = measure_delta(delta, scale, votes_scale, scratch, levels)
+        # Of several ranks, one element that is the largest of all has the same scale as the whole.
+        whole = delta if place is None else max_over_ranks(absmax(delta), place.handle).view(1, 1)
+        measured = measure_delta(whole, scale, votes_scale, scratch, levels)
         d = quantize_delta(delta, measured[0], rng, first_column, levels)
         scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
     else:
@@ -298,7 +305,7 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
 
     voter int8 (T, out); operand is X int8 (T, in), or the tokens int64 (T,) of an embedding.
     """
-    rng, votes, (_, votes_scale, _, delta_history), learning, *_ = ctx.voting
+    rng, votes, (_, votes_scale, _, delta_history), learning, _, place, _ = ctx.voting
     if learning is not None:
         k, found_inf, *others = learning
         largest = votes_scale if delta_history is None else delta_history[0]
@@ -314,6 +321,8 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
         if ratios:
             votes.copy_(rescaled(votes, new, *ratios))
         rng[2] += len(voter)
+    if votes is not None and place is not None:
+        votes_ready(votes, place.handle, place.number)
 
 
 def _linear(

@@ -13,8 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from gft.distributed import Exchange
 from gft.layers import IntLayer, owner_of
 from kernels.flip import flip
 from kernels.limits import MAX_REDUCTION, RULES
@@ -52,18 +54,25 @@ class FlipOptimizer(torch.optim.Optimizer):
                                   reach memory; a weight may then be used once between two steps
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
+    With `process_group`, its ranks train one net together, each on its part of the batch (gft/distributed.py); max_tokens
+    are those of all. `step`, `flips`, `state_dict` and, with a delta scale of the step, every backward pass then wait
+    for the other ranks. Set `last_pass` before a step's last backward pass: votes leave as soon as they are complete.
+
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was
     not finite; `stopped`, float32 () on the device, is then not 0 until the next step.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
+    exchange: Exchange | None = None
     _step_supports_amp_scaling = True  # so that a GradScaler reaches `step`, which says that it is not needed
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 0.5, *, rule: str = "spectral", ortho_tile: int = 128,
         topk_tile: int = 64, momentum: float = 0.0, step_size: int = 1, flip_prob: str = "one", flip_gamma: float = 1.0,
-        update: str = "step", max_tokens: int = MAX_REDUCTION,
+        update: str = "step", max_tokens: int = MAX_REDUCTION, process_group: dist.ProcessGroup | None = None,
     ):  # fmt: skip
+        several = process_group is not None and dist.get_world_size(process_group) > 1
+        self.exchange = Exchange(process_group) if several else None
         self.layers: list[IntLayer] = []
         self.stacks: list[Stack] = []
         defaults = {
@@ -80,6 +89,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         try:
             _check_settings(group)
             layers = [_layer_of(group, place) for place in range(len(group["params"]))]
+            if self.exchange is not None:
+                self.exchange.check(group["max_tokens"], group["update"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -100,6 +111,9 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.layers.append(layer)
             kind = number_of_layer if in_backward else (layer.weight.shape, layer.keep_bits)
             alike.setdefault(kind, []).append(number_of_layer)
+        if self.exchange is not None:
+            self.exchange.adopt(layers)
+            alike = {kind: own for kind, ns in alike.items() if (own := [n for n in ns if self.exchange.owns(n)])}
         for numbers in alike.values():
             flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
             members = [self.layers[i] for i in numbers]
@@ -154,6 +168,9 @@ class FlipOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_usable()
         self._match_momentum()
+        if self.exchange is not None:
+            self._agree()
+            self.exchange.collect()
         stop = self.stopped = self._stop()
         for number, group in enumerate(self.param_groups):
             if group["update"] == "step":
@@ -161,6 +178,8 @@ class FlipOptimizer(torch.optim.Optimizer):
                 for stack in self.stacks:
                     if stack.group == number:
                         self._flip(stack, k, stop)
+        if self.exchange is not None:
+            self.exchange.spread([layer.weight for layer in self.layers])
         _advance(self.layers, stop)
         self.settings_changed()
         return loss
@@ -181,8 +200,16 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     def _stop(self) -> Tensor:
         """Not 0, perhaps NaN, where `found_inf` is not, or a layer's delta was not finite in this step: float32 ()."""
-        largest = [la.votes_scale if la.delta_history is None else la.delta_history[0] for la in self.layers]
-        return self.found_inf + 0.0 * torch.stack(largest).sum()  # 0 times an infinity is NaN
+        return self.found_inf + 0.0 * torch.stack(self._largest()).sum()  # 0 times an infinity is NaN
+
+    def _largest(self) -> list[Tensor]:
+        """Of each layer the largest sigma or delta of this step."""
+        return [la.votes_scale if la.delta_history is None else la.delta_history[0] for la in self.layers]
+
+    def _agree(self) -> None:
+        """found_inf and each layer's largest become the maximum over ranks."""
+        own = [self.found_inf, *self._largest()]
+        torch._foreach_copy_(own, list(self.exchange.max(torch.stack(own)).unbind()))
 
     def _share(self, lr: float | Tensor) -> Tensor:
         """lr as the kernels take it, float64 () on the device."""
@@ -204,6 +231,8 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop votes of backward passes that no step has used; `set_to_none` is torch's and changes nothing."""
+        if self.exchange is not None:
+            self.exchange.drop()
         _clear(self.layers)
         if newest := [layer.delta_history[0] for layer in self.layers if layer.delta_history is not None]:
             torch._foreach_zero_(newest)
@@ -212,7 +241,10 @@ class FlipOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def flips(self) -> Tensor:
         """Moves since the optimizer was made or loaded: int64 () on the device."""
-        return torch.stack([stack.flips.sum() for stack in self.stacks]).sum()
+        own = torch.zeros((), dtype=torch.int64, device=self.found_inf.device)
+        for stack in self.stacks:
+            own += stack.flips.sum()
+        return own if self.exchange is None else self.exchange.sum(own)
 
     def votes_bytes(self) -> int:
         """Bytes of votes while a step is being made: 4 or 8 per weight, 0 with update = "backward"."""
@@ -222,17 +254,32 @@ class FlipOptimizer(torch.optim.Optimizer):
         """torch's, with what each layer needs to go on exactly: its step and, if it has one, its delayed scale."""
         for layer in self.layers:
             self.state[layer.weight].update(layer.kept_state())
-        return super().state_dict()
+        found = super().state_dict()
+        if self.exchange is not None:
+            self._complete(found)
+        return found
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Add the momentum that other ranks keep."""
+        found = state_dict["state"]  # in the order of first use, which is each rank's own
+        states = state_dict["state"] = {number: dict(found[number]) for number in range(len(self.layers))}
+        wanted = [bool(group["momentum"]) for group in self.param_groups for _ in group["params"]]
+        for number, layer in enumerate(self.layers):
+            if wanted[number] and not self.exchange.owns(number):
+                states[number]["momentum"], states[number]["momentum_scale"] = empty_momentum(layer.weight)
+        none = torch.zeros(0, device=self.found_inf.device)
+        for name in ("momentum", "momentum_scale"):
+            self.exchange.spread([states[number].get(name, none) for number in range(len(self.layers))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, into the tensors that are there, and start without votes and flips.
 
         Raises ValueError if it is that of other layers or of another momentum setting.
         """
-        self.state_dict()
+        whole = list(self.state_dict()["state"].values())
         own = [self.state[p] for group in self.param_groups for p in group["params"]]
         given = [state_dict["state"].get(i, {}) for i in range(len(own))]
-        shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (own, given)]
+        shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (whole, given)]
         if len(state_dict["state"]) != len(own) or shapes[0] != shapes[1]:
             raise ValueError(
                 "FlipOptimizer: the state dict does not match: its layers or momentum differ from this optimizer's"
@@ -252,6 +299,8 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     def _adopt_all(self) -> None:
         self.layers, self.stacks = [], []
+        if self.exchange is not None:
+            self.exchange.forget()
         for number, group in enumerate(self.param_groups):
             self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
 
