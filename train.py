@@ -4,11 +4,13 @@
     python train.py shakespeare_char_small --bits 4 --k 0.1   any key of --help
     python train.py shakespeare_char_small --resume           go on after a kill, exactly
     python train.py mine.toml --init_from out/NAME --k 0.1    a new run that starts from the weights of another
+    torchrun --standalone --nproc_per_node 4 train.py shakespeare_char_small    on four GPUs (run/distributed.py)
 
 Writes to out/NAME: last.json, best.json and their safetensors (run/checkpoint.py), metrics.jsonl, loss.png.
 The last line of standard output is one JSON object.
 """
 
+import os
 import sys
 
 from run.config import Config, differences, load, to_dict
@@ -18,12 +20,13 @@ if __name__ == "__main__":
     try:
         load(sys.argv[1:], notes=False)  # --help and mistakes are answered here, before torch is imported
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
 
+import dataclasses
 import json
 import math
-import os
 import shlex
 
 from contextlib import nullcontext
@@ -31,6 +34,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data.task import Task
@@ -40,7 +44,9 @@ from gft.optimizer import FlipOptimizer
 from model import ModelConfig, load_net, make_net
 from run import checkpoint, finite
 from run import device as machine
-from run.folder import choose_folder
+from run import distributed
+from run.distributed import Ranks, ring_bytes, synchronised
+from run.folder import choose_folder, sign, take_up
 from run.init_from import check_shape, take_weights
 from run.log import Log
 from run.monitor import Monitor
@@ -51,7 +57,7 @@ from run.stop import Stop
 Optimizers = list[tuple[torch.optim.Optimizer, Schedule]]
 
 
-def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
+def make_optimizers(net: nn.Module, cfg: Config, tokens: int, ranks: Ranks = distributed.ALONE) -> Optimizers:
     """One or two torch optimizers, each with its schedule: integer weights learn by flips, float weights by gradients.
 
     `tokens` are those of a step, whose votes are summed.
@@ -69,7 +75,7 @@ def make_optimizers(net: nn.Module, cfg: Config, tokens: int) -> Optimizers:
         flips = FlipOptimizer(
             [group for group in groups if group["params"]], lr=cfg.k, momentum=cfg.momentum, ortho_tile=cfg.ortho_tile,
             topk_tile=cfg.topk_tile, step_size=cfg.step_size, flip_prob=cfg.flip_prob, flip_gamma=cfg.flip_gamma,
-            update=cfg.update, max_tokens=tokens,
+            update=cfg.update, max_tokens=tokens, process_group=ranks.group,
         )  # fmt: skip
         found.append((flips, Schedule(flips, cfg.steps, cfg.k_end, cfg.k_schedule, cfg.k_warmup)))
     floats = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
@@ -104,16 +110,18 @@ class Run:
 
     def __init__(self, cfg: Config, task: Task, on: machine.Runtime, out: Path):
         self.cfg, self.task, self.on, self.out, self.device = cfg, task, on, out, on.device
+        self.ranks = task.ranks
         try:
             net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed)
         except ValueError as error:
             raise UserError(f"{error}: a larger --init_std, or a wider net (--d_model)", 2) from None
         self.net = net.to(on.device)
-        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions)
+        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions, self.ranks)
         self.flip_optimizer = next((o for o, _ in self.optimizers if isinstance(o, FlipOptimizer)), None)
         self.floats = sum(p.numel() for p in self.net.parameters() if p.is_floating_point())
         self.weights = sum(p.numel() for p in self.net.parameters())
         self.step, self.changed, self.seconds = 0, 0, 0.0
+        self.first_step = 0  # of this process
         self.losses: list[float] = []
         # On the device: seed and step for the batches, and the flag of what is not finite.
         self.rng = torch.tensor([cfg.seed, 0], device=on.device)
@@ -139,11 +147,13 @@ class Run:
         return [f"init: {head.stem} of step {meta['step']} in {folder}", *lines]
 
     def save(self, name: str) -> None:
-        """Write checkpoint `name` ("last" or "best")."""
+        """Write checkpoint `name` ("last" or "best"): rank 0, with what the others keep."""
         states = {
             f"optimizer{i}": checkpoint.flatten(optimizer.state_dict()["state"])
             for i, (optimizer, _) in enumerate(self.optimizers)
         }
+        if not self.ranks.first:
+            return
         meta = {
             "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.task.outputs, **self.task.saved(),
             "environment": self.on.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
@@ -173,7 +183,7 @@ class Run:
             print(f"note: exact resumption is not guaranteed, because the setup has changed: {'; '.join(changed)}",
                   file=sys.stderr)  # fmt: skip
         self.net.load_state_dict(checkpoint.group(tensors, "model"))
-        self.step = meta["step"]
+        self.step = self.first_step = meta["step"]
         self.rng[1] = self.step
         for i, (optimizer, schedule) in enumerate(self.optimizers):
             state = checkpoint.unflatten(checkpoint.group(tensors, f"optimizer{i}"))
@@ -204,7 +214,18 @@ class Run:
             "peak_memory_bytes": machine.peak_memory_bytes(self.device),
             "weights_sha256": checkpoint.weights_sha256(dict(self.net.named_parameters())),
             "environment": self.on.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
+            "world_size": self.ranks.size, **self.traffic(),
         }  # fmt: skip
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes that a rank sends for a weight in a step, on average, beside what DDP would; nothing of one process."""
+        size, exchange = self.ranks.size, self.flip_optimizer and self.flip_optimizer.exchange
+        if size == 1:
+            return {}
+        votes = int(self.ranks.sum(torch.tensor(exchange.bytes_sent if exchange else 0))) / size
+        sent = votes / max(self.step - self.first_step, 1) + ring_bytes(self.floats, 4, size)
+        return {"sent_bytes_per_weight_per_step": round(sent / self.weights, 4),
+                "ddp_fp32_bytes": ring_bytes(1, 4, size), "ddp_bf16_bytes": ring_bytes(1, 2, size)}  # fmt: skip
 
 
 def bits_of(cfg: Config) -> str:
@@ -220,15 +241,17 @@ def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
     return sum(tensor.nbytes for _, tensor in kept) - scales, scales
 
 
-def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
+def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
     """The loop, from run.step to the last step. Returns the summary, or None if it was stopped."""
     cfg, task, device, rng, found_inf = run.cfg, run.task, run.device, run.rng, run.found_inf
     # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
-    net = torch.compile(run.net, dynamic=False) if run.on.compile else run.net
+    net = run.ranks.wrap(torch.compile(run.net, dynamic=False) if run.on.compile else run.net)
     loss_of = torch.compile(task.loss, dynamic=False) if run.on.compile else task.loss
     autocast = cfg.precision == "bf16" and cfg.method != "gft"
     # delta is not divided by the number of tokens: its int8 scale follows it anyway.
     loss_scale = 1.0 if cfg.method == "gft" else 1.0 / task.per_step
+    if isinstance(net, DistributedDataParallel):
+        loss_scale *= run.ranks.size  # DDP takes the mean of what is a sum here
     floats = [p for p in run.net.parameters() if p.is_floating_point()]
     monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
     log = Log(run, metrics, lambda: sample_text(run.net, task, cfg))
@@ -238,15 +261,17 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         task.prepare(run.step, device)
         for part in range(cfg.grad_accum):
             x, y = task.batch_at(rng, part)
-            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-                loss = loss_of(net(x), y)
-            # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights as they
-            # are. The host notices at its next read and saves nothing more.
-            finite.note(found_inf, loss)
-            (loss * loss_scale).backward()
+            with synchronised(net, run.flip_optimizer, part + 1 == cfg.grad_accum):
+                with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+                    loss = loss_of(net(x), y)
+                # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights as
+                # they are. The host notices at its next read and saves nothing more.
+                finite.note(found_inf, loss)
+                (loss * loss_scale).backward()
             log.loss += loss.detach()
         if floats:
             finite.note(found_inf, finite.largest(p.grad for p in floats))
+            run.ranks.max(found_inf)  # FlipOptimizer asks the other ranks itself
         monitor.before_step()
         for optimizer, schedule in run.optimizers:
             optimizer.step()
@@ -255,7 +280,8 @@ def train(run: Run, metrics: Metrics, stop: Stop) -> dict | None:
         rng[1] += 1
         run.step += 1
 
-        log.stopping = bool(stop.signal)  # asked once a step: what comes later is for the next one, which will be saved
+        stop.signal = run.ranks.any(stop.signal)  # once a step: what comes later is for the next one, which is saved
+        log.stopping = bool(stop.signal)
         if log.due():
             log.write(monitor.report())
         if log.stopping and run.step < cfg.steps:
@@ -283,15 +309,45 @@ def python() -> str:
         return shlex.quote(sys.executable)
 
 
+def check_ranks(task: Task, on: machine.Runtime) -> None:
+    """Raises UserError if the run cannot be shared out over its ranks, or one of them would train something else."""
+    cfg, ranks = task.cfg, task.ranks
+    if cfg.batch_size % task.parts:
+        raise UserError(f"batch_size = {cfg.batch_size}: it must be a multiple of grad_accum x ranks = "
+                        f"{cfg.grad_accum} x {ranks.size}; change one of them", 2)  # fmt: skip
+    if ranks.size > 1 and cfg.method == "gft" and cfg.update == "backward":
+        raise UserError('update = "backward": moves are made before ranks have added up their votes; use --update step, '
+                        "or one process", 2)  # fmt: skip
+    settings = {key: value for key, value in to_dict(cfg).items() if key not in ("data", "data_dir", "out_dir")}
+    environment = {key: value for key, value in on.environment().items() if key != "processor"}
+    ranks.agree(settings | environment | {"version": checkpoint.PROGRAM, "sha256 of the data": task.sha256})
+
+
 def run_config(cfg: Config, argv: list[str]) -> int:
     """Train as cfg says; argv is what was typed. Returns the exit status."""
+    ranks = distributed.start(cfg.device, cfg.rank_timeout)
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     on = machine.choose(cfg)
     task = data.load(cfg, named=any(word.partition("=")[0] == "--data" for word in argv))
-    cfg = task.cfg
-    machine.check_memory(cfg, task.outputs, task.positions, on.device)
-    out, lock = choose_folder(cfg)
+    task.ranks, cfg = ranks, task.cfg
+    check_ranks(task, on)
+    machine.check_memory(dataclasses.replace(cfg, batch_size=cfg.batch_size // ranks.size), task.outputs,
+                         task.positions, on.device)  # fmt: skip
+    lock = None
+
+    def take_folder() -> tuple[str, str]:
+        nonlocal lock
+        chosen = take_up(cfg, distributed.job()) if ranks.attempt else cfg
+        folder, lock = choose_folder(chosen)
+        if distributed.job():
+            sign(folder, distributed.job())
+        return str(folder), chosen.resume
+
+    folder, resume = ranks.from_first(take_folder)
+    out, cfg = Path(folder), dataclasses.replace(cfg, resume=resume)
     run = Run(cfg, task, on, out)
-    stop = Stop()
+    stop = Stop(patient=bool(distributed.job()))
     started: list[str] = []
     if cfg.resume:
         run.load(cfg.resume)
@@ -306,15 +362,24 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     for line in started:
         print(line)
     print(f"out: {out}" + (f", going on from step {run.step}" if cfg.resume else ""), flush=True)
-    metrics = Metrics(out / "metrics.jsonl", run.step)
-    if not cfg.resume:
-        run.save("last")  # so that a kill before the first save can be resumed too
-    summary = train(run, metrics, stop)
+    metrics = Metrics(out / "metrics.jsonl", run.step) if ranks.first else None
+    try:
+        if not cfg.resume:
+            run.save("last")  # so that a kill before the first save can be resumed too
+        summary = train(run, metrics, stop)
+    except RuntimeError as error:
+        if told := ranks.explain(error, run.step):
+            raise UserError(f"{told}; checkpoints saved before are intact: --resume, or torchrun --max-restarts, goes "
+                            "on from the last") from error  # fmt: skip
+        raise
     if summary is None:
         again = f"--resume last --out_dir {shlex.quote(str(out))}"  # a key given twice: the last counts
         print(f"stopped at step {run.step} of {cfg.steps}, saved in {out}\n"
               f"resume with: {python()} train.py {shlex.join(argv)} {again}")  # fmt: skip
         return 128 + stop.signal
+    ranks.leave()
+    if not ranks.first:
+        return 0
     try:
         task.report(run.net, on.device, out)
     except OSError as error:
@@ -337,7 +402,7 @@ def main(argv: list[str]) -> int:
     try:
         return run_config(load(argv), argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{distributed.name()}error: {error}", file=sys.stderr)
         return error.code
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _out_of_memory(error)

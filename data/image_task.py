@@ -17,6 +17,7 @@ from data.resident import resident, upload
 from data.task import Task
 from kernels.philox import Stream, uniform
 from run.config import Config
+from run.distributed import ALONE, Ranks
 
 MNIST_SIDE = 28
 
@@ -103,21 +104,25 @@ class ImageTask(Task):
             images, labels, chosen = self._images, self._labels, self._epochs.chosen(rng[1])
         else:
             images, labels, chosen = *self._batch, self._rows
-        rows = self._rows.chunk(self.cfg.grad_accum)[part]
+        rows = self._rows.chunk(self.parts)[part * self.ranks.size + self.ranks.rank]
         batch = augmented(images, labels, chosen, rows, self.augment, self._scale, rng)
         return batch.images, batch.labels if self.cfg.mix == "none" else batch.soft_targets(self.outputs)
 
     @torch.no_grad()
-    def outputs_of(self, net: nn.Module, images: np.ndarray, device: torch.device) -> Tensor:
-        """Logits (N, classes) of images (N, H, W, C) uint8."""
+    def outputs_of(self, net: nn.Module, images: np.ndarray, device: torch.device, ranks: Ranks = ALONE) -> Tensor:
+        """Logits (N, classes) of images (N, H, W, C) uint8, shared out over ranks."""
         at_once = self.cfg.batch_size // self.cfg.grad_accum
         scale = pixel_scale(self.data.mean, self.data.std, device)
         parts = np.array_split(images, max(1, math.ceil(len(images) / at_once)))
-        return torch.cat([net(normalise(torch.from_numpy(p.copy()).to(device), scale)).float() for p in parts])
+        logits = torch.zeros(len(images), self.outputs, device=device)
+        rows = logits.split([len(p) for p in parts])
+        for i in range(ranks.rank, len(parts), ranks.size):
+            rows[i].copy_(net(normalise(torch.from_numpy(parts[i].copy()).to(device), scale)))
+        return ranks.sum(logits)
 
     def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
         """Mean loss and the shares of images whose class is first, or among the first five."""
-        logits = self.outputs_of(net, self.data.val, device)
+        logits = self.outputs_of(net, self.data.val, device, self.ranks)
         labels = torch.from_numpy(self.data.val_labels).to(device)
         best = logits.topk(min(5, self.outputs), dim=1).indices == labels[:, None]
         return {

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from data.tokenizers import Tokenizer
 from run.config import Config
+from run.distributed import ALONE, Ranks
 
 
 class Task(ABC):
     """Batches, loss and evaluation of one data set."""
 
+    ranks: Ranks = ALONE  # which share each step's batch, and the work of an evaluation
     cfg: Config  # as given, but for `data` where another text took the place of one that was found nowhere
     notice: str = ""  # what a person must know of the data, in a box; to be printed before and after the run
     unit: str  # what is counted: "tokens" or "images"
@@ -40,20 +42,25 @@ class Task(ABC):
         for part in range(self.cfg.grad_accum):
             yield self.batch_at(rng, part)
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step, of all ranks: a rank's micro-batch i is part i * ranks + rank."""
+        return self.cfg.grad_accum * self.ranks.size
+
     @abstractmethod
     def prepare(self, step: int, device: torch.device) -> None:
         """What the host has to do before `batch_at` of a step, in any order of steps, without waiting for a GPU."""
 
     @abstractmethod
     def batch_at(self, rng: Tensor, part: int = 0) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of micro-batch `part` of the step rng[1], which has been prepared.
+        """Inputs and targets of this rank's micro-batch `part` of the step rng[1], which has been prepared.
 
         rng is int64 [seed, step, ...]; what is returned is on its device. No value is read on the host.
         """
 
     @abstractmethod
     def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
-        """"val_loss" in nats, and for images "accuracy" and "top5", shares of 1."""
+        """"val_loss" in nats, and for images "accuracy" and "top5", shares of 1. All ranks must call it."""
 
     def report(self, net: nn.Module, device: torch.device, folder: Path) -> None:
         """What there is to say and draw at the end of a run. Raises OSError if a picture cannot be written."""

@@ -111,8 +111,8 @@ class TextTask(Task):
 
     def batch_at(self, rng: Tensor, part: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a micro-batch, int64 (B, context) each."""
-        count = self.cfg.batch_size // self.cfg.grad_accum
-        first = part * count
+        count = self.cfg.batch_size // self.parts
+        first = (part * self.ranks.size + self.ranks.rank) * count
         if self._gathered is not None:
             rows = self._gathered[first : first + count]
             return rows[:, :-1], rows[:, 1:]
@@ -124,11 +124,12 @@ class TextTask(Task):
         cfg, tokens = self.cfg, as_tensor(self.data.val)
         last = len(tokens) - cfg.context - 1
         starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
-        losses = []
-        for part in starts.split(cfg.batch_size // cfg.grad_accum):
-            x, y = windows(tokens, part, cfg.context)
-            losses.append(text_loss(net(x.to(device)), y.to(device)))
-        return {"val_loss": sum(loss.item() for loss in losses) / (len(starts) * cfg.context)}
+        parts = starts.split(cfg.batch_size // cfg.grad_accum)
+        losses = torch.zeros(len(parts), device=device)
+        for i in range(self.ranks.rank, len(parts), self.ranks.size):
+            x, y = windows(tokens, parts[i], cfg.context)
+            losses[i] = text_loss(net(x.to(device)), y.to(device))
+        return {"val_loss": sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context)}
 
     def usage(self, folder: Path) -> str:
         """Sample, beginning with a word of the text: its alphabet may have no other letters."""

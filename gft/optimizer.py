@@ -56,7 +56,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     With `process_group`, its ranks train one net together, each on its part of the batch (gft/distributed.py); max_tokens
     are those of all. `step`, `flips`, `state_dict` and, with a delta scale of the step, every backward pass then wait
-    for the other ranks. Set `last_pass` before a step's last backward pass: votes leave as soon as they are complete.
+    for the other ranks. Set `exchange.last_pass` before a step's last backward pass: votes then leave during it.
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was
     not finite; `stopped`, float32 () on the device, is then not 0 until the next step.
@@ -267,9 +267,10 @@ class FlipOptimizer(torch.optim.Optimizer):
         for number, layer in enumerate(self.layers):
             if wanted[number] and not self.exchange.owns(number):
                 states[number]["momentum"], states[number]["momentum_scale"] = empty_momentum(layer.weight)
-        none = torch.zeros(0, device=self.found_inf.device)
+        none, sent = torch.zeros(0, device=self.found_inf.device), self.exchange.bytes_sent
         for name in ("momentum", "momentum_scale"):
             self.exchange.spread([states[number].get(name, none) for number in range(len(self.layers))])
+        self.exchange.bytes_sent = sent  # those of steps alone
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, into the tensors that are there, and start without votes and flips.

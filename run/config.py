@@ -124,6 +124,7 @@ class Config:
     device: str = key("auto", "where it runs", ("auto", "cpu", "cuda"), free=True)
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"), free=True)
     threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024), free=True)
+    rank_timeout: int = key(600, "seconds until a rank of torchrun that is silent is named", (1, 10**6), free=True)
     out_dir: str = key("", "where checkpoints and metrics go; empty: out/<config name>", free=True)
     init_from: str = key("", "a run to take the first weights from: its folder (best), or its last.json", free=True)
     resume: str = key("", "checkpoint to go on from", ("", "last", "best", "previous"), bare="last", free=True)

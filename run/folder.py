@@ -1,5 +1,6 @@
 """The folder of a run: which one it is, and the lock that keeps a second run out of it."""
 
+import dataclasses
 import glob
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from filelock import FileLock, Timeout
 from run import checkpoint
 from run.config import Config
 from run.errors import UserError
+
+JOB = "torchrun"  # the file that names the job of a folder's run
 
 
 def choose_folder(cfg: Config) -> tuple[Path, FileLock]:
@@ -29,6 +32,21 @@ def choose_folder(cfg: Config) -> tuple[Path, FileLock]:
         if cfg.out_dir or cfg.resume:
             raise UserError(f"another run is writing into {folder}; wait for it, or choose another --out_dir")
     raise UserError(f"{first} already holds a run; use --resume to continue it, or another --out_dir for a new run")
+
+
+def take_up(cfg: Config, job: str) -> Config:
+    """cfg, made to go on from `last` of the newest folder of its name that `sign` has marked with `job`, if any."""
+    first = Path(cfg.out_dir or Path("out", cfg.name))
+    for folder in reversed([first] if cfg.out_dir else _numbered(first)):
+        mark = folder / JOB
+        if checkpoint.exists(folder, "last") and mark.is_file() and mark.read_text(encoding="utf-8") == job:
+            return dataclasses.replace(cfg, out_dir=str(folder), resume="last")
+    return cfg
+
+
+def sign(folder: Path, job: str) -> None:
+    """Mark a run's folder as that of a job, which may be restarted."""
+    (folder / JOB).write_text(job, encoding="utf-8")
 
 
 def _numbered(first: Path) -> list[Path]:

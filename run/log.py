@@ -15,6 +15,7 @@ from run import energy
 from run.config import Config
 from run.curve import draw
 from run.device import resident_bytes
+from run.distributed import Ranks
 from run.errors import DIVERGED, UserError
 from run.finite import largest, origin
 from run.meter import Meter
@@ -40,6 +41,7 @@ class Run(Protocol):
     changed: int
     seconds: float
     losses: list[float]
+    ranks: Ranks
 
     def save(self, name: str) -> None:
         """Write checkpoint `name`."""
@@ -49,9 +51,12 @@ class Run(Protocol):
 
 
 class Log:
-    """Logs, evaluates and saves. It reads from the device after steps that are `due`; other steps wait for nothing."""
+    """Logs, evaluates and saves. It reads from the device after steps that are `due`; other steps wait for nothing.
 
-    def __init__(self, run: Run, metrics: Metrics, sample: Callable[[], str]):
+    All ranks call all of it, as they sum and evaluate together; rank 0 alone writes.
+    """
+
+    def __init__(self, run: Run, metrics: Metrics | None, sample: Callable[[], str]):
         self.run, self.metrics, self.sample, self.stopping = run, metrics, sample, False
         self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
         self.meter = Meter.on(run.device.type, run.device.index)
@@ -73,7 +78,7 @@ class Log:
     def write(self, measured: dict) -> None:
         """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the run diverged."""
         run, cfg = self.run, self.run.cfg
-        steps, loss = run.step - self.last, self.loss.item()  # waits for the device
+        steps, loss = run.step - self.last, run.ranks.sum(self.loss).item()  # waits for the device
         self._check_finite(loss)
         run.seconds += time.perf_counter() - self.begun
         self.meter.poll()
@@ -91,13 +96,15 @@ class Log:
                 self._diverged(f"the validation loss became {self.found['val_loss']}")
             record |= {name: round(value, 5) for name, value in self.found.items()}
             run.losses.append(self.found["val_loss"])
-        self.metrics.write(record)
+        if run.ranks.first:
+            self.metrics.write(record)
         try:
             self.progress.show(record)
             if "val_loss" in record:
                 self._evaluated()
         except OSError:  # the window is closed, or what read a pipe has ended
-            run.save("last")
+            if run.ranks.size == 1:  # others cannot know that they should join in
+                run.save("last")
             raise
         if run.step % cfg.save_every == 0 or last or self.stopping:
             run.save("last")
@@ -135,7 +142,8 @@ class Log:
         run, task = self.run, self.run.task
         if shown := self.sample():
             self.progress.text(shown)
-        draw_curve(run)
+        if run.ranks.first:
+            draw_curve(run)
         self.resident.append(resident_bytes() or 0)
         chance = math.log(task.outputs)
         for sign, text in warnings(run.losses, run.step / run.cfg.steps, chance, self.resident).items():
