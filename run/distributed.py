@@ -70,7 +70,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         self._shared += 1
-        key, found = f"attempt {self.attempt}/share {self._shared}", []
+        key, found = f"share {self._shared}", []
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         for rank in range(self.size):
             try:
@@ -104,7 +104,7 @@ class Ranks:
         """In words, which ranks are gone or do not answer, if that is what the error of a collective means; else ""."""
         if self.size == 1 or not any(word in str(error).lower() for word in FAILURES):
             return ""
-        key, end = f"attempt {self.attempt}/failed", time.monotonic() + GRACE
+        key, end = "failed", time.monotonic() + GRACE
         try:
             self.store.set(f"{key}/{self.rank}", "")
             missing = list(range(self.size))
@@ -170,13 +170,14 @@ def start(device: str, timeout: float) -> Ranks:
     wait = timedelta(seconds=math.ceil(timeout))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"nanogft attempt {restarts()}", store)  # it may outlive a restart
         store.set_timeout(wait)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=wait)  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
         raise UserError(f"the ranks did not find each other within {timeout:g} s ({str(error).splitlines()[0][:200]}); "
                         "see the output of the others, or give them longer with --rank_timeout") from None  # fmt: skip
-    return Ranks(rank, size, dist.PrefixStore("nanogft", store), restarts(), timeout)
+    return Ranks(rank, size, store, restarts(), timeout)
 
 
 def restarts() -> int:
