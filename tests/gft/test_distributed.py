@@ -12,6 +12,7 @@ from gft import distributed
 from gft.layers import Delta, IntEmbedding, IntLinear
 from gft.optimizer import FlipOptimizer
 
+METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"  # spawn imports anew
 ROWS, STEPS = 8, 4
 VARIANTS = {  # scale of delta, micro-batches, settings
     "plain": ("step", 1, {}),
@@ -113,7 +114,7 @@ def work(rank: int, ranks: int, path: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="torch has no gloo here")
 def test_ranks_move_the_weights_that_one_process_moves(tmp_path):
-    multiprocessing.spawn(work, (4, os.fspath(tmp_path / "store")), nprocs=4)
+    multiprocessing.start_processes(work, (4, os.fspath(tmp_path / "store")), nprocs=4, start_method=METHOD)
 
 
 @pytest.mark.parametrize("largest", [0, 1, 127, 128, 32767, 32768, 2**23 - 1, 2**23, 2**31 - 1])
