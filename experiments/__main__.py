@@ -7,6 +7,7 @@
     hybrid        which layers are integer, the others fp32 (about 40 minutes)
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
+    scale_out     seconds of a step on 1 to 1,024 GPUs, predicted; --check compares gloo ranks here
     report        redraw RESULTS.md and docs/figures from the results that are there
 
 A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import ablations, alternatives, gpu, grid, hybrid, images, small, speed
+from experiments import ablations, alternatives, gpu, grid, hybrid, images, scale_out, small, speed
 from experiments.sweep import ROOT, Store
 from run.errors import UserError
 
@@ -32,7 +33,8 @@ EXPERIMENTS = {
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
     try:
-        return grid.main(argv[1:]) if argv[:1] == ["sweep"] else run(argv)
+        other = {"sweep": grid.main, "scale_out": scale_out.main}.get(argv[0] if argv else "")
+        return other(argv[1:]) if other else run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

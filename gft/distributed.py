@@ -6,9 +6,10 @@
     weights   the owner sends them to all, one byte each.
     delta     its scale (delta_scale = "step") is the maximum over the ranks, inside the backward pass.
 
-So a step sends at most 4 + 1, and with votes of two bytes 2 + 1 bytes a weight, of which each of N ranks sends
+So a step sends at most 4 + 1 bytes a weight, and with votes of two bytes 2 + 1, of which each of N ranks sends
 (N - 1) / N on average. A ring sends 8 of fp32 gradients and 4 of bf16 ones. No collective of gloo or NCCL sums int16,
 so votes travel as bytes, by all-to-all, and are summed on arrival.
+
 
 Every rank must call `backward` and `step` as often as the others, on equally many rows.
 """
@@ -226,18 +227,21 @@ def _width(largest: int) -> int:
     return next(width for width in (1, 2, 3, 4) if largest < 1 << (8 * width - 1))
 
 
+NARROW = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
 def _packed(votes: Tensor, width: int) -> Tensor:
     """The low `width` bytes of each vote, uint8 (votes * width,): exact where the votes fit."""
-    if narrow := {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(width):
-        return votes.to(narrow).flatten().view(torch.uint8)
-    return votes.to(torch.int32).flatten().view(torch.uint8).view(-1, 4)[:, :width].flatten()
+    votes = votes.flatten()
+    if width in NARROW:
+        return votes.to(NARROW[width]).view(torch.uint8)
+    return torch.cat([votes.to(torch.int16).view(torch.uint8), (votes >> 16).to(torch.int8).view(torch.uint8)])
 
 
 def _unpacked(received: Tensor, width: int) -> Tensor:
     """What `_packed` was given, as integers of 8, 16 or 32 bits."""
-    if narrow := {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(width):
-        # A copy, as a part of a buffer may begin at an odd byte.
-        return received.clone().view(narrow)
-    whole = torch.zeros(received.numel() // width, 4, dtype=torch.uint8, device=received.device)
-    whole[:, 4 - width :] = received.view(-1, width)
-    return whole.view(torch.int32).flatten() >> 8 * (4 - width)  # and the sign fills the high bytes
+    received = received.clone()  # a part of a buffer may begin at an odd byte
+    if width in NARROW:
+        return received.view(NARROW[width])
+    low, high = received.split([received.numel() // 3 * 2, received.numel() // 3])
+    return (low.view(torch.int16).to(torch.int32) & 0xFFFF) + (high.view(torch.int8).to(torch.int32) << 16)
