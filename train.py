@@ -316,8 +316,8 @@ def check_ranks(task: Task, on: machine.Runtime) -> None:
         raise UserError(f"batch_size = {cfg.batch_size}: it must be a multiple of grad_accum x ranks = "
                         f"{cfg.grad_accum} x {ranks.size}; change one of them", 2)  # fmt: skip
     if ranks.size > 1 and cfg.method == "gft" and cfg.update == "backward":
-        raise UserError('update = "backward": moves are made before ranks have added up their votes; use --update step, '
-                        "or one process", 2)  # fmt: skip
+        raise UserError('update = "backward": moves are made before ranks have added up their votes; use '
+                        "--update step, or one process", 2)  # fmt: skip
     settings = {key: value for key, value in to_dict(cfg).items() if key not in ("data", "data_dir", "out_dir")}
     environment = {key: value for key, value in on.environment().items() if key != "processor"}
     ranks.agree(settings | environment | {"version": checkpoint.PROGRAM, "sha256 of the data": task.sha256})
@@ -400,7 +400,7 @@ def main(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):  # samples are UTF-8 whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        return run_config(load(argv), argv)
+        return run_config(load(argv, notes=os.environ.get("LOCAL_RANK", "0") == "0"), argv)
     except UserError as error:
         print(f"{distributed.name()}error: {error}", file=sys.stderr)
         return error.code

@@ -59,7 +59,7 @@ def max_over_ranks(value: Tensor, handle: int) -> Tensor:
 @opaque_operator("votes_ready", fake=lambda *_: None, mutates_args=("votes",))
 def votes_ready(votes: Tensor, handle: int, number: int) -> None:
     """Tell the exchange that a backward pass has added to the votes of layer `number`, which may then leave."""
-    _exchanges[handle].ready(number)
+    _exchanges[handle].ready(number, votes)
 
 
 def noise_rng(rng: Tensor, rows: int, place: Place) -> Tensor:
@@ -89,7 +89,7 @@ class Exchange:
         self.layers: list[nn.Module] = []
         self.owners: list[int] = []
         self.loads = [0] * self.size  # weights that each rank owns
-        self.used_twice: set[int] = set()  # matrices whose votes are not complete after one pass: they leave at the step
+        self.used_twice: set[int] = set()  # their votes are not complete after one pass: they leave at the step
         self._start_step()
 
     def _start_step(self) -> None:
@@ -141,8 +141,13 @@ class Exchange:
     def _count_ring(self, reduced: Tensor) -> None:
         self.bytes_sent += 2 * reduced.nbytes * (self.size - 1) // self.size
 
-    def ready(self, number: int) -> None:
-        """A pass has voted: in the last one of a step the matrix is measured, and the one before it sent."""
+    def ready(self, number: int, votes: Tensor) -> None:
+        """A pass has voted: in the last one of a step the matrix is measured, and the one before it sent.
+
+        A compiled pass may write votes elsewhere first, and into the layer's buffer at its end.
+        """
+        if votes.data_ptr() != self.layers[number].votes.data_ptr():
+            return
         if number in self.left:  # a layer used twice
             self.used_twice.add(number)
         elif self.last_pass and number not in self.used_twice:

@@ -54,8 +54,8 @@ class FlipOptimizer(torch.optim.Optimizer):
                                   reach memory; a weight may then be used once between two steps
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
-    With `process_group`, its ranks train one net together, each on its part of the batch (gft/distributed.py); max_tokens
-    are those of all. `step`, `flips`, `state_dict` and, with a delta scale of the step, every backward pass then wait
+    With `process_group`, its ranks train one net, each on its part of the batch (gft/distributed.py); max_tokens are
+    those of all. `step`, `flips`, `state_dict` and, with a delta scale of the step, every backward pass then wait
     for the other ranks. Set `exchange.last_pass` before a step's last backward pass: votes then leave during it.
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was

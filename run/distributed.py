@@ -115,11 +115,12 @@ class Ranks:
             return f"the ranks lost each other at step {step}: torchrun's store does not answer"
         names = ", ".join(f"rank {rank} ({self.hosts[rank]})" for rank in missing)
         reason = str(error).splitlines()[0][:200]
-        return (f"{names} ended or did not answer within {self.timeout:g} s (--rank_timeout) in step {step + 1}" if names
-                else f"a message between ranks was lost in step {step + 1} ({reason})")  # fmt: skip
+        if not names:
+            return f"a message between ranks was lost in step {step + 1} ({reason})"
+        return f"{names} ended or did not answer within {self.timeout:g} s (--rank_timeout) in step {step + 1}"
 
     def wrap(self, net: nn.Module) -> nn.Module:
-        """The net whose float gradients become the mean over ranks, by DDP, which refuses nets without float weights."""
+        """The net with float gradients that become the mean over ranks: by DDP, which refuses nets without any."""
         if self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
         # All ranks have made the same weights; buffers are the integer layers' own.
