@@ -30,7 +30,7 @@ WEIGHTS = {
 }
 METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"  # spawn imports anew
 IMAGES = f"{VIT} --steps 6 --eval_every 3 --save_every 3 --compile false --threads 1 --mix both --hflip 0.5"
-OTHERS = {"hybrid": {"int_layers": "attention,mlp"}, "adamw": {"method": "adamw"}}
+OTHERS = {"hybrid": {"int_layers": "attention,mlp"}, "sgd": {"method": "sgd", "lr": 0.02}}
 CLOSE = 2e-3  # of losses under DDP, whose sums have another order
 
 
