@@ -23,17 +23,19 @@ VARIANTS = {  # scale of delta, micro-batches, settings
 
 
 class Twice(nn.Module):
-    """The layer in the middle is used twice, so that its votes are complete later than its first pass says."""
+    """With `twice`, the layer in the middle is used before and after `between`, so that its votes are complete later
+    than its first pass says. Otherwise `between` has no votes."""
 
     def __init__(self, scale: str):
         super().__init__()
         made = {"seed": 1, "delta": Delta(scale=scale)}
         self.first, self.last = IntEmbedding(11, 12, index=0, **made), IntLinear(70, 11, index=3, **made)
         self.up, self.middle = IntLinear(12, 70, index=1, **made), IntLinear(70, 70, index=2, **made)
+        self.between = IntLinear(70, 70, index=4, **made)
 
     def forward(self, tokens: torch.Tensor, twice: bool) -> torch.Tensor:
         x = self.middle(self.up(self.first(tokens)))
-        return self.last(self.middle(x) if twice else x)
+        return self.last(self.middle(self.between(x)) if twice else x)
 
 
 def trained(
@@ -42,7 +44,7 @@ def trained(
     """Weights, moves, final state and bytes sent of a few steps on this rank's part of the batch."""
     scale, parts, settings = VARIANTS[variant]
     net = Twice(scale)
-    layers = [net.first, net.up, net.middle, net.last]
+    layers = [net.first, net.up, net.middle, net.between, net.last]
     opt = FlipOptimizer(
         [{"params": [layers[0].weight], "rule": "balanced"}, {"params": [la.weight for la in layers[1:]]}], 0.3,
         **{"ortho_tile": 64} | settings, process_group=group,
@@ -90,7 +92,7 @@ def work(rank: int, ranks: int, path: str) -> None:
             if "momentum" in VARIANTS[variant][2]:  # a rank keeps that of its own matrices
                 kept = torch.tensor([n > min(together["kept"]) for n in together["kept"]]).int()
                 dist.all_reduce(kept, group=group)
-                assert kept.tolist() == [1] * 4
+                assert kept.tolist() == [1] * 5
                 longer = trained(variant, False, None, 0, 1, resume=alone)
                 assert same(trained(variant, False, group, rank, size, resume=alone), longer)
     stopped = trained("plain", False, dist.group.WORLD, rank, ranks, broken=1)
@@ -99,7 +101,7 @@ def work(rank: int, ranks: int, path: str) -> None:
         assert same(trained("plain", True, pair, rank, 2), trained("plain", True, pair, rank, 2, early=False))
     negative_nan = torch.tensor(-(2**22), dtype=torch.int32).view(torch.float32)
     assert distributed.Exchange(dist.group.WORLD).max(negative_nan if rank == 1 else torch.ones(())).isnan()
-    weights = 11 * 12 + 12 * 70 + 70 * 70 + 70 * 11
+    weights = 11 * 12 + 12 * 70 + 2 * 70 * 70 + 70 * 11
     plain = torch.tensor(trained("plain", False, dist.group.WORLD, rank, ranks)["sent"])
     dist.all_reduce(plain)
     assert weights * 2 < int(plain) / STEPS / (ranks - 1) < weights * 3.5
