@@ -205,7 +205,7 @@ class Run:
             "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
             "step_seconds": typical and round(typical, 5), "tokens_per_second": typical and round(tokens / typical, 1),
             "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1),
-            "accuracy": found.get("accuracy"), "top5": found.get("top5"),
+            **{name: found.get(name) for name in ("bits_per_byte", "perplexity", "accuracy", "top5")},
             "weights": self.weights, "int_weight_bytes": integer,
             "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
             "float_param_bytes": 4 * self.floats, "optimizer_state_bytes": state,

@@ -3,8 +3,10 @@
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Piece = TypeVar("Piece", bytes, str)
 
 BOX_WIDTH = 76  # of the text; the frame takes four columns more
 PATIENCE = 2.0  # seconds that work may take without a progress bar
@@ -17,8 +19,11 @@ def notice(message: str) -> None:
     print(f"data: {message}", file=sys.stderr, flush=True)
 
 
-def with_bar(pieces: Iterable[bytes], size: int, doing: str) -> Iterator[bytes]:
-    """Yields the `pieces`, of `size` bytes together, and shows on stderr how far their reader is if that takes long."""
+def with_bar(pieces: Iterable[Piece], size: int, doing: str, done_of: Callable[[], int] | None = None) -> Iterator[Piece]:
+    """Yields the `pieces`, of `size` bytes together, and shows on stderr how far their reader is if that takes long.
+
+    `done_of` tells how many bytes that is, if not those of the pieces.
+    """
     begun, done, terminal = time.monotonic(), 0, sys.stderr.isatty()
     due = begun + (PATIENCE if terminal else QUIET)
     start, end = ("\r\x1b[K", "") if terminal else ("", "\n")
@@ -26,7 +31,7 @@ def with_bar(pieces: Iterable[bytes], size: int, doing: str) -> Iterator[bytes]:
     try:
         for piece in pieces:
             yield piece
-            done += len(piece)
+            done = done_of() if done_of else done + len(piece)
             now = time.monotonic()
             if now >= due:
                 share = min(done / size, 1) if size else 1

@@ -1,6 +1,7 @@
 """Predict the next token of a text: batches are windows of tokens that begin at random places."""
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def load(cfg: Config, named: bool = False) -> "TextTask":
 
 
 def _load(cfg: Config, notice: str = "") -> "TextTask":
-    data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on)
+    data = load_text(cfg.data, cfg.tokenizer, cfg.vocab_size, cfg.data_dir, cfg.eval_on, cfg.threads)
     check_length(cfg, len(data.train), len(data.val))
     return TextTask(cfg, data, notice)
 
@@ -90,6 +91,7 @@ class TextTask(Task):
         self.about = (f"{data.name} from {data.source}; {len(data.train):,} tokens to train on, {len(data.val):,} to "
                       "evaluate")  # fmt: skip
         self.loss = text_loss
+        self._bytes_per_token: float | None = None  # of the targets that are evaluated, always the same
         self._tokens: Tensor | None = None
         self._gathered: Tensor | None = None  # (batch_size, context + 1) on the GPU, if the text is not there
 
@@ -120,7 +122,7 @@ class TextTask(Task):
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, device: torch.device) -> dict[str, float]:
-        """Mean loss over `eval_windows` windows spread evenly over the text held out."""
+        """Mean loss over `eval_windows` windows spread evenly over the text held out, see `measures`."""
         cfg, tokens = self.cfg, as_tensor(self.data.val)
         last = len(tokens) - cfg.context - 1
         starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
@@ -129,7 +131,19 @@ class TextTask(Task):
         for i in range(self.ranks.rank, len(parts), self.ranks.size):
             x, y = windows(tokens, parts[i], cfg.context)
             losses[i] = text_loss(net(x.to(device)), y.to(device))
-        return {"val_loss": sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context)}
+        return self.measures(sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context), starts)
+
+    def measures(self, val_loss: float, starts: Tensor) -> dict[str, float]:
+        """A loss in nats per token over the windows at `starts`, and what it is in bits per byte and as perplexity."""
+        if self._bytes_per_token is None:
+            lengths = torch.from_numpy(self.tokenizer.byte_lengths())
+            rows = starts.split(256)  # windows at a time
+            total = sum(lengths[windows(as_tensor(self.data.val), part, self.cfg.context)[1]].sum() for part in rows)
+            self._bytes_per_token = int(total) / (len(starts) * self.cfg.context)
+        return {
+            "val_loss": val_loss, "bits_per_byte": val_loss / math.log(2) / self._bytes_per_token,
+            "perplexity": math.exp(min(val_loss, 700.0)),
+        }  # fmt: skip
 
     def usage(self, folder: Path) -> str:
         """Sample, beginning with a word of the text: its alphabet may have no other letters."""

@@ -1,59 +1,94 @@
-"""Any UTF-8 text file as a data set, and the one place where bytes become text.
+"""A UTF-8 file as text, and the one place where bytes become text: plain, JSON lines, compressed or not.
 
 A text is read in chunks, as often as it is needed, so that its size does not matter. Each reading sees to it that the
 bytes are still the same.
+
+Documents of a text are separated by END, one character: where the file has `<|endoftext|>`, and between JSON lines.
 """
 
+import bz2
 import codecs
-import difflib
+import contextlib
+import gzip
 import hashlib
 import io
+import itertools
+import json
+import lzma
 import os
-import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
-from data.notice import notice, with_bar
+from data.notice import notice
 from data.textkind import CONTROLS, NO_TEXT, controls_advice, encoding_advice, other_format
+from data.tokenizers import END
 from run.errors import UserError
 
 CHUNK = 1 << 18  # bytes; a multiple of four, the longest unit of an encoding
 AROUND = 1 << 15  # bytes before and after a fault, from which an encoding is guessed
 BYTE_ORDER_MARK = "\ufeff"
 FEW = 1e-3  # a text with fewer control characters is used as it is
+SEPARATOR = "<|endoftext|>\n"  # between documents, as GPT-2's data have it; the line end may be missing
+PACKED = {b"\x1f\x8b": gzip.GzipFile, b"\xfd7zXZ\0": lzma.LZMAFile, b"BZh": bz2.BZ2File}  # by their first bytes
+BROKEN = (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error)  # what these raise
+
+
+class Meter:
+    """Counts and hashes the bytes that are read from `file`."""
+
+    def __init__(self, file: BinaryIO, count: Callable[[int], None]):
+        self.file, self.count, self.digest = file, count, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        self.count(len(data))
+        return data
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text to read. `where` is a path or an address; `why` says in words why this one is used."""
+    """A file to read. `where` is a path or an address; `why` says in words why this one is used."""
 
     open: Callable[[], BinaryIO]
     where: str
     why: str
+    split: str = ""  # "train", "val" or "test", if its name says so
+    json_lines: bool = False  # documents are values of "text"
 
     @classmethod
     def of_bytes(cls, content: bytes, where: str, why: str) -> "TextSource":
         return cls(lambda: io.BytesIO(content), where, why)
 
-    def sha256(self) -> str:
-        """Of the bytes. Raises UserError if they cannot be read, or are known not to be a text."""
-        digest = hashlib.sha256()
-        for data in self._read("reading"):
-            digest.update(data)
-        return digest.hexdigest()
+    def size(self) -> int:
+        """Bytes, as stored. Raises UserError if the file cannot be opened."""
+        with self._told(), self.open() as file:
+            return file.seek(0, os.SEEK_END)
 
-    def chunks(self, sha256: str, doing: str) -> Iterator[str]:
-        """The text, line ends untouched, without byte-order marks; `doing` says what for.
+    def sha256(self, count: Callable[[int], None] = lambda size: None) -> str:
+        """Of the bytes as stored; `count` is told of those read. Raises UserError if they cannot be read."""
+        with self._told(), self.open() as file:
+            meter = Meter(file, count)
+            while meter.read(CHUNK):
+                pass
+            return meter.digest.hexdigest()
 
-        Raises UserError naming the offset of the first byte that is not UTF-8, and where the bytes are not those of
-        `sha256`, which are known at the end.
+    def chunks(self, sha256: str, count: Callable[[int], None] = lambda size: None) -> Iterator[str]:
+        """The text, line ends untouched, without byte-order marks, its documents separated by END.
+
+        Raises UserError naming the offset of the first byte that is not UTF-8, or the line that is no JSON, and where
+        the bytes are not those of `sha256`, which are known at the end.
         """
+        texts = self._text(sha256, count)
+        return self._json_documents(texts) if self.json_lines else separated(texts)
+
+    def _text(self, sha256: str, count: Callable[[int], None]) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
-        digest, offset, lines = hashlib.sha256(), 0, 1
-        for data in self._read(doing):
-            digest.update(data)
+        offset, lines = 0, 1
+        for data in self._read(sha256, count):
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -66,19 +101,42 @@ class TextSource:
             yield text.replace(BYTE_ORDER_MARK, "")
             offset += len(data)
             lines += data.count(b"\n")
-        if digest.hexdigest() != sha256:
-            raise self.changed()
+
+    def _json_documents(self, texts: Iterable[str]) -> Iterator[str]:
+        rest, number, waiting, size = "", 0, [], 0
+        for text in itertools.chain(texts, ["\n"]):
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                number += 1
+                if line.strip():
+                    waiting.append(self._document(line, number))
+                    size += len(waiting[-1]) + 1
+            if size >= CHUNK:
+                yield END.join(waiting) + END
+                waiting, size = [], 0
+        yield END.join(waiting)
+
+    def _document(self, line: str, number: int) -> str:
+        try:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError(f'its "text" is a {type(text).__name__}')
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            seen = 'it has no "text"' if isinstance(error, KeyError) else error
+            raise UserError(f'{self.where}, line {number:,}: {seen}. Each line must be a JSON object with a "text", '
+                            f"which is a string; this one begins {line[:60]!r}") from None  # fmt: skip
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair has no UTF-8
 
     def changed(self) -> UserError:
         return UserError(f"{self.where} has changed while it was read. Wait until nothing writes to it, or copy it.")
 
-    def survey(self, sha256: str) -> tuple[int, set[str]]:
-        """How many characters the text has, and which. Raises UserError, as `chunks` does, and where it is no text."""
+    def survey(self, texts: Iterable[str]) -> tuple[int, set[str]]:
+        """How many characters its `texts` have, and which. Raises UserError where control characters say it is none."""
         count, alphabet, controls, lines = 0, set(), 0, 1
         first = ""
-        for text in self.chunks(sha256, "checking"):
+        for text in texts:
             here = set(text)
-            if found := here & CONTROLS:
+            if found := (here & CONTROLS) - {END}:
                 controls += sum(text.count(char) for char in found)
                 if not first:
                     at = min(text.find(char) for char in found)
@@ -86,13 +144,8 @@ class TextSource:
             alphabet |= here
             count += len(text)
             lines += text.count("\n")
-        if not "".join(alphabet).strip():
-            what = f"holds nothing but white space ({count:,} characters)" if count else "is empty"
-            raise UserError(f"{self.where} {what}. A text to train on needs thousands of characters; give another.")
         if controls:
-            self._tell_controls(controls, count, first, alphabet & CONTROLS)
-        if "\r" in alphabet:
-            notice(f"{self.where} has carriage returns, as Windows ends lines; they are kept like other characters.")
+            self._tell_controls(controls, count, first, (alphabet & CONTROLS) - {END})
         return count, alphabet
 
     def _tell_controls(self, controls: int, count: int, first: str, found: set[str]) -> None:
@@ -104,65 +157,56 @@ class TextSource:
         raise UserError(f"{seen}. {self._advice(0) or controls_advice(found, controls / count, self.where)}")
 
     def _advice(self, at: int) -> str:
-        with self.open() as file:
+        with self.open() as file, unpacked(file, file) as content:
             start = max(0, at - AROUND) // 4 * 4
-            file.seek(start)
-            return encoding_advice(file.read(2 * AROUND), at - start, self.where)
+            content.seek(start)
+            return encoding_advice(content.read(2 * AROUND), at - start, self.where)
 
-    def _read(self, doing: str) -> Iterator[bytes]:
-        """The bytes in chunks, the last of which is empty."""
-        try:
-            with self.open() as file:
-                if fault := other_format(file.read(AROUND), self.where):
+    def _read(self, sha256: str, count: Callable[[int], None]) -> Iterator[bytes]:
+        """The bytes, unpacked, in chunks of CHUNK, after the last of which comes an empty one."""
+        with self._told(), self.open() as file:
+            meter = Meter(file, count)
+            with unpacked(file, meter) as content:
+                data = content.read(CHUNK)
+                if fault := other_format(data[:AROUND], self.where):
                     raise UserError(fault)
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                yield from with_bar(iter(lambda: file.read(CHUNK), b""), size, f"{doing} {self.where}")
-        except OSError as error:
-            raise UserError(f"{self.where} cannot be read: {error.strerror or error}.") from error
+                while data:
+                    yield data
+                    data = content.read(CHUNK)
+        if meter.digest.hexdigest() != sha256:
+            raise self.changed()
         yield b""
 
-
-def find(name: str, data_dir: str, known_names: Iterable[str]) -> TextSource:
-    """The file `name`: as given, or (a relative one) inside `data_dir` / $NANOGFT_DATA.
-
-    Raises UserError, with the closest name there is, when it is missing, a folder or anything else that is no file.
-    """
-    folder = data_dir or os.environ.get("NANOGFT_DATA", "")
-    candidates = [Path(os.path.expanduser(name))]
-    if folder and not candidates[0].is_absolute():
-        candidates.append(Path(os.path.expanduser(folder), name))
-    for path in candidates:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise UserError(f"data = {name!r} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-        if stat.S_ISDIR(mode):
-            texts = sorted(file.name for file in path.glob("*.txt"))
-            example = path / (texts[0] if texts else "FILE")
-            raise UserError(f"data = {name!r} is a folder. data names one UTF-8 file, like {example}.", code=2)
-        if not stat.S_ISREG(mode):
-            raise UserError(
-                f"data = {name!r} is a pipe or a device. A text is read more than once, so it must be a file: save "
-                "it as one first.",
-                code=2,
-            )
-        return TextSource(lambda: open(path, "rb"), str(path), "data names this file")
-    raise UserError(_missing(name, candidates, sorted(known_names)), code=2)
+            yield
+        except BROKEN as error:
+            raise UserError(f"{self.where} is compressed and damaged: {error}. Get it anew.") from error
+        except OSError as error:
+            raise UserError(f"{self.where} cannot be read: {error.strerror or error}.") from error
 
 
-def _missing(name: str, candidates: list[Path], known_names: list[str]) -> str:
-    looked = " and ".join(str(path) for path in candidates)
-    message = f"data = {name!r} is neither a known data set nor an existing file (looked for {looked})."
-    closest = difflib.get_close_matches(name, known_names, n=1)
-    for path in candidates:
-        try:
-            beside = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-        except OSError:
-            continue
-        closest += [str(path.parent / near) for near in difflib.get_close_matches(path.name, beside, n=1)]
-    if closest:
-        message += f" Did you mean {closest[0]}?"
-    return message + f" Data sets: {', '.join(known_names)}; or give the path of any UTF-8 file."
+def unpacked(file: BinaryIO, through: BinaryIO | Meter) -> BinaryIO:
+    """What `file`, at its beginning, holds, decompressed if it is compressed, and read by way of `through`."""
+    head = file.read(10)
+    file.seek(0)
+    kind = next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None)
+    if kind is None or kind is bz2.BZ2File and head[4:] != b"1AY&SY":
+        return contextlib.nullcontext(through)
+    packed = kind(fileobj=through) if kind is gzip.GzipFile else kind(through)
+    return io.BufferedReader(packed, CHUNK)  # gives as many bytes as are asked for
+
+
+def separated(texts: Iterable[str]) -> Iterator[str]:
+    """`texts`, one after the other, with END in place of each SEPARATOR."""
+    rest = ""
+    for text in texts:
+        rest += text
+        if "<" in rest:
+            rest = rest.replace(SEPARATOR, END)
+        # What may be the beginning of a separator waits for the rest of it, but not at the end.
+        hold = next((n for n in range(min(len(SEPARATOR) - 1, len(rest)), 0, -1) if rest.endswith(SEPARATOR[:n])), 0)
+        yield rest[: len(rest) - hold].replace(SEPARATOR[:-1], END)
+        rest = rest[len(rest) - hold :]
+    yield rest.replace(SEPARATOR[:-1], END)

@@ -6,9 +6,6 @@ import shlex
 
 # A pattern of a file's first bytes, what the file is, and the remedy, with the file's name in place of {}.
 FORMATS = (
-    (rb"\x1f\x8b", "compressed with gzip", "Unpack it: gzip -dc {} > NEW"),
-    (rb"\xfd7zXZ\0", "compressed with xz", "Unpack it: xz -dc {} > NEW"),
-    (rb"BZh[1-9]1AY&SY", "compressed with bzip2", "Unpack it: bzip2 -dc {} > NEW"),
     (rb"\x28\xb5\x2f\xfd", "compressed with zstd", "Unpack it: zstd -dc {} > NEW"),
     (rb"PK\x03\x04.{26,60}?(\[Content_Types\]|_rels/|mimetype|word/|xl/|ppt/)", "an office document or e-book",
      "Save it as plain text, in UTF-8, from the program that opens it"),

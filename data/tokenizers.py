@@ -9,13 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data import cache
 from data.bpe import PATTERN, train_bpe
 from data.download import short_reason
 from data.notice import notice
@@ -24,7 +27,12 @@ from run.errors import UserError
 if TYPE_CHECKING:
     import tiktoken  # where it is used, it is imported: characters do without
 
+END = "\x03"  # END OF TEXT: separates documents. A BPE vocabulary has it as byte 3, GPT-2's as <|endoftext|>.
 KINDS = ("char", "bpe", "gpt2")
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 SMALLEST_BPE = 257  # 256 bytes and one joined token
 GPT2_SECONDS, QUIET_SECONDS = 30, 3  # to wait for GPT-2's vocabulary, in all and before that is told
 
@@ -33,14 +41,17 @@ class Tokenizer(ABC):
     """Ids 0 .. vocab_size - 1, each standing for a byte string."""
 
     vocab_size: int
+    end: int | None  # the id of END
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Raises UserError naming a character that has none."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as an array, (len(ids),), uint16 or, for more than 65,536 ids, uint32."""
-        return np.array(self.encode(text), dtype=self.dtype)
+        """The ids of `text`, whose documents END separates: (len(ids),), uint16 or, for more than 65,536 ids, uint32."""
+        documents = [np.array(self.encode(document), dtype=self.dtype) for document in text.split(END)]
+        ends = [np.array([self.end], dtype=self.dtype)] * len(documents)
+        return np.concatenate([ids for pair in zip(documents, ends) for ids in pair][:-1])
 
     @property
     def dtype(self) -> np.dtype:
@@ -52,6 +63,13 @@ class Tokenizer(ABC):
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id {token} is outside 0 .. {self.vocab_size - 1}, this tokenizer's vocabulary")
         return self._bytes(int(token))
+
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: the bytes of each id; END is one, under every tokenizer."""
+        lengths = np.array([len(self._bytes(token)) for token in range(self.vocab_size)], dtype=np.int64)
+        if self.end is not None:
+            lengths[self.end] = 1
+        return lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
@@ -96,6 +114,7 @@ class CharTokenizer(Tokenizer):
         self._chars = "".join(sorted(set(chars)))
         self._points = _code_points(self._chars)
         self.vocab_size = len(self._chars)
+        self.end = self._chars.index(END) if END in self._chars else None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
@@ -137,7 +156,7 @@ class BpeTokenizer(Tokenizer):
         self._vocabulary = vocabulary
         self._pattern = pattern
         self._encoding = tiktoken.Encoding("nanogft", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.vocab_size = len(vocabulary)
+        self.vocab_size, self.end = len(vocabulary), ranks[END.encode()]
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -151,12 +170,12 @@ class BpeTokenizer(Tokenizer):
 
 
 class Gpt2Tokenizer(Tokenizer):
-    """GPT-2's vocabulary of 50,257, which tiktoken fetches once and keeps."""
+    """GPT-2's vocabulary of 50,257: encoder.json and vocab.bpe in a folder of data sets, or what tiktoken fetches once."""
 
-    def __init__(self) -> None:
-        """Raises UserError when the vocabulary is neither kept nor to be fetched within GPT2_SECONDS."""
-        self._encoding = _fetch_gpt2()
-        self.vocab_size = self._encoding.n_vocab
+    def __init__(self, data_dir: str = "") -> None:
+        """Raises UserError when the vocabulary is neither found nor to be fetched within GPT2_SECONDS."""
+        self._encoding = _find_gpt2(data_dir) or _fetch_gpt2()
+        self.vocab_size, self.end = self._encoding.n_vocab, self._encoding.n_vocab - 1
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -168,20 +187,22 @@ class Gpt2Tokenizer(Tokenizer):
         return self._encoding.decode_single_token_bytes(token)
 
 
-def make_tokenizer(kind: str, vocab_size: int, chars: str, bpe_text: Iterable[str]) -> Tokenizer:
+def make_tokenizer(
+    kind: str, vocab_size: int, chars: str, bpe_text: Iterable[str], data_dir: str = ""
+) -> Tokenizer:
     """A new tokenizer of `kind`: of all `chars`, or of BPE tokens learned from `bpe_text`, in pieces cut between words.
 
-    `vocab_size` is for "bpe" alone. Raises UserError when gpt2 cannot be fetched.
+    `vocab_size` is for "bpe" alone, `data_dir` for "gpt2". Raises UserError when gpt2 cannot be fetched.
     """
     if kind == "char":
         return CharTokenizer(chars)
     if kind == "gpt2":
-        return Gpt2Tokenizer()
-    return BpeTokenizer(train_bpe(bpe_text, vocab_size))
+        return Gpt2Tokenizer(data_dir)
+    return BpeTokenizer(train_bpe((document for text in bpe_text for document in text.split(END)), vocab_size))
 
 
-def tokenizer_from_json(stored: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose `to_json` is `stored`. Raises UserError when it is damaged or of an unknown kind."""
+def tokenizer_from_json(stored: dict[str, Any], data_dir: str = "") -> Tokenizer:
+    """The tokenizer whose `to_json` is `stored`; `data_dir` may have GPT-2's files. Raises UserError when it is damaged or of an unknown kind."""
     try:
         kind = stored["kind"]
         if kind == "char" and stored["chars"]:
@@ -192,7 +213,7 @@ def tokenizer_from_json(stored: dict[str, Any]) -> Tokenizer:
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise UserError(f"The stored tokenizer is damaged ({type(error).__name__}: {error}). Train again.") from error
     if kind == "gpt2":
-        return Gpt2Tokenizer()
+        return Gpt2Tokenizer(data_dir)
     raise UserError(f"The stored tokenizer is of kind {kind!r}; known are {', '.join(KINDS)}, none of them empty.")
 
 
@@ -222,6 +243,30 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
+def _find_gpt2(data_dir: str) -> tiktoken.Encoding | None:
+    """GPT-2's encoding from vocab.bpe and encoder.json in gpt2_bpe/ of a folder of data sets, hashes checked; or None."""
+    for base in filter(None, (data_dir, os.environ.get("NANOGFT_DATA"), str(cache.SHARED_DIR))):
+        paths = [Path(base).expanduser() / "gpt2_bpe" / name for name in GPT2_SHA256]
+        if not all(path.is_file() for path in paths):
+            continue
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+
+        if seen := [path for path in paths if cache.sha256(path.read_bytes()) != GPT2_SHA256[path.name]]:
+            notice(f"{seen[0]} is not used, it is not GPT-2's.")
+            continue
+        keeps = os.environ.get("TIKTOKEN_CACHE_DIR")
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken would copy the files
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(*map(str, paths))
+        finally:
+            os.environ.pop("TIKTOKEN_CACHE_DIR") if keeps is None else os.environ.update(TIKTOKEN_CACHE_DIR=keeps)
+        return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                 special_tokens={ENDOFTEXT: len(ranks)})  # fmt: skip
+    return None
+
+
 def _fetch_gpt2() -> tiktoken.Encoding:
     """tiktoken's own fetch has no time limit, so it runs in a thread that is waited for only so long."""
     import tiktoken
@@ -245,6 +290,7 @@ def _fetch_gpt2() -> tiktoken.Encoding:
     reason = short_reason(outcome[0]) if outcome else f"no answer in {GPT2_SECONDS} s"
     raise UserError(
         f"tokenizer = 'gpt2': its vocabulary could not be fetched ({reason}). tiktoken needs the network for it once; "
-        "afterwards it is kept (TIKTOKEN_CACHE_DIR names where). Without a network use --tokenizer bpe, which is "
+        "afterwards it is kept (TIKTOKEN_CACHE_DIR names where). Or put vocab.bpe and encoder.json into gpt2_bpe/ in "
+        "--data_dir. Without a network use --tokenizer bpe, which is "
         "trained on the text itself, or --tokenizer char."
     )

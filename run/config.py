@@ -8,6 +8,7 @@ said about one key alone is in CONFLICTS. Nothing here imports torch, so that mi
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -26,6 +27,9 @@ IMAGES = ("imagenette", "mnist")
 SETS = ("tinyshakespeare", "stdlib", *IMAGES)  # data by name
 LAYER_KINDS = ("embedding", "patch", "attention", "mlp", "head")
 METHODS = ("gft", "adamw", "muon", "sgd", "signsgd", "ste")  # sgd has momentum 0.9, ste latent weights
+TEXT_NAME = re.compile(r"\.(txt|jsonl)(\.(gz|xz|bz2))?$", re.I)  # files that are texts where a folder is named
+IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|ppm|jp2|jfif)$", re.I)
+LOOKED = 1000  # so many files are looked at to see what a folder holds
 FOLDER = "data.endswith('/')"  # of images; `load` adds the slash
 IMAGE = f"(data in {IMAGES} or {FOLDER})"  # conditions under which keys have an effect
 TEXT = f"not {IMAGE}"
@@ -37,6 +41,7 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
     f"d_model % (n_head * (4 if {IMAGE} else 2)) == 0": "d_model must be a multiple of 2 n_head (images: 4)",
     f"model == 'transformer' or {IMAGE}": "the mlp reads images; use model = transformer, or data = mnist",
     "method != 'gft' or model != 'mlp' or image_side <= 210": "int32 sums over more pixels overflow; use 210 or less",
+    f"eval_on != 'test' or {TEXT}": "the images to evaluate on are those of val; use eval_on = val",
     "image_side % patch == 0": "patch must divide image_side; change one of them",
     "data != 'mnist' or 28 % patch == 0": "patch must divide 28; use patch = 1, 2, 4, 7, 14 or 28",
     "set(int_layers.split(',')) <= {'all', *LAYER_KINDS}": f"must be all, or some of {','.join(LAYER_KINDS)}",
@@ -61,10 +66,11 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
 class Config:
     """The settings of one run, hashable. Defaults are configs/shakespeare_char_small.toml; `name` is not compared."""
 
-    data: str = key("tinyshakespeare", "or stdlib, imagenette, mnist, a text, a folder of images", also="dataset",
-                    free=True, group="data")
+    data: str = key("tinyshakespeare", "or stdlib, wikipedia_en, imagenette, mnist; a text, several (a folder, a glob, a "
+                    "list with commas), or a folder of images", also="dataset", free=True, group="data")
     data_dir: str = key("", "folder to look in first for the data; empty: the usual places", free=True)
-    eval_on: str = key("val", "val: last 10% of a text, official images; tune: a tenth of the rest", ("val", "tune"))
+    eval_on: str = key("val", "val: last 10% of a text, or its files val*; official images; tune: a tenth of the rest; test: "
+                       "a text's files test*", ("val", "tune", "test"))
     tokenizer: str = key("char", "how text becomes tokens", ("char", "bpe", "gpt2"), needs=TEXT)
     vocab_size: int = key(512, "tokens to learn, the 256 bytes included", (257, 65536), needs="tokenizer == 'bpe'")
     image_side: int = key(64, "pixels on each side of an image", (8, 512), needs=f"data == 'imagenette' or {FOLDER}")
@@ -181,8 +187,8 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     problems = [f"{word!r} is one config too many, after {words[0]!r}; name one" for word in words[1:]]
     name, table = read_file(words[0], problems) if words else ("custom", {})
     values = table | given
-    if is_folder(values.get("data"), values.get("data_dir", "")):
-        values["data"] += "/"
+    if folder := is_folder(values.get("data"), values.get("data_dir", "")):
+        values["data"] = values["data"].rstrip("/") + ("" if holds_texts(folder) else "/")
     if table.get("data") == "mnist" and str(values["data"]).endswith("/"):
         values = {"image_side": 28, "color": "grey"} | values  # the net of MNIST sees others as MNIST is
     cfg = build(values, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
@@ -237,12 +243,20 @@ def build(values: Mapping[str, Any], name: str, problems: Sequence[str] = (), wh
     return cfg
 
 
-def is_folder(data: Any, data_dir: Any) -> bool:
-    """Whether data is a folder's path, as given or inside data_dir, that has no slash at its end yet."""
-    if not isinstance(data, str) or not isinstance(data_dir, str) or not data or data.endswith("/") or data in SETS:
-        return False
-    bases = [os.path.expanduser(base) for base in ("", data_dir)]
-    return any(os.path.isdir(os.path.join(base, os.path.expanduser(data))) for base in bases)
+def is_folder(data: Any, data_dir: Any) -> str:
+    """The folder whose path data is, as given or inside data_dir; empty if there is none."""
+    if not isinstance(data, str) or not isinstance(data_dir, str) or not data.strip("/") or data in SETS:
+        return ""
+    paths = (os.path.join(os.path.expanduser(base), os.path.expanduser(data)) for base in ("", data_dir))
+    return next(filter(os.path.isdir, paths), "")
+
+
+def holds_texts(folder: str) -> bool:
+    """Whether its files are named as texts or as nanoGPT's tokens are, and none as an image; a few are looked at."""
+    files = itertools.islice((name for _, _, names in os.walk(folder, followlinks=True) for name in names), LOOKED)
+    names = [name for name in files if not name.startswith(".")]
+    texts = any(TEXT_NAME.search(name) or name == "train.bin" for name in names)
+    return texts and not any(map(IMAGE_NAME.search, names))
 
 
 def unmet(cfg: Config, f: dataclasses.Field) -> str:

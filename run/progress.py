@@ -1,6 +1,7 @@
 """What a run says while it goes: metrics.jsonl for programs, one progress line for people."""
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -98,11 +99,17 @@ class Progress:
         parts = [
             f"step {self.step:>{len(str(self.steps))}}/{self.steps}", f"loss {latest['loss']:.3f}",
             f"val {latest['val_loss']:.3f}" if "val_loss" in latest else "",
+            f"{latest['bits_per_byte']:.3f} bits/byte" if self._tells_bytes() else "",
             f"right {latest['accuracy']:.1%}" if "accuracy" in latest else "",
             f"flips {latest['flips']:.3f}" if latest["flips"] < 1 else "",
             f"{speed:,.0f} {self.unit}/s", f"{left // 60}:{left % 60:02d} left",
         ]  # fmt: skip
         return "  ".join(part for part in parts if part)
+
+    def _tells_bytes(self) -> bool:
+        """Whether bits per byte are known, and are not just the loss of bytes in other units."""
+        bits, nats = self.latest.get("bits_per_byte"), self.latest.get("val_loss")
+        return bits is not None and abs(bits * math.log(2) - nats) > 0.01 * nats
 
     def line(self, text: str) -> None:
         """Print a line of its own."""
