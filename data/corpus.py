@@ -32,7 +32,7 @@ BESIDE = re.compile(r"(readme|licen[cs]e|notice|source|sha256sums)\b", re.I)  # 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to read one after the other: those to train on, to validate and to test. `where` and `why` as in a source."""
+    """Texts to read one after the other: to train on, to validate and to test. `where` and `why` as in a TextSource."""
 
     files: tuple[TextSource, ...]
     where: str
@@ -46,7 +46,7 @@ class Corpus:
         return [file.sha256(lambda size: _add(read, size)) for file in bar]
 
     def sha256(self) -> str:
-        """Of the file's bytes; of several, of what they are and of their hashes. Raises UserError if one is unreadable."""
+        """Of the file's bytes; of several, of their parts and hashes. Raises UserError if one cannot be read."""
         first = self.files[0]
         if len(self.files) == 1 and not first.split and not first.json_lines:
             return self.digests[0]
@@ -124,8 +124,9 @@ def find(name: str, data_dir: str, known_names: Iterable[str]) -> Corpus:
     if len(found) == 1:
         return Corpus((replace(found[0], split=""),), found[0].where, "data names this file")
     if not any(file.split in ("", "train") for file in found):
-        raise UserError(f"data = {name!r} has texts to validate or to test with and none to train on "
-                        f"({few([file.where for file in found])}). Name a file by itself to train on it.", 2)  # fmt: skip
+        seen = few([file.where for file in found])
+        raise UserError(f"data = {name!r} has texts to validate or to test with and none to train on ({seen}). Name a "
+                        "file by itself to train on it.", 2)  # fmt: skip
     found = [replace(file, split="train") if not file.split else file for file in found]
     unique = {file.where: file for file in sorted(found, key=lambda file: SPLITS.index(file.split))}
     about = {split: sum(file.split == split for file in unique.values()) for split in SPLITS}
@@ -163,13 +164,13 @@ def _in_folder(top: Path) -> list[TextSource]:
     def fault(path: str, why: str) -> None:
         raise UserError(f"{path} cannot be read: {why}. Texts to train on may be in it; make it readable.")
 
-    paths = [Path(path) for path in files_in(top, fault)]
-    texts = [_source(path, str(path.relative_to(top))) for path in paths
+    paths = (Path(path) for path in files_in(top, fault))
+    found = [_source(path, str(path.relative_to(top))) for path in paths
              if TEXT_NAME.search(path.name) and not BESIDE.match(path.name)]  # fmt: skip
-    if any(text.split == "train" for text in texts):
-        texts = [text for text in texts if text.split]
-    if left_out := sorted({str(path) for path in paths} - {text.where for text in texts}):
-        notice(f"{len(left_out):,} files in {top} are not used: {few([os.path.relpath(p, top) for p in left_out])}.")
+    told = any(text.split == "train" for text in found)
+    texts = [text for text in found if text.split or not told]
+    if left_out := [os.path.relpath(text.where, top) for text in found if text not in texts]:
+        notice(f"{len(left_out):,} texts in {top} are not used, as their names tell no part: {few(left_out)}.")
     if not texts:
         raise UserError(f"{top} is a folder without texts. They end in .txt or .jsonl, or in one of these and .gz, "
                         ".xz or .bz2; any other text can be named as a file.", 2)  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-Piece = TypeVar("Piece", bytes, str)
+Piece = TypeVar("Piece")
 
 BOX_WIDTH = 76  # of the text; the frame takes four columns more
 PATIENCE = 2.0  # seconds that work may take without a progress bar
@@ -19,7 +19,9 @@ def notice(message: str) -> None:
     print(f"data: {message}", file=sys.stderr, flush=True)
 
 
-def with_bar(pieces: Iterable[Piece], size: int, doing: str, done_of: Callable[[], int] | None = None) -> Iterator[Piece]:
+def with_bar(
+    pieces: Iterable[Piece], size: int, doing: str, done_of: Callable[[], int] | None = None
+) -> Iterator[Piece]:
     """Yields the `pieces`, of `size` bytes together, and shows on stderr how far their reader is if that takes long.
 
     `done_of` tells how many bytes that is, if not those of the pieces.

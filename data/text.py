@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-
 from dataclasses import dataclass
-
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +36,7 @@ class TextData:
 def load_text(
     name: str, tokenizer: str, vocab_size: int, data_dir: str = "", eval_on: str = "val", threads: int = 0
 ) -> TextData:
-    """The text `name`: a data set (tinyshakespeare, stdlib, wikipedia_en), or files, folders and globs (data/corpus.py).
+    """The text `name`: a data set (tinyshakespeare, stdlib, wikipedia_en), or files and folders (data/corpus.py).
 
     tokenizer   "char", "bpe" (of `vocab_size` tokens, at most) or "gpt2"
     data_dir    where a person keeps the files, empty for the usual search (see data/cache.py)

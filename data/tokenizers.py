@@ -48,7 +48,7 @@ class Tokenizer(ABC):
         """The ids of `text`. Raises UserError naming a character that has none."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, whose documents END separates: (len(ids),), uint16 or, for more than 65,536 ids, uint32."""
+        """The ids of `text`, whose documents END separates: (len(ids),), uint16, or uint32 above 65,536 ids."""
         documents = [np.array(self.encode(document), dtype=self.dtype) for document in text.split(END)]
         ends = [np.array([self.end], dtype=self.dtype)] * len(documents)
         return np.concatenate([ids for pair in zip(documents, ends) for ids in pair][:-1])
@@ -170,7 +170,7 @@ class BpeTokenizer(Tokenizer):
 
 
 class Gpt2Tokenizer(Tokenizer):
-    """GPT-2's vocabulary of 50,257: encoder.json and vocab.bpe in a folder of data sets, or what tiktoken fetches once."""
+    """GPT-2's vocabulary of 50,257: from a folder of data sets, or what tiktoken fetches once and keeps."""
 
     def __init__(self, data_dir: str = "") -> None:
         """Raises UserError when the vocabulary is neither found nor to be fetched within GPT2_SECONDS."""
@@ -202,7 +202,10 @@ def make_tokenizer(
 
 
 def tokenizer_from_json(stored: dict[str, Any], data_dir: str = "") -> Tokenizer:
-    """The tokenizer whose `to_json` is `stored`; `data_dir` may have GPT-2's files. Raises UserError when it is damaged or of an unknown kind."""
+    """The tokenizer whose `to_json` is `stored`; `data_dir` may have GPT-2's files.
+
+    Raises UserError when it is damaged or of an unknown kind.
+    """
     try:
         kind = stored["kind"]
         if kind == "char" and stored["chars"]:
@@ -244,7 +247,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _find_gpt2(data_dir: str) -> tiktoken.Encoding | None:
-    """GPT-2's encoding from vocab.bpe and encoder.json in gpt2_bpe/ of a folder of data sets, hashes checked; or None."""
+    """GPT-2's encoding from the files GPT2_SHA256 in gpt2_bpe/ of a folder of data sets; None if there is none."""
     for base in filter(None, (data_dir, os.environ.get("NANOGFT_DATA"), str(cache.SHARED_DIR))):
         paths = [Path(base).expanduser() / "gpt2_bpe" / name for name in GPT2_SHA256]
         if not all(path.is_file() for path in paths):

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ PROGRAM = "0.1.0"  # the version in pyproject.toml
 SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
 BODY = re.compile(r"(last|best)-\d{8,}(-\d+)?\.safetensors")
 LEFTOVER = re.compile(r"(last|best|previous)(-\d{8,}(-\d+)?\.safetensors|\.json)\.tmp")
+KEPT = re.compile(r"step-\d{8,}")
 REMEDIES = {
     errno.ENOSPC: "free some disk space or choose another folder with --out_dir",
     errno.EDQUOT: "free some of your disk quota or choose another folder with --out_dir",
@@ -104,6 +106,26 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
         for path in uncommitted:
             with contextlib.suppress(OSError):  # what cannot be removed now, the next commit removes
                 path.unlink()
+
+
+def keep(out_dir: Path, limit: int) -> None:
+    """Make the checkpoint `last` stay in `out_dir`/step-<step>, and delete all but the newest `limit` of these folders.
+
+    0 deletes none. The files are links where the file system has them. Raises OSError where the disk is full.
+    """
+    record = _record(out_dir / "last.json")
+    folder = out_dir / f"step-{record['meta']['step']:08d}"
+    folder.mkdir(exist_ok=True)
+    for name in (record["file"], "last.json"):  # the JSON last: with it the folder holds a checkpoint
+        (folder / name).unlink(missing_ok=True)
+        try:
+            os.link(out_dir / name, folder / name)
+        except OSError:
+            shutil.copyfile(out_dir / name, folder / name)
+    kept = [path for path in out_dir.iterdir() if KEPT.fullmatch(path.name)]
+    for old in sorted(kept, key=lambda path: int(path.name[5:]))[:-limit] if limit else ():
+        (old / "last.json").unlink(missing_ok=True)
+        shutil.rmtree(old)
 
 
 def load(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[dict[str, Tensor], dict[str, Any]]:

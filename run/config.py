@@ -8,6 +8,7 @@ said about one key alone is in CONFLICTS. Nothing here imports torch, so that mi
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.limits import MAX_REDUCTION, RULES, kept_bits
-from run.errors import closest, refuse
+from run.errors import UserError, closest, refuse
 from run.keys import brief, convert, key, read_argv, show
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).resolve().parents[1].joinpath("configs").rglob("*.toml"))}
@@ -66,11 +67,11 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
 class Config:
     """The settings of one run, hashable. Defaults are configs/shakespeare_char_small.toml; `name` is not compared."""
 
-    data: str = key("tinyshakespeare", "or stdlib, wikipedia_en, imagenette, mnist; a text, several (a folder, a glob, a "
-                    "list with commas), or a folder of images", also="dataset", free=True, group="data")
+    data: str = key("tinyshakespeare", "or stdlib, wikipedia_en, imagenette, mnist; a text, several (a folder, a glob, "
+                    "a list with commas), or a folder of images", also="dataset", free=True, group="data")
     data_dir: str = key("", "folder to look in first for the data; empty: the usual places", free=True)
-    eval_on: str = key("val", "val: last 10% of a text, or its files val*; official images; tune: a tenth of the rest; test: "
-                       "a text's files test*", ("val", "tune", "test"))
+    eval_on: str = key("val", "val: last 10% of a text, or its files val*; official images; tune: a tenth of the rest; "
+                       "test: a text's files test*", ("val", "tune", "test"))
     tokenizer: str = key("char", "how text becomes tokens", ("char", "bpe", "gpt2"), needs=TEXT)
     vocab_size: int = key(512, "tokens to learn, the 256 bytes included", (257, 65536), needs="tokenizer == 'bpe'")
     image_side: int = key(64, "pixels on each side of an image", (8, 512), needs=f"data == 'imagenette' or {FOLDER}")
@@ -136,10 +137,15 @@ class Config:
     resume: str = key("", "checkpoint to go on from", ("", "last", "best", "previous"), bare="last", free=True)
     log_every: int = key(10, "steps between reads of the loss and the flips", (1, 10**9), free=True)
     eval_every: int = key(50, "steps between evaluations", (1, 10**9), free=True)
+    eval_share: float = key(1.0, "largest share of the time that evaluations take; the last is always made", (0.001, 1),
+                            free=True)
     # Not free: `best` would be chosen among losses measured on different windows.
     eval_windows: int = key(400, "windows of text an evaluation reads", (1, 10**7))
     sample_tokens: int = key(120, "length of the sample at an evaluation; 0: none", (0, 10**6), free=True)
     save_every: int = key(100, "steps between checkpoints", (1, 10**9), free=True)
+    keep_every: int = key(0, "steps between checkpoints that stay, in step-NUMBER/; 0: none", (0, 10**9), free=True)
+    keep_last: int = key(0, "so many of them stay, the newest; 0: all", (0, 10**6), needs="keep_every > 0", free=True)
+    log: str = key("", "tensorboard: write its curves beside metrics.jsonl", ("", "tensorboard"), free=True)
     monitor_every: int = key(10, "steps between the monitor's measurements", (1, 10**9), free=True)
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -192,6 +198,8 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     if table.get("data") == "mnist" and str(values["data"]).endswith("/"):
         values = {"image_side": 28, "color": "grey"} | values  # the net of MNIST sees others as MNIST is
     cfg = build(values, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
+    if cfg.log == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("log = tensorboard needs the package tensorboard: pip install tensorboard", code=2)
     if notes and not words:
         print("note: no config named, so the defaults are used; --help lists the configs there are", file=sys.stderr)
     for k in given if notes else ():

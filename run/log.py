@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gft.optimizer import FlipOptimizer
-from run import energy
+from run import checkpoint, energy
 from run.config import Config
 from run.curve import draw
 from run.device import resident_bytes
@@ -67,11 +67,17 @@ class Log:
         self.found: dict[str, float] = {}
         self.resident: list[int] = []
         self.said: set[str] = set()
+        self.started, self.evaluating, self.evaluation = time.perf_counter(), 0.0, 0.0  # in all, and the last one
+        self.board = None
+        if run.cfg.log == "tensorboard" and run.ranks.first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run.out), purge_step=run.step + 1)
 
     def due(self) -> bool:
         """Whether this step is one to read after."""
         run, cfg = self.run, self.run.cfg
-        every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every)
+        every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every, cfg.keep_every or cfg.save_every)
         ends = run.step == cfg.steps or self.stopping
         return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
 
@@ -90,7 +96,8 @@ class Log:
             "flips": changed / steps / run.weights, "seconds": round(run.seconds, 4), **measured,
         }  # fmt: skip
         last = run.step == cfg.steps
-        if run.step % cfg.eval_every == 0 or last:
+        begun = time.perf_counter()
+        if last or run.step % cfg.eval_every == 0 and self._has_time(begun - self.started):
             self.found = run.task.evaluate(run.net, run.device)
             if not math.isfinite(self.found["val_loss"]):
                 self._diverged(f"the validation loss became {self.found['val_loss']}")
@@ -98,18 +105,34 @@ class Log:
             run.losses.append(self.found["val_loss"])
         if run.ranks.first:
             self.metrics.write(record)
+        if self.board:
+            for name, value in (record | record.get("monitor", {})).items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, run.step)
+            self.board.flush()
         try:
             self.progress.show(record)
             if "val_loss" in record:
                 self._evaluated()
+                self.evaluation = time.perf_counter() - begun
+                self.evaluating += self.evaluation
         except OSError:  # the window is closed, or what read a pipe has ended
             if run.ranks.size == 1:  # others cannot know that they should join in
                 run.save("last")
             raise
-        if run.step % cfg.save_every == 0 or last or self.stopping:
+        keeps = cfg.keep_every and run.step % cfg.keep_every == 0
+        if run.step % cfg.save_every == 0 or last or self.stopping or keeps:
             run.save("last")
+        if keeps and run.ranks.first:
+            checkpoint.keep(run.out, cfg.keep_last)
         self.loss.zero_()
         self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
+
+    def _has_time(self, passed: float) -> bool:
+        """Whether one more evaluation keeps all of them within eval_share of the seconds that have passed, on all ranks."""
+        share = self.run.cfg.eval_share
+        late = self.evaluating + self.evaluation > share * (passed + self.evaluation)
+        return share == 1 or not self.run.ranks.sum(torch.tensor(float(late), device=self.run.device)).item()
 
     def _check_finite(self, loss: float) -> None:
         """Raises UserError if loss, delta or gradient was not finite since the last read, or a float weight is not."""

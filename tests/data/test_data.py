@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import data
-from data import cache, download, mnist, textfile, tinyshakespeare
+from data import cache, corpus, download, mnist, textfile, tinyshakespeare
 from data.cache import NotFound, OfficialFile, cache_root
 from data.text import find_text, load_text
 from data.text_task import check_length
@@ -411,11 +411,6 @@ def test_missing_names_point_to_the_closest(tmp_path, play, monkeypatch):
     assert "Did you mean" not in message and "stdlib, tinyshakespeare" in message
 
 
-def test_folder_is_not_a_text(tmp_path, play):
-    message = error_of(str(tmp_path), code=2)
-    assert "is a folder" in message and play in message
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in folders")
 def test_pipe_and_device_are_refused_unopened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -427,7 +422,7 @@ def test_a_file_that_cannot_be_opened_is_named(play, monkeypatch):
     def locked(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(textfile, "open", locked, raising=False)
+    monkeypatch.setattr(corpus, "open", locked, raising=False)
     assert error_of(play, code=1) == f"{play} cannot be read: Permission denied."
 
 
@@ -441,11 +436,11 @@ def test_stdlib_needs_nothing_and_is_always_the_same():
     assert first.sha256() == second.sha256()
     text = load("stdlib", eval_on="tune")
     assert "pydoc_data.topics of Python" in text.source
-    assert text.tokenizer.decode(text.train).startswith(next(first.chunks("", ""))[:100_000])
+    assert text.tokenizer.decode(text.train).startswith(next(first.chunks("reading"))[:100_000])
 
 
 def test_wrong_settings_are_configuration_errors(play):
-    assert "eval_on = 'test'" in error_of(play, eval_on="test", code=2)
+    assert "eval_on = 'all'" in error_of(play, eval_on="all", code=2)
     assert "tokenizer = 'word'" in error_of(play, "word", code=2)
     assert "vocab_size = 256" in error_of(play, "bpe", 256, code=2)
     assert all_files(cache_root()) == []

@@ -24,8 +24,9 @@ def task(dtype: str = "<u2", largest: int = 60_000, **settings) -> TextTask:
     train[:3] = largest - 1
     train.flags.writeable = val.flags.writeable = False
     text = SimpleNamespace(
-        train=train, val=val, name="made", source="a test", sha256="0", tokenizer=SimpleNamespace(vocab_size=largest)
-    )
+        train=train, val=val, name="made", source="a test", sha256="0",
+        tokenizer=SimpleNamespace(vocab_size=largest, byte_lengths=lambda: np.arange(largest) % 7),
+    )  # fmt: skip
     return TextTask(dataclasses.replace(SMALL, **settings), text)
 
 
@@ -66,6 +67,11 @@ def test_evaluation_is_the_mean_over_windows_spread_over_the_text():
     expected = [made.data.val[start : start + 9].tolist() for start in (0, 45, 90)]  # 90 + 10 tokens: the end
     assert torch.cat(seen).tolist() == expected
     assert len(made.data.val) == 100
+    targets = np.concatenate([made.data.val[start + 1 : start + 10] for start in (0, 45, 90)])
+    found = made.evaluate(net, CPU)
+    assert found["bits_per_byte"] == pytest.approx(27 * math.log2(50) / (targets % 7).sum(), abs=1e-6)
+    assert found["perplexity"] == pytest.approx(50, abs=1e-4)
+    seen.clear()
     wide = task(largest=50, batch_size=4, eval_windows=1000)
     seen.clear()
     wide.evaluate(net, CPU)

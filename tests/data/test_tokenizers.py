@@ -10,7 +10,7 @@ import regex
 import requests
 import tiktoken
 
-from data import tokenizers
+from data import cache, tokenizers
 from data.bpe import PATTERN, train_bpe
 from data.tokenizers import BpeTokenizer, CharTokenizer, Gpt2Tokenizer, check_request, tokenizer_from_json
 from run.errors import UserError
@@ -210,6 +210,8 @@ def test_possible_requests_pass():
 def no_kept_gpt2(monkeypatch, tmp_path):
     """tiktoken as on a machine that has never fetched GPT-2's vocabulary."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("NANOGFT_DATA", raising=False)
+    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
 
 
@@ -250,7 +252,34 @@ def test_gpt2_does_not_wait_for_ever(no_kept_gpt2, monkeypatch):
     assert time.perf_counter() - start < 5
 
 
-def test_gpt2_is_stored_by_name(monkeypatch):
+@pytest.mark.parametrize("setting", ["data_dir", "NANOGFT_DATA", "shared"])
+def test_gpt2_is_found_in_a_folder_of_data_sets(no_kept_gpt2, monkeypatch, tmp_path, capsys, setting):
+    """Files of GPT-2's form: the 256 bytes and one joined token."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+    files = {
+        "vocab.bpe": "#version: 0.2\na b\n",
+        "encoder.json": json.dumps({letter: rank for rank, letter in enumerate([*letters, "ab", "<|endoftext|>"])}),
+    }
+    folder = tmp_path if setting == "shared" else tmp_path / "mine"
+    (folder / "gpt2_bpe").mkdir(parents=True)
+    for name, content in files.items():
+        (folder / "gpt2_bpe" / name).write_text(content)
+        monkeypatch.setitem(tokenizers.GPT2_SHA256, name, cache.sha256(content.encode()))
+    if setting == "NANOGFT_DATA":
+        monkeypatch.setenv("NANOGFT_DATA", str(folder))
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
+    tokenizer = Gpt2Tokenizer(str(folder) if setting == "data_dir" else "")
+    assert tokenizer.vocab_size == 258 and tokenizer.end == 257
+    assert tokenizer.encode_array(f"abb{tokenizers.END}").tolist() == [256, letters.index("b"), 257]
+    assert tokenizer.byte_lengths()[[256, 257]].tolist() == [2, 1]
+    (folder / "gpt2_bpe" / "vocab.bpe").write_text("#version: 0.2\na c\n")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: BPE._encoding)
+    assert Gpt2Tokenizer(str(folder)).vocab_size == 330 and "it is not GPT-2's" in capsys.readouterr().err
+
+
+def test_gpt2_is_stored_by_name(no_kept_gpt2, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: BPE._encoding)
     tokenizer = Gpt2Tokenizer()
     assert tokenizer.to_json() == {"kind": "gpt2"}

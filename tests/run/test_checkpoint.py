@@ -185,6 +185,21 @@ def test_leftovers_of_killed_saves_go_with_the_next_commit_and_other_files_stay(
     assert {path.name for path in tmp_path.iterdir()} == {*others, "last.json", "last-00000002.safetensors"}
 
 
+def test_kept_checkpoints_outlive_last_and_are_limited(tmp_path, monkeypatch):
+    for step in (98, 99, 99_999_999, 100_000_000):
+        save(tmp_path, step)
+        checkpoint.keep(tmp_path, 3)
+        checkpoint.keep(tmp_path, 3)  # a resumed run comes by again
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-00000099", "step-100000000", "step-99999999"]
+    save(tmp_path, 7)
+    assert_holds(tmp_path / "step-00000099", "last", 99)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    checkpoint.keep(tmp_path, 0)
+    assert_holds(tmp_path / "step-00000007", "last", 7)
+    assert len(list(tmp_path.glob("step-*"))) == 4
+
+
 def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -51,6 +52,7 @@ BAD_COMMAND_LINES = [
     ("--int_layers patch", ["this net has no such layer", "name others, or all"]),
     ("--data mnist --model mlp --int_layers attention", ["this net has no such layer"]),
     ("--data imagenette --model mlp --image_side 256", ["image_side = 256", "overflow", "use 210 or less"]),
+    ("--data imagenette --eval_on test", ['data = "imagenette"', 'eval_on = "test"', "use eval_on = val"]),
     ("--model mlp", ['model = "mlp"', "reads images", "data = mnist"]),
     ("--data imagenette --patch 7", ["image_side = 64, patch = 7", "must divide", "change one of them"]),
     ("--data mnist --patch 8", ['data = "mnist", patch = 8', "must divide 28", "use patch = 1, 2, 4, 7, 14 or 28"]),
@@ -331,7 +333,8 @@ def test_dict_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences_are_those_that_change_the_weights() -> None:
     a = Config()
-    free = dict(out_dir="x", resume="last", sample_tokens=0, save_every=7, eval_every=9, monitor_every=3, log_every=5)
+    free = dict(out_dir="x", resume="last", sample_tokens=0, save_every=7, eval_every=9, monitor_every=3, log_every=5,
+                keep_every=3, keep_last=2, log="tensorboard", eval_share=0.1)  # fmt: skip
     assert differences(a, dataclasses.replace(a, **free, data_dir="y", name="other")) == []
     resolved = dict(data="moved.txt", device="cpu", backend="torch", compile="false", threads=3)
     assert differences(a, dataclasses.replace(a, **resolved)) == [], "contents and choices are compared elsewhere"
@@ -376,8 +379,8 @@ def test_mistakes_are_answered_without_slow_imports() -> None:
     assert ran.stdout == "[]\n"
 
 
-def test_a_folder_is_one_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets a slash, by which a checkpoint tells what it was trained on, wherever it is used."""
+def test_a_folder_is_one_of_images_unless_it_holds_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of images gets a slash, by which a checkpoint tells what it was trained on, wherever it is used."""
     monkeypatch.chdir(tmp_path)
     for name in ("pets", "tinyshakespeare", "inside/deep"):
         Path(name).mkdir(parents=True)
@@ -390,6 +393,15 @@ def test_a_folder_is_one_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load(["--data", "deep", "--data_dir", "inside"], notes=False).data == "deep/"
     assert load(["--data", str(tmp_path / "pets")], notes=False).data == f"{tmp_path}/pets/"
     assert load([], notes=False).data == "tinyshakespeare" and not load([], notes=False).of_images
-    Path("pets").rmdir()
+    for name, slash in {"a.txt": "", "b.jsonl.gz": "", ".hidden.png": "", "README.md": "", "cats/1.jpg": "/"}.items():
+        path = Path("pets", name)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert {load(["--data", given], notes=False).data for given in ("pets", "pets/")} == {f"pets{slash}"}
+    shutil.rmtree("pets")
+    Path("pets").mkdir()
+    Path("pets/train.bin").touch()
+    assert load(["--data", "pets"], notes=False).data == "pets"
+    shutil.rmtree("pets")
     assert from_dict(to_dict(grey)) == grey
     assert "patch must divide" in refused(["--data", "gone/", "--patch", "7"])

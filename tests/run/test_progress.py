@@ -53,6 +53,14 @@ def test_a_resumed_run_counts_from_where_it_began(clock, capsys):
     assert "val 1.500  right 87.5%  flips" in capsys.readouterr().out
 
 
+def test_bits_per_byte_are_told_where_tokens_are_not_bytes(clock, capsys):
+    shown = Progress(steps=100, step=0, per_step=10, unit="tokens")
+    shown.show(record(10, 1.0, val_loss=2.0, bits_per_byte=2.8854))
+    assert "bits/byte" not in capsys.readouterr().out
+    shown.show(record(20, 2.0, val_loss=2.0, bits_per_byte=0.75))
+    assert "val 2.000  0.750 bits/byte  flips" in capsys.readouterr().out
+
+
 def test_lines_without_a_terminal_are_few(clock, capsys):
     shown = Progress(steps=100, step=0, per_step=1, unit="tokens")
     for step in range(1, 41):
