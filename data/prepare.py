@@ -88,8 +88,8 @@ def load_prepared(text_sha256: str, kind: str, vocab_size: int, data_dir: str = 
         count, size = parts.tokens + parts.test_tokens, bin_path.stat().st_size
         if size != count * dtype.itemsize:
             raise Damaged(f"{bin_path.name} has {size:,} bytes, not {count * dtype.itemsize:,}")
-        shards = record.get("shards") or [{"at": 0, "tokens": [count], "sha256": record["ids_sha256"]}]
-        if bad := len(shards) - len(_whole(bin_path, dict(enumerate(shards)), dtype)):
+        shards = record.get("shards") or [{"number": 0, "at": 0, "tokens": [count], "sha256": record["ids_sha256"]}]
+        if bad := len(shards) - len(_whole(bin_path, {shard["number"]: shard for shard in shards}, dtype)):
             some = f" ({bad} of {len(shards)} shards)" if len(shards) > 1 else ""
             raise Damaged(f"{bin_path.name} has changed since it was written{some}")
         ids = _map(bin_path, dtype)
@@ -140,7 +140,7 @@ class Job:
 
     tokenizer: Tokenizer
     ends: tuple[int, int, int, int]  # of the parts, in characters
-    shards: dict[int, dict[str, Any]]  # by number: "at", the tokens before it, "chars", "tokens" of each part, "sha256"
+    shards: dict[int, dict[str, Any]]  # by "number"; "at", the tokens before; "chars"; "tokens" of each part; "sha256"
 
 
 def _new_job(text: Corpus, kind: str, vocab_size: int, data_dir: str) -> Job:
@@ -162,14 +162,13 @@ def _new_job(text: Corpus, kind: str, vocab_size: int, data_dir: str) -> Job:
 def _unfinished(stem: Path, data_dir: str) -> Job | None:
     """The job of a preparation that was killed, or of a damaged one; its good shards are in `stem`.part."""
     part = stem.with_suffix(".part")
-    for ids, head in ((part, stem.with_suffix(".part.json")), (stem.with_suffix(".bin"), stem.with_suffix(".json"))):
+    for ids in (part, stem.with_suffix(".bin")):
         try:
-            record = read_record(head)
-            shards = {int(number): shard for number, shard in record["shards"].items()} if ids == part else dict(
-                enumerate(record["shards"]))  # fmt: skip
+            record = read_record(ids.with_suffix(".part.json" if ids == part else ".json"))
+            shards = {shard["number"]: shard for shard in record["shards"]}
             tokenizer = tokenizer_from_json(record["tokenizer"], data_dir)
             good = _whole(ids, shards, tokenizer.dtype)
-            if len(shards) > 1 and good:
+            if good or ids == part:
                 os.replace(ids, part)
                 notice(f"going on with {part}: {len(good)} shards of it are whole.")
                 return Job(tokenizer, tuple(record["ends"]), good)
@@ -185,7 +184,7 @@ def _encode_to_disk(text: Corpus, job: Job, stem: Path, threads: int) -> dict[st
 
     def keep() -> None:
         os.fsync(file.fileno())
-        write_record(head, {"tokenizer": tokenizer, "ends": job.ends, "shards": job.shards})
+        write_record(head, {"tokenizer": tokenizer, "ends": job.ends, "shards": list(job.shards.values())})
 
     remove_leftovers(stem)
     try:
@@ -206,11 +205,11 @@ def _encode_to_disk(text: Corpus, job: Job, stem: Path, threads: int) -> dict[st
 def _encode(
     text: Corpus, job: Job, file: BinaryIO, threads: int, keep: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Writes the ids to `file`; what `load_prepared` needs to know of them. `keep` is called between two shards."""
+    """Writes the ids to `file`; what `load_prepared` needs to know. `keep` is called before each shard of several."""
     total = [0, 0, 0, 0]
     numbered = _numbered(parts_of(text.chunks("encoding"), job.ends))
     for number, group in itertools.groupby(numbered, key=lambda piece: piece[0]):
-        if number and number - 1 in job.shards and number not in job.shards:
+        if number not in job.shards and job.ends[-1] > SHARD:
             file.flush()
             keep()
         if shard := job.shards.get(number):
@@ -220,7 +219,7 @@ def _encode(
         else:
             file.seek(sum(total) * job.tokenizer.dtype.itemsize)
             found = _encode_shard(text, job.tokenizer, group, file, threads)
-            shard = job.shards[number] = {"at": sum(total)} | found
+            shard = job.shards[number] = {"number": number, "at": sum(total)} | found
         total = [a + b for a, b in zip(total, shard["tokens"])]
     shards = [job.shards[number] for number in sorted(job.shards)]
     hashes = [shard["sha256"] for shard in shards]
