@@ -95,7 +95,7 @@ def load_prepared(text_sha256: str, kind: str, vocab_size: int, data_dir: str = 
         ids = _map(bin_path, dtype)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, Damaged) as error:
+    except (OSError, Damaged, KeyError, TypeError) as error:  # the last two of another version's
         notice(f"the prepared files {stem}.* are not used ({error}); preparing again.")
         return None
     return Prepared(ids, parts, tokenizer_from_json(record["tokenizer"], data_dir))
