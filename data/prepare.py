@@ -172,7 +172,7 @@ def _unfinished(stem: Path, data_dir: str) -> Job | None:
                 os.replace(ids, part)
                 notice(f"going on with {part}: {len(good)} shards of it are whole.")
                 return Job(tokenizer, tuple(record["ends"]), good)
-        except (OSError, Damaged, KeyError, UserError):
+        except (OSError, Damaged, KeyError, TypeError, UserError):  # KeyError, TypeError: of another version
             continue
     return None
 
