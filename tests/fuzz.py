@@ -17,12 +17,14 @@ something saved that is lost. A case is a function of its kind, the seed and its
 """
 
 import argparse
+import bz2
 import contextlib
 import functools
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import resource
@@ -432,6 +434,16 @@ def texts(draw: Random, folder: Path) -> None:
     assert again.tokenizer.to_json() == first.tokenizer.to_json(), "a damaged file of the cache was used"
 
 
+def json_lines(draw: Random, folder: Path) -> None:
+    """A folder with JSON lines, compressed or not."""
+    content = b"".join(json.dumps({"text": line}).encode() + b"\n" for line in STORY.decode().split("\n"))
+    content = mutated(draw, content) if draw.random() < 0.5 else content
+    content = draw.choice((gzip.compress, lzma.compress, bz2.compress, bytes))(content)
+    (folder / "a.jsonl").write_bytes(mutated(draw, content) if draw.random() < 0.7 else content)
+    loaded = text.load_text(str(folder), "char", 0)
+    loaded.tokenizer.decode(loaded.val.tolist())
+
+
 def metrics(draw: Random, folder: Path) -> None:
     """What a run has logged is damaged; it goes on, and draws its curve."""
     records = [{"step": step, "loss": 2.0, "flips": 0.1, "val_loss": 1.5, "seconds": 1.0} for step in range(1, 9)]
@@ -445,7 +457,8 @@ def metrics(draw: Random, folder: Path) -> None:
 
 
 def data(draw: Random, folder: Path) -> object:
-    return draw.choices((images, folders, archives, digits, texts, metrics), (16, 2, 6, 2, 6, 1))[0](draw, folder)
+    kinds = {images: 16, folders: 2, archives: 6, digits: 2, texts: 6, json_lines: 3, metrics: 1}
+    return draw.choices(list(kinds), list(kinds.values()))[0](draw, folder)
 
 
 # By hand
