@@ -46,7 +46,7 @@ SAMPLE = 32_000_000  # characters of a longer text that a BPE vocabulary is lear
 class Parts:
     """Where the parts end. Tokens: [0, tokens_81), [tokens_81, tokens_90), [tokens_90, tokens); characters alike.
 
-    tokens_90 ends what there is to train on, of which tokens_81 leaves a tenth to tune with. `test_` behind the rest.
+    tokens_90 ends what there is to train on, of which tokens_81 leaves a tenth to tune with. test_tokens are behind.
     """
 
     tokens_81: int
@@ -56,13 +56,12 @@ class Parts:
     chars_90: int
     chars: int
     test_tokens: int = 0
-    test_chars: int = 0
 
     @classmethod
     def of(cls, tokens: Sequence[int], ends: Sequence[int]) -> "Parts":
         """Of the tokens of each part, and the ends of the parts in characters."""
         *until, end = itertools.accumulate(tokens)
-        return cls(*until, *ends[:3], end - until[-1], ends[3] - ends[2])
+        return cls(*until, *ends[:3], end - until[-1])
 
 
 @dataclass(frozen=True, eq=False)

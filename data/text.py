@@ -30,7 +30,6 @@ class TextData:
     tokenizer: Tokenizer
     sha256: str  # of the source text's bytes
     source: str  # "<where>, because <why>"
-    chars_per_token: float  # of what is evaluated
 
 
 def load_text(
@@ -68,12 +67,11 @@ def load_text(
         ) from error
     tell_if_smaller(prepared.tokenizer, tokenizer, vocab_size)
     ids, parts = prepared.ids, prepared.parts
-    train, val, val_chars = ids[: parts.tokens_90], ids[parts.tokens_90 : parts.tokens], parts.chars - parts.chars_90
+    train, val = ids[: parts.tokens_90], ids[parts.tokens_90 : parts.tokens]
     if eval_on == "tune":
         train, val = ids[: parts.tokens_81], ids[parts.tokens_81 : parts.tokens_90]
-        val_chars = parts.chars_90 - parts.chars_81
     elif eval_on == "test":
-        val, val_chars = ids[parts.tokens :], parts.test_chars
+        val = ids[parts.tokens :]
         if not len(val):
             raise UserError(f"eval_on = test, and {found.where} has no files to test with, called test*. Evaluate on "
                             "the validation part: --eval_on val.", 2)  # fmt: skip
@@ -89,7 +87,6 @@ def load_text(
         tokenizer=prepared.tokenizer,
         sha256=digest,
         source=f"{found.where}, because {found.why}",
-        chars_per_token=val_chars / len(val),
     )
 
 
@@ -132,5 +129,4 @@ def _load_tokens(name: str, folder: Path, kind: str, data_dir: str, eval_on: str
         end = int(0.9 * len(train))
         train, val = train[:end], train[end:]
     sha256 = hashlib.sha256("".join(digests).encode()).hexdigest()
-    chars = len(tokenizer.decode(val[:100_000].tolist())) / min(len(val), 100_000)
-    return TextData(name, train, val, tokenizer, sha256, f"{folder}, because data names this folder", chars)
+    return TextData(name, train, val, tokenizer, sha256, f"{folder}, because data names this folder")

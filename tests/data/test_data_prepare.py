@@ -66,7 +66,6 @@ def test_prepared_once_and_memory_mapped(play, monkeypatch, tokenizer):
         assert not text.train.flags.writeable
     assert np.array_equal(first.train, second.train) and np.array_equal(first.val, second.val)
     assert first.tokenizer.to_json() == second.tokenizer.to_json()
-    assert first.chars_per_token == second.chars_per_token
 
 
 def test_each_text_tokenizer_and_size_is_prepared_apart(play, tmp_path):
@@ -229,9 +228,6 @@ def test_parts_are_the_same_stretches_of_text_for_every_tokenizer(play, tokenize
     decode = val.tokenizer.decode
     assert decode(val.train) == content[:n90] and decode(val.val) == content[n90:]
     assert decode(tune.train) == content[:n81] and decode(tune.val) == content[n81:n90]
-    assert val.chars_per_token == pytest.approx(len(content[n90:]) / len(val.val))
-    assert tune.chars_per_token == pytest.approx(len(content[n81:n90]) / len(tune.val))
-    assert (val.chars_per_token == 1.0) == (tokenizer == "char")
 
 
 def test_char_split_is_at_whole_numbers_of_tokens(play):
