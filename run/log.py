@@ -129,10 +129,9 @@ class Log:
         self.last, self.flips, self.begun = run.step, flips, time.perf_counter()
 
     def _has_time(self, passed: float) -> bool:
-        """Whether one more evaluation keeps all of them within eval_share of the seconds that have passed, on all ranks."""
-        share = self.run.cfg.eval_share
-        late = self.evaluating + self.evaluation > share * (passed + self.evaluation)
-        return share == 1 or not self.run.ranks.sum(torch.tensor(float(late), device=self.run.device)).item()
+        """Whether one more evaluation keeps all of them within eval_share of the seconds passed, on every rank."""
+        late = self.evaluating + self.evaluation > self.run.cfg.eval_share * (passed + self.evaluation)
+        return not self.run.ranks.any(int(late))
 
     def _check_finite(self, loss: float) -> None:
         """Raises UserError if loss, delta or gradient was not finite since the last read, or a float weight is not."""
