@@ -26,6 +26,7 @@ from gft.layers import Delta, IntEmbedding, IntLinear
 from run import checkpoint
 from run.config import LAYER_KINDS, Config
 from run.errors import UserError
+from run.packed import load_packed
 
 ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
 ROPE_BASE = 10_000.0
@@ -294,14 +295,18 @@ def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
 def load_net(
     folder: Path, name: str = "", option: str = "--checkpoint {}"
 ) -> tuple[Transformer | MLP, dict[str, Any], Path]:
-    """The net of a checkpoint in `folder`, on the CPU, what else is saved with it, and its JSON.
+    """The net of a checkpoint in `folder`, on the CPU, what else is saved with it, and its JSON. In place of a folder
+    it may be a packed file (run/packed.py), which is then returned for the JSON.
 
     Without a name it is "best", or "last" where there is no best. Raises UserError, which recommends `option`, if the
     checkpoint cannot be used.
     """
-    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
-    tensors, meta = checkpoint.load(folder, name, option)
-    head = folder / f"{name}.json"
+    if folder.is_file():
+        (tensors, meta), head = load_packed(folder), folder
+    else:
+        name = name or ("best" if checkpoint.exists(folder, "best") else "last")
+        tensors, meta = checkpoint.load(folder, name, option)
+        head = folder / f"{name}.json"
     cfg = checkpoint.config_of(meta, head)
     _check_meta(meta, cfg, tensors, head)
     image = tuple(meta["image"]) if "image" in meta else None

@@ -239,9 +239,9 @@ def _dashes(word: str) -> str:
 
 
 def find_folder(given: str) -> Path:
-    """The run's folder: as given, or of that name in out/."""
+    """The run's folder: as given, or of that name in out/; or a packed file that export.py wrote."""
     for path in (Path(given), Path("out") / given):
-        if path.is_dir():
+        if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
             return path
     runs = [str(path) for path in Path("out").glob("*") if path.is_dir()]
     hint = closest(given, runs, "did you mean {}?") or "give the folder that train.py wrote, e.g. out/NAME"

@@ -1,0 +1,93 @@
+"""Integer weights in few bits: how they are packed, and a net in one packed safetensors file.
+
+    pack      W in [-Q, Q] becomes W + Q (one bit: 0 for -1, 1 for 1), and bit p of every weight, eight to a byte, is
+              row p of uint8 (bits, ceil(n / 8)): exactly `bits` bits a weight, 2 for a ternary one
+    a file    packed weights as the products read them, scales and float weights as they are; its metadata holds the
+              checkpoint's JSON and the SHA-256 of the tensors
+
+What a weight keeps beyond the bits that are read serves training alone and is left out.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gft.layers import IntLayer
+from kernels.topk import weight_limit
+from run import checkpoint
+from run.errors import UserError
+
+FORMAT = "nanogft-packed-1"
+SHAPES = "packed"  # in a file's metadata: name of a packed tensor -> [rows, columns, bits]
+
+
+def pack(weight: Tensor, bits: int) -> Tensor:
+    """int8 weights that `bits` bits hold, of any shape, to uint8 (bits, ceil(n / 8))."""
+    q, unit = weight_limit(bits)  # at one bit a move, from -1 to 1, is two units
+    values = ((weight.flatten().to(torch.int16) + q) // unit).numpy()
+    planes = (values[None, :] >> np.arange(bits)[:, None]) & 1
+    return torch.from_numpy(np.packbits(planes.astype(np.uint8), axis=1, bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `pack`: int8 of `shape`."""
+    bits, count = len(packed), shape[0] * shape[1]
+    q, unit = weight_limit(bits)
+    planes = np.unpackbits(packed.numpy(), axis=1, count=count, bitorder="little").astype(np.int16)
+    values = (planes << np.arange(bits, dtype=np.int16)[:, None]).sum(axis=0) * unit - q
+    return torch.from_numpy(values.astype(np.int8)).view(shape)
+
+
+def save_packed(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Write the net of a checkpoint, whose JSON is `meta`, into one file. Raises OSError if it cannot be written."""
+    tensors, packed = dict(net.state_dict()), {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, IntLayer):
+            tensors[f"{name}.weight"] = pack(layer.read(), layer.bits)
+            packed[f"{name}.weight"] = [*layer.weight.shape, layer.bits]
+    # Of what is read nothing more is kept; init_std only made the first weights.
+    config = meta["config"] | {"keep_bits": meta["config"]["bits"], "init_std": 1.0}
+    about = {key: meta[key] for key in meta if key not in ("progress", "environment")} | {"config": config}
+    header = {"format": FORMAT, "meta": json.dumps(about), SHAPES: json.dumps(packed)}
+    header["sha256"] = _sha256(tensors, header)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(safetensors.torch.save(tensors, header))
+    os.replace(temporary, path)
+
+
+def load_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and meta of a file, as `run.checkpoint.load` gives those of a checkpoint.
+
+    Raises UserError if it is damaged or none of ours.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file that can be read ({error}); export it again") from None
+    if header.get("format") != FORMAT:
+        raise UserError(f'{path} is no packed net: its "format" is {header.get("format")!r}, not {FORMAT!r}; '
+                        "python export.py out/NAME FILE.safetensors writes one")  # fmt: skip
+    if (seen := _sha256(tensors, header)) != header.get("sha256"):
+        raise UserError(f"{path} is damaged: its SHA-256 is {seen} and it says {header.get('sha256')}; export it again")
+    for name, (rows, columns, bits) in json.loads(header[SHAPES]).items():
+        if tensors[name].shape != (bits, -(-rows * columns // 8)):
+            raise UserError(f"{path} was not written by this program, though its hash is right: {name}")
+        tensors[name] = unpack(tensors[name], (rows, columns))
+    return checkpoint.join(model=tensors), json.loads(header["meta"])
+
+
+def _sha256(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    words = "\n".join(f"{key} {header[key]}" for key in ("format", "meta", SHAPES) if key in header)
+    text = torch.frombuffer(bytearray(words, "utf-8"), dtype=torch.uint8)
+    return checkpoint.weights_sha256({**tensors, "": text})
