@@ -15,7 +15,8 @@ if _place != _ours:
         "Face's package, `pip uninstall kernels` or use a separate environment; if it is your own, rename it"
     )
 
+from gft.convert import convert
 from gft.layers import Delta, IntEmbedding, IntLinear, int_layers
 from gft.optimizer import FlipOptimizer
 
-__all__ = ["Delta", "FlipOptimizer", "IntEmbedding", "IntLinear", "int_layers"]
+__all__ = ["Delta", "FlipOptimizer", "IntEmbedding", "IntLinear", "convert", "int_layers"]

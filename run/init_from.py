@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from gft.baselines import FloatLinear, fake_quantize
+from gft.convert import to_grid
 from gft.layers import IntLayer
-from kernels.limits import weight_limit
 from run.config import Config, show
 from run.errors import UserError
 
 SHAPE = ("model", "n_layer", "n_head", "d_model")  # keys that must be the same
-SAMPLE = 1 << 16  # weights by which a unit is chosen
 SHOWN = 12  # new characters or classes that are named
 
 
@@ -117,18 +116,3 @@ def _matrix(layer: nn.Module) -> Tensor:
     if isinstance(layer, IntLayer):
         return (layer.read() * layer.scale).cpu()
     return (fake_quantize(layer.weight, layer.bits) * _gain(layer)).cpu()
-
-
-def to_grid(matrix: Tensor, layer: IntLayer) -> Tensor:
-    """A float matrix as weights that `layer` could keep, int8: what it reads of them is nearest to the matrix."""
-    if layer.keep_bits == 1:
-        return torch.where(matrix < 0, -1, 1).to(torch.int8)
-    if layer.bits <= 2 < layer.keep_bits:  # as wide as its own, for which the threshold is made
-        steps = layer.weight.float().std().item() / matrix.std()
-    else:
-        q, _ = weight_limit(layer.bits)
-        some = matrix.flatten()[:: max(1, matrix.numel() // SAMPLE)]
-        units = matrix.abs().amax() / q * torch.logspace(-1.7, 0, 80)
-        errors = [(some - torch.round(some / unit).clamp(-q, q) * unit).square().sum() for unit in units]
-        steps = layer.q / q / units[torch.stack(errors).argmin()]
-    return torch.round(matrix * steps).clamp(-layer.q, layer.q).to(torch.int8)

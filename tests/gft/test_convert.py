@@ -1,0 +1,95 @@
+"""gft.convert: nearly the same function after rounding, and a net that trains on."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gft
+from gft.convert import ConvertedLinear
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.table.weight
+
+
+def net_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Sequential(nn.Linear(40, 40, bias=False), nn.Tanh()),
+                         nn.Linear(40, 5))  # fmt: skip
+
+
+@pytest.mark.parametrize("bits, error", [(8, 0.03), (6, 0.06), (4, 0.2)])
+def test_rounded_nets_compute_nearly_the_same(bits, error):
+    net, x = net_of(), torch.randn(200, 24) * torch.logspace(-2, 2, 200)[:, None]  # rows of all sizes
+    before = net(x)
+    after = gft.convert(net, bits=bits)(x)
+    assert ((after - before).norm(dim=1) / before.norm(dim=1)).mean() < error
+    assert [type(m).__name__ for m in net] == ["ConvertedLinear", "GELU", "Sequential", "ConvertedLinear"]
+    assert len(gft.int_layers(net)) == 3
+
+
+def test_new_weights_have_products_of_the_old_size():
+    net, x = net_of(), torch.randn(500, 24)
+    layer = net[0]
+    expected = (layer(x) - layer.bias).std()
+    gft.convert(net, start="new")
+    assert ((net[0](x) - net[0].bias).std() / expected - 1).abs() < 0.1
+    other = gft.convert(net_of(), start="round")
+    assert not torch.equal(net[0].integer.weight, other[0].integer.weight)
+
+
+def test_rows_of_zeros_and_a_zero_matrix():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    nn.init.zeros_(net[1].weight)
+    bias = net[1].bias.clone()
+    x = torch.zeros(2, 4, requires_grad=True)
+    y = gft.convert(net)(x)
+    assert torch.equal(y, bias.expand(2, 2))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_delta_passes_as_through_the_float_layer():
+    net, x = net_of(), torch.randn(50, 24, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    (found,) = torch.autograd.grad(gft.convert(net, bits=8)(x).square().sum(), x)
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_a_converted_net_trains():
+    torch.manual_seed(1)
+    x = torch.randn(256, 24)
+    y = (x @ torch.randn(24, 5)).argmax(1)
+    net = gft.convert(net_of(), start="new")
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    flips = gft.FlipOptimizer([layer.weight for layer in gft.int_layers(net)], lr=0.2)
+    adamw = torch.optim.AdamW([p for p in net.parameters() if p.is_floating_point()], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(flips, 1.0, 0.0, total_iters=60)
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        flips.step(), adamw.step(), schedule.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_keep_and_mistakes():
+    net = gft.convert(net_of(), keep=("2", "3"))
+    assert isinstance(net[0], ConvertedLinear) and type(net[2][0]) is nn.Linear and type(net[3]) is nn.Linear
+    with pytest.raises(ValueError, match="'round' or 'new'"):
+        gft.convert(net_of(), start="fresh")
+    with pytest.raises(ValueError, match="keep names head; net has 0, 1, 2, 2.0, 2.1, 3"):
+        gft.convert(net_of(), keep=("head",))
+    with pytest.raises(ValueError, match="no nn.Linear inside it"):
+        gft.convert(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="table and head share one weight"):
+        gft.convert(Tied())
+    assert len(gft.int_layers(gft.convert(Tied(), keep=("head",)))) == 1
