@@ -8,6 +8,7 @@
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
     scale_out     seconds of a step on 1 to 1,024 GPUs, predicted; --check compares gloo ranks here
+    inspect       what happened in one run, as a picture: `python -m experiments inspect out/NAME`
     report        redraw RESULTS.md and docs/figures from the results that are there
 
 A full run goes on where it was cut off. --quick checks that everything works in under two minutes and leaves
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import ablations, alternatives, gpu, grid, hybrid, images, scale_out, small, speed
+from experiments import ablations, alternatives, gpu, grid, hybrid, images, inspect_run, scale_out, small, speed
 from experiments.sweep import ROOT, Store
 from run.errors import UserError
 
@@ -33,7 +34,8 @@ EXPERIMENTS = {
 def main(argv: list[str]) -> int:
     """Run the program; returns its exit status."""
     try:
-        other = {"sweep": grid.main, "scale_out": scale_out.main}.get(argv[0] if argv else "")
+        own = {"sweep": grid.main, "scale_out": scale_out.main, "inspect": inspect_run.main}
+        other = own.get(argv[0] if argv else "")
         return other(argv[1:]) if other else run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
