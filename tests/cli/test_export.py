@@ -20,7 +20,7 @@ from run.config import Config, to_dict
 from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-BOUND = 0.2  # docs/export.md: where the two best logits are nearer than this, another token may be chosen
+BOUND = 0.3  # docs/export.md: where the two best logits are nearer than this, another token may be chosen
 CHARS = "\n !',-.:?ABCDEFGHIJKLMNOPRSTUVWYabcdefghijklmnopqrstuvwxyz"
 SMALL = dict(n_layer=2, n_head=2, d_model=32, context=12)
 IMAGES = {
@@ -165,11 +165,12 @@ def test_onnxruntime_multiplies_int8_exactly(onnx_session):
     g = export.Graph(False)
     rng = np.random.default_rng(3)
     weight = np.where(rng.random((600, 33)) < 0.5, -63, 63).astype(np.int8)
-    g.output("y", g("MatMulInteger", "x", g.constant(weight, "w")))
-    session = onnx_session(g.model([("x", "int8", ["rows", 600])], [("y", "int32", ["rows", 33])], {}))
+    g.output("y", g("MatMulInteger", "x", g.constant(weight, "w"), np.uint8(128)))
+    session = onnx_session(g.model([("x", "uint8", ["rows", 600])], [("y", "int32", ["rows", 33])], {}))
     x = np.where(rng.random((5, 600)) < 0.5, -127, 127).astype(np.int8)
     x[0] = 127 * np.sign(weight[:, 0])  # the largest sum there is
-    assert np.array_equal(session.run(None, {"x": x})[0], x.astype(np.int32) @ weight.astype(np.int32))
+    (y,) = session.run(None, {"x": (x.astype(np.int32) + 128).astype(np.uint8)})
+    assert np.array_equal(y, x.astype(np.int32) @ weight.astype(np.int32))
 
 
 def test_packed_weights_take_their_bits(tmp_path, onnx_session):
