@@ -9,7 +9,8 @@
 
 The graph is written node by node, in standard operators of opset 18: what gft/layers.py, kernels/rmsnorm_quantize.py
 and model.py compute, in their order. An integer layer is MatMulInteger of activations, X + 128 as uint8 with a zero
-point of 128, and int8 weights, those that the products *read*. docs/export.md has inputs, outputs and what is the same as in torch.
+point of 128, and of the int8 weights that the products *read*. docs/export.md has inputs, outputs, and what is the
+same as in torch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from data.augment import pixel_scale
 from data.tokenizers import tokenizer_from_json
 from gft.baselines import fake_quantize
 from gft.layers import IntEmbedding, IntLayer, IntLinear
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 from model import ATTENTION_SCALE, ROPE_BASE, image_rope_table, load_net
 from run.errors import UserError
 from run.packed import pack, save_packed
@@ -75,7 +76,7 @@ class Graph:
             return self.constant(weight, name)
 
         q, unit = weight_limit(bits)
-        planes = self.constant(pack(torch.from_numpy(weight), bits).numpy()[:, :, None], name)  # (bits, bytes, 1)
+        planes = self.constant(pack(weight, bits)[:, :, None], name)  # (bits, bytes, 1)
         eight = self("BitShift", planes, np.arange(8, dtype=np.uint8), direction="RIGHT")  # (bits, bytes, 8)
         ones = self("Cast", self("BitwiseAnd", eight, np.uint8([1])), to=TYPES["int32"])
         rows = self("Mul", self("Reshape", ones, np.int64([bits, -1])), np.int32([[unit << p] for p in range(bits)]))

@@ -302,7 +302,8 @@ def load_net(
     checkpoint cannot be used.
     """
     if folder.is_file():
-        (tensors, meta), head = load_packed(folder), folder
+        arrays, meta = load_packed(folder)
+        tensors, head = {name: torch.from_numpy(array) for name, array in arrays.items()}, folder
     else:
         name = name or ("best" if checkpoint.exists(folder, "best") else "last")
         tensors, meta = checkpoint.load(folder, name, option)

@@ -264,17 +264,22 @@ def load(folder: Path, name: str | None, device: str, use_cache: bool = True) ->
     from data.tokenizers import tokenizer_from_json
     from decoder import Decoder, supports
     from run import checkpoint
+    from run.packed import load_packed
 
-    name = name or ("best" if checkpoint.exists(folder, "best") else "last")
-    tensors, meta = checkpoint.load_arrays(folder, name, "--checkpoint {}")
-    head = folder / f"{name}.json"
+    if folder.is_file():
+        name, head = "", folder
+        tensors, meta = load_packed(folder)
+    else:
+        name = name or ("best" if checkpoint.exists(folder, "best") else "last")
+        tensors, meta = checkpoint.load_arrays(folder, name, "--checkpoint {}")
+        head = folder / f"{name}.json"
     if "tokenizer" not in meta:
         raise UserError(f"{head} is a net for images; python predict.py {folder} IMAGE... uses it")
     checkpoint.require(meta, head, vocab_size=int)
     tokenizer, cfg = tokenizer_from_json(meta["tokenizer"]), checkpoint.config_of(meta, head)
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(f"{head} has {tokenizer.vocab_size} tokens for a net of {meta['vocab_size']}; train again")
-    about = f"checkpoint {name} of step {meta['step']}"
+    about = f"checkpoint {name or folder} of step {meta['step']}"
     if device != "cuda" and use_cache and supports(cfg):
         try:
             source = Decoder(checkpoint.group(tensors, "model"), cfg, meta["vocab_size"])

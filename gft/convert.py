@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gft.layers import IntLayer, IntLinear
-from kernels.topk import weight_limit
+from kernels.limits import weight_limit
 
 SAMPLE = 1 << 16  # weights by which a unit is chosen
 

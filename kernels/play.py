@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels.flip import flip
-from kernels.limits import RULES
+from kernels.limits import RULES, weight_limit
 from kernels.philox import Stream, make_rng, words_from
 from kernels.scores import score
 from kernels.tiles import from_tiles, tile_sizes, to_tiles
-from kernels.topk import apply_moves, rank, select, topk_count, weight_limit
+from kernels.topk import apply_moves, rank, select, topk_count
 from kernels.update_rule import UpdateRule
 from kernels.votes import accumulate_votes
 

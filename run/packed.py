@@ -8,51 +8,54 @@
 What a weight keeps beyond the bits that are read serves training alone and is left out.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
-import torch
+import safetensors.numpy
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
-from gft.layers import IntLayer
-from kernels.topk import weight_limit
-from run import checkpoint
+from kernels.limits import weight_limit
 from run.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT = "nanogft-packed-1"
 SHAPES = "packed"  # in a file's metadata: name of a packed tensor -> [rows, columns, bits]
 
 
-def pack(weight: Tensor, bits: int) -> Tensor:
+def pack(weight: np.ndarray, bits: int) -> np.ndarray:
     """int8 weights that `bits` bits hold, of any shape, to uint8 (bits, ceil(n / 8))."""
     q, unit = weight_limit(bits)  # at one bit a move, from -1 to 1, is two units
-    values = ((weight.flatten().to(torch.int16) + q) // unit).numpy()
+    values = (weight.reshape(-1).astype(np.int16) + q) // unit
     planes = (values[None, :] >> np.arange(bits)[:, None]) & 1
-    return torch.from_numpy(np.packbits(planes.astype(np.uint8), axis=1, bitorder="little"))
+    return np.packbits(planes.astype(np.uint8), axis=1, bitorder="little")
 
 
-def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+def unpack(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The inverse of `pack`: int8 of `shape`."""
     bits, count = len(packed), shape[0] * shape[1]
     q, unit = weight_limit(bits)
-    planes = np.unpackbits(packed.numpy(), axis=1, count=count, bitorder="little").astype(np.int16)
+    planes = np.unpackbits(packed, axis=1, count=count, bitorder="little").astype(np.int16)
     values = (planes << np.arange(bits, dtype=np.int16)[:, None]).sum(axis=0) * unit - q
-    return torch.from_numpy(values.astype(np.int8)).view(shape)
+    return values.astype(np.int8).reshape(shape)
 
 
 def save_packed(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
     """Write the net of a checkpoint, whose JSON is `meta`, into one file. Raises OSError if it cannot be written."""
-    tensors, packed = dict(net.state_dict()), {}
+    from gft.layers import IntLayer
+
+    tensors, packed = {name: tensor.numpy() for name, tensor in net.state_dict().items()}, {}
     for name, layer in net.named_modules():
         if isinstance(layer, IntLayer):
-            tensors[f"{name}.weight"] = pack(layer.read(), layer.bits)
+            tensors[f"{name}.weight"] = pack(layer.read().numpy(), layer.bits)
             packed[f"{name}.weight"] = [*layer.weight.shape, layer.bits]
     # Of what is read nothing more is kept; init_std only made the first weights.
     config = meta["config"] | {"keep_bits": meta["config"]["bits"], "init_std": 1.0}
@@ -60,17 +63,17 @@ def save_packed(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
     header = {"format": FORMAT, "meta": json.dumps(about), SHAPES: json.dumps(packed)}
     header["sha256"] = _sha256(tensors, header)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(safetensors.torch.save(tensors, header))
+    temporary.write_bytes(safetensors.numpy.save(tensors, header))
     os.replace(temporary, path)
 
 
-def load_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and meta of a file, as `run.checkpoint.load` gives those of a checkpoint.
+def load_packed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and meta of a file, as `run.checkpoint.load_arrays` gives those of a checkpoint.
 
     Raises UserError if it is damaged or none of ours.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "np") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
@@ -84,10 +87,14 @@ def load_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if tensors[name].shape != (bits, -(-rows * columns // 8)):
             raise UserError(f"{path} was not written by this program, though its hash is right: {name}")
         tensors[name] = unpack(tensors[name], (rows, columns))
-    return checkpoint.join(model=tensors), json.loads(header["meta"])
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}, json.loads(header["meta"])
 
 
-def _sha256(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    words = "\n".join(f"{key} {header[key]}" for key in ("format", "meta", SHAPES) if key in header)
-    text = torch.frombuffer(bytearray(words, "utf-8"), dtype=torch.uint8)
-    return checkpoint.weights_sha256({**tensors, "": text})
+def _sha256(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
+    """SHA-256 of the header and of the tensors, with their names, types and shapes."""
+    digest = hashlib.sha256(json.dumps([header.get(key) for key in ("format", "meta", SHAPES)]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()

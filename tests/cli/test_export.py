@@ -115,9 +115,9 @@ def test_the_cache_changes_nothing(tmp_path, onnx_session):
 def test_the_example_writes_what_sample_writes(tmp_path, onnx_session, example):
     net, meta, _ = export.load_net(text_run(tmp_path))
     session = onnx_session(export.onnx_model(net, meta))
-    tokenizer = CharTokenizer(CHARS)
+    source, tokenizer, _ = sample.load(tmp_path, None, "cpu")
     prompt = tokenizer.encode("ROMEO: ")
-    expected = list(sample.generate(net, prompt, 200, 0, 0, 1.0, 1))
+    expected = [token for (token,) in sample.generate(source, prompt, 200, 0, 0, 1.0, 1)]
     found = list(example.generate(session, list(prompt), 200))
     for wanted, (token, logits) in zip(expected, found, strict=True):
         if wanted != token:
