@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import export
+import predict
 import sample
 from data.tokenizers import CharTokenizer
 from kernels.limits import weight_limit
@@ -54,6 +55,18 @@ def test_a_packed_file_is_the_same_net(tmp_path, settings, capsys):
         assert sample.main([str(place), "--prompt", "abc", "--max-tokens", "20"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_predict_reads_a_packed_file(tmp_path):
+    cfg = Config(data="mnist", model="mlp", n_layer=1, d_model=16, bits=2)
+    net = make_net(ModelConfig.from_config(cfg, 3, (28, 28, 1)), 3)
+    meta = {"step": 7, "config": to_dict(cfg), "vocab_size": 3, "image": [28, 28, 1], "classes": ["a", "b", "c"],
+            "mean": [0.1], "std": [0.3]}  # fmt: skip
+    checkpoint.save(tmp_path / "run", "last", checkpoint.join(model=net.state_dict()), meta)
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "net.safetensors")]) == 0
+    images = np.random.default_rng(1).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
+    found = [predict.load(place, None, "cpu") for place in (tmp_path / "run", tmp_path / "net.safetensors")]
+    assert torch.equal(found[0].probabilities(images), found[1].probabilities(images))
 
 
 def test_a_ternary_file_is_small(tmp_path):
