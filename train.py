@@ -41,6 +41,7 @@ from data.task import Task
 from gft.baselines import Muon, SignSGD
 from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
+from kernels.limits import MAX_REDUCTION
 from model import ModelConfig, load_net, make_net
 from run import checkpoint, finite
 from run import device as machine
@@ -318,6 +319,10 @@ def check_ranks(task: Task, on: machine.Runtime) -> None:
     if ranks.size > 1 and cfg.method == "gft" and cfg.update == "backward":
         raise UserError('update = "backward": moves are made before ranks have added up their votes; use '
                         "--update step, or one process", 2)  # fmt: skip
+    tokens = cfg.batch_size * task.positions // ranks.size
+    if ranks.size > 1 and cfg.method == "gft" and tokens > MAX_REDUCTION:
+        raise UserError(f"batch_size = {cfg.batch_size}: {tokens:,} tokens of a step on each of {ranks.size} ranks, whose "
+                        f"int32 votes hold {MAX_REDUCTION:,}; use a smaller one, or more ranks", 2)  # fmt: skip
     settings = {key: value for key, value in to_dict(cfg).items() if key not in ("data", "data_dir", "out_dir")}
     environment = {key: value for key, value in on.environment().items() if key != "processor"}
     ranks.agree(settings | environment | {"version": checkpoint.PROGRAM, "sha256 of the data": task.sha256})

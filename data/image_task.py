@@ -111,7 +111,7 @@ class ImageTask(Task):
     @torch.no_grad()
     def outputs_of(self, net: nn.Module, images: np.ndarray, device: torch.device, ranks: Ranks = ALONE) -> Tensor:
         """Logits (N, classes) of images (N, H, W, C) uint8, shared out over ranks."""
-        at_once = self.cfg.batch_size // self.cfg.grad_accum
+        at_once = max(1, self.cfg.batch_size // (self.cfg.grad_accum * ranks.size))
         scale = pixel_scale(self.data.mean, self.data.std, device)
         parts = np.array_split(images, max(1, math.ceil(len(images) / at_once)))
         logits = torch.zeros(len(images), self.outputs, device=device)

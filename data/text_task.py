@@ -126,11 +126,13 @@ class TextTask(Task):
         cfg, tokens = self.cfg, as_tensor(self.data.val)
         last = len(tokens) - cfg.context - 1
         starts = torch.linspace(0, last, min(cfg.eval_windows, last + 1), dtype=torch.float64).long()
-        parts = starts.split(cfg.batch_size // cfg.grad_accum)
-        losses = torch.zeros(len(parts), device=device)
-        for i in range(self.ranks.rank, len(parts), self.ranks.size):
-            x, y = windows(tokens, parts[i], cfg.context)
-            losses[i] = text_loss(net(x.to(device)), y.to(device))
+        # A number for each window: their sum does not depend on how many a rank takes at once.
+        losses = torch.zeros(len(starts), device=device)
+        pieces = list(zip(*(t.split(cfg.batch_size // self.parts) for t in (starts, losses)), strict=True))
+        for piece, found in pieces[self.ranks.rank :: self.ranks.size]:
+            x, y = windows(tokens, piece, cfg.context)
+            logits = net(x.to(device)).float().transpose(1, 2)  # (B, V, T)
+            found.copy_(F.cross_entropy(logits, y.to(device), reduction="none").sum(1))
         return self.measures(sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context), starts)
 
     def measures(self, val_loss: float, starts: Tensor) -> dict[str, float]:

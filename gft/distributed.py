@@ -10,7 +10,6 @@ So a step sends at most 4 + 1 bytes a weight, and with votes of two bytes 2 + 1,
 (N - 1) / N on average. A ring sends 8 of fp32 gradients and 4 of bf16 ones. No collective of gloo or NCCL sums int16,
 so votes travel as bytes, by all-to-all, and are summed on arrival.
 
-
 Every rank must call `backward` and `step` as often as the others, on equally many rows.
 """
 

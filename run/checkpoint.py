@@ -109,12 +109,14 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
 
 
 def keep(out_dir: Path, limit: int) -> None:
-    """Make the checkpoint `last` stay in `out_dir`/step-<step>, and delete all but the newest `limit` of these folders.
+    """Make the checkpoint `last` stay in `out_dir`/step-<step>, and delete all but `limit` of these folders.
 
-    0 deletes none. The files are links where the file system has them. Raises OSError where the disk is full.
+    The new one stays; those of later steps, which a run resumed from an earlier one has left behind, go first, then the
+    oldest. 0 deletes none. The files are links where the file system has them. Raises OSError where the disk is full.
     """
     record = _record(out_dir / "last.json")
-    folder = out_dir / f"step-{record['meta']['step']:08d}"
+    now = record["meta"]["step"]
+    folder = out_dir / f"step-{now:08d}"
     folder.mkdir(exist_ok=True)
     for name in (record["file"], "last.json"):  # the JSON last: with it the folder holds a checkpoint
         (folder / name).unlink(missing_ok=True)
@@ -122,8 +124,10 @@ def keep(out_dir: Path, limit: int) -> None:
             os.link(out_dir / name, folder / name)
         except OSError:
             shutil.copyfile(out_dir / name, folder / name)
-    kept = [path for path in out_dir.iterdir() if KEPT.fullmatch(path.name)]
-    for old in sorted(kept, key=lambda path: int(path.name[5:]))[:-limit] if limit else ():
+    steps = {int(path.name[5:]): path for path in out_dir.iterdir() if KEPT.fullmatch(path.name)}
+    del steps[now]
+    others = [steps[step] for step in sorted(steps, key=lambda step: (step < now, step))]
+    for old in others[: max(0, len(others) + 1 - limit)] if limit else ():
         (old / "last.json").unlink(missing_ok=True)
         shutil.rmtree(old)
 

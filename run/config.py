@@ -145,7 +145,7 @@ class Config:
     save_every: int = key(100, "steps between checkpoints", (1, 10**9), free=True)
     keep_every: int = key(0, "steps between checkpoints that stay, in step-NUMBER/; 0: none", (0, 10**9), free=True)
     keep_last: int = key(0, "so many of them stay, the newest; 0: all", (0, 10**6), needs="keep_every > 0", free=True)
-    log: str = key("", "tensorboard: write its curves beside metrics.jsonl", ("", "tensorboard"), free=True)
+    logger: str = key("", "tensorboard: write its curves beside metrics.jsonl", ("", "tensorboard"), free=True)
     monitor_every: int = key(10, "steps between the monitor's measurements", (1, 10**9), free=True)
 
     name: str = dataclasses.field(default="custom", compare=False)
@@ -198,8 +198,8 @@ def load(argv: Sequence[str], prog: str = "train.py", notes: bool = True) -> Con
     if table.get("data") == "mnist" and str(values["data"]).endswith("/"):
         values = {"image_side": 28, "color": "grey"} | values  # the net of MNIST sees others as MNIST is
     cfg = build(values, name, problems, {k: f" in {name}.toml" for k in table.keys() - given.keys()})
-    if cfg.log == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        raise UserError("log = tensorboard needs the package tensorboard: pip install tensorboard", code=2)
+    if cfg.logger == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise UserError("logger = tensorboard needs the package tensorboard: pip install tensorboard", code=2)
     if notes and not words:
         print("note: no config named, so the defaults are used; --help lists the configs there are", file=sys.stderr)
     for k in given if notes else ():

@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -123,8 +124,10 @@ class Ranks:
         """The net with float gradients that become the mean over ranks: by DDP, which refuses nets without any."""
         if self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
-        # All ranks have made the same weights; buffers are the integer layers' own.
-        return DistributedDataParallel(net, broadcast_buffers=False, init_sync=False)
+        # All ranks have made the same weights; buffers are the integer layers' own, and what is to take the place of
+        # the deprecated argument still sends them once.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            return DistributedDataParallel(net, broadcast_buffers=False, init_sync=False)
 
     def leave(self) -> None:
         """End the process groups."""

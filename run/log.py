@@ -69,7 +69,7 @@ class Log:
         self.said: set[str] = set()
         self.started, self.evaluating, self.evaluation = time.perf_counter(), 0.0, 0.0  # in all, and the last one
         self.board = None
-        if run.cfg.log == "tensorboard" and run.ranks.first:
+        if run.cfg.logger == "tensorboard" and run.ranks.first:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(run.out), purge_step=run.step + 1)

@@ -72,13 +72,13 @@ def test_tensorboard_gets_what_metrics_get(capsys, tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
-    assert train.main([*TINY, "--log", "tensorboard"]) == 2
+    assert train.main([*TINY, "--logger", "tensorboard"]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: True)
-    run(capsys, tmp_path / "o", log="tensorboard")
+    run(capsys, tmp_path / "o", logger="tensorboard")
     assert written[0] == (str(tmp_path / "o"), 1)
     last = json.loads((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()[-1])
     names = {"loss", "flips", "seconds", "val_loss", "bits_per_byte", "perplexity"}

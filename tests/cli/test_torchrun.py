@@ -131,7 +131,9 @@ def check_faults(ranks: Ranks, rank: int, out: Path) -> None:
     refused = ranks.run(arguments(out / "refused", k=0.5 - 0.25 * rank))
     if rank < 2:
         assert refused[0] == 2 and "rank 1" in refused[3] and "has k = 0.25" in refused[3], refused
-    for settings, said in (({"batch_size": 3}, "batch_size = 3"), ({"update": "backward"}, "--update step")):
+    too_many = {"batch_size": 20_000, "context": 16}
+    for settings, said in (({"batch_size": 3}, "batch_size = 3"), ({"update": "backward"}, "--update step"),
+                           (too_many, "int32 votes hold 133,144")):
         refused = ranks.run(arguments(out / "refused", **settings))
         if rank < 2:
             assert refused[0] == 2 and said in refused[3], refused

@@ -198,6 +198,9 @@ def test_kept_checkpoints_outlive_last_and_are_limited(tmp_path, monkeypatch):
     checkpoint.keep(tmp_path, 0)
     assert_holds(tmp_path / "step-00000007", "last", 7)
     assert len(list(tmp_path.glob("step-*"))) == 4
+    save(tmp_path, 1000)  # resumed from an earlier one: the new one stays, and what was left behind goes first
+    checkpoint.keep(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000007", "step-00000099", "step-00001000"]
 
 
 def flip_byte(path: Path) -> None:

@@ -334,7 +334,7 @@ def test_dict_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_differences_are_those_that_change_the_weights() -> None:
     a = Config()
     free = dict(out_dir="x", resume="last", sample_tokens=0, save_every=7, eval_every=9, monitor_every=3, log_every=5,
-                keep_every=3, keep_last=2, log="tensorboard", eval_share=0.1)  # fmt: skip
+                keep_every=3, keep_last=2, logger="tensorboard", eval_share=0.1)  # fmt: skip
     assert differences(a, dataclasses.replace(a, **free, data_dir="y", name="other")) == []
     resolved = dict(data="moved.txt", device="cpu", backend="torch", compile="false", threads=3)
     assert differences(a, dataclasses.replace(a, **resolved)) == [], "contents and choices are compared elsewhere"
