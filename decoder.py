@@ -19,7 +19,8 @@ from kernels.limits import threshold_of, weight_limit
 from run.config import Config
 
 Floats = NDArray[np.float32]
-ROPE_BASE, ATTENTION_SCALE = 10_000.0, 1.5  # as in model.py
+ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
+ROPE_BASE = 10_000.0
 EPSILON = np.finfo(np.float32).eps  # of torch's rms_norm
 SMALLEST_MEAN_SQUARE = 1e-30  # a row below it counts as zeros, as in kernels/rmsnorm_quantize.py
 CHUNK = 512  # tokens of a prompt fed at once: memory grows with its square, not with the prompt's
@@ -66,7 +67,7 @@ class Layer:
 
 
 def inverse_rms(x: Floats, least: float, added: float = 0.0) -> Floats:
-    """1 / rms of the last axis, which stays: the mean square is summed in fp64, is at least `least`, and has `added`."""
+    """1 / rms of the last axis, which stays. The mean square is summed in fp64, is at least `least`, and has `added`."""
     sums = np.einsum("...i,...i->...", x, x, dtype=np.float64)[..., None]
     mean_square = np.maximum(sums / x.shape[-1], least) + added
     return (1 / np.sqrt(mean_square)).astype(np.float32)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from decoder import ATTENTION_SCALE, ROPE_BASE
 from gft.baselines import FloatEmbedding, FloatLinear
 from gft.layers import Delta, IntEmbedding, IntLinear
 from run import checkpoint
@@ -28,8 +29,6 @@ from run.config import LAYER_KINDS, Config
 from run.errors import UserError
 from run.packed import load_packed
 
-ATTENTION_SCALE = 1.5  # times 1 / sqrt(head_dim); queries and keys have unit rms
-ROPE_BASE = 10_000.0
 IMAGE_ROPE_BASE = 100.0  # positions are row and column numbers, a few dozen at most
 
 
