@@ -67,7 +67,7 @@ class Layer:
 
 
 def inverse_rms(x: Floats, least: float, added: float = 0.0) -> Floats:
-    """1 / rms of the last axis, which stays. The mean square is summed in fp64, is at least `least`, and has `added`."""
+    """1 / rms of the last axis, which stays; the mean square is summed in fp64, at least `least`, and has `added`."""
     sums = np.einsum("...i,...i->...", x, x, dtype=np.float64)[..., None]
     mean_square = np.maximum(sums / x.shape[-1], least) + added
     return (1 / np.sqrt(mean_square)).astype(np.float32)
