@@ -97,6 +97,13 @@ def cache_root() -> Path:
         raise UserError("This user has no home folder to keep a cache in. Name one: NANOGFT_CACHE=FOLDER.") from error
 
 
+def places(name: str, data_dir: str) -> list[Path]:
+    """Where `name` is looked for: as given, and (a relative one) inside `data_dir`, else $NANOGFT_DATA, shared/data."""
+    given = Path(os.path.expanduser(name))
+    bases = [data_dir] if data_dir else [os.environ.get("NANOGFT_DATA", ""), str(SHARED_DIR)]
+    return [given] + [Path(os.path.expanduser(base), name) for base in bases if base and not given.is_absolute()]
+
+
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Makes `path` hold `content`, whole or not at all. Raises OSError; then nothing of it is left behind."""
     with open_atomic(path) as file:

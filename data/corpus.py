@@ -8,6 +8,7 @@ is for validation, the last tenth of what there is to train on is held out.
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from data import cache
+from data.cache import places
 from data.image_folder import files_in
 from data.notice import few, notice, with_bar
 from data.textfile import TextSource
@@ -26,8 +27,8 @@ from run.config import TEXT_NAME
 from run.errors import UserError
 
 SPLITS = ("train", "val", "test")
-SPLIT = re.compile(r"(train|val|test)(?:id|idation|ing)?(?![a-z])", re.I)  # at the beginning of a name
-BESIDE = re.compile(r"(readme|licen[cs]e|notice|source|sha256sums)\b", re.I)  # files about the texts of a folder
+SPLIT = re.compile(r"(train|val|test)(?:id|idation|ing)?(?=[_.\d-]|$)", re.I)  # at the beginning of a name
+BESIDE = re.compile(r"readme|licen[cs]e|notice|source|sha256sums", re.I)  # stems of files about a folder's texts
 
 
 @dataclass(frozen=True)
@@ -103,39 +104,36 @@ def _add(total: list[int], size: int) -> None:
     total[0] += size
 
 
-def places(name: str, data_dir: str) -> list[Path]:
-    """Where `name` is looked for: as given, and (a relative one) inside `data_dir`, $NANOGFT_DATA, shared/data."""
-    given = Path(os.path.expanduser(name))
-    bases = [data_dir] if data_dir else [os.environ.get("NANOGFT_DATA", ""), str(cache.SHARED_DIR)]
-    return [given] + [Path(os.path.expanduser(base), name) for base in bases if base and not given.is_absolute()]
-
-
 def find(name: str, data_dir: str, known_names: Iterable[str]) -> Corpus:
     """The texts that `name` means: a file, a folder, a glob, or a list of these with commas.
 
     Raises UserError, with the closest name there is, when one is missing, no text is there, or it is no file.
     """
-    found = _found(name, data_dir)
-    if not found and "," in name:
-        items = list(filter(None, map(str.strip, name.split(","))))
-        found = [file for item in items for file in _found(item, data_dir) or _missing(item, data_dir, known_names)]
-    if not found:
-        _missing(name, data_dir, known_names)
-    if len(found) == 1:
+    items = list(filter(None, map(str.strip, name.split(",")))) or [name]
+    whole = _found(name, data_dir)
+    named = [whole] if whole else [_found(item, data_dir) or _missing(item, data_dir, known_names) for item in items]
+    where = few(list(dict.fromkeys(place for place, _ in named)))
+    unique = {file.where: file for file in sorted((file for _, files in named for file in files), key=_order)}
+    found = sorted(unique.values(), key=_order)
+    to_train_on = any(file.split in ("", "train") for file in found)
+    if len(found) == 1 and (to_train_on or found[0].where == where):  # by itself any file is trained on
         return Corpus((replace(found[0], split=""),), found[0].where, "data names this file")
-    if not any(file.split in ("", "train") for file in found):
+    if not to_train_on:
         seen = few([file.where for file in found])
         raise UserError(f"data = {name!r} has texts to validate or to test with and none to train on ({seen}). Name a "
                         "file by itself to train on it.", 2)  # fmt: skip
-    found = [replace(file, split="train") if not file.split else file for file in found]
-    unique = {file.where: file for file in sorted(found, key=lambda file: SPLITS.index(file.split))}
-    about = {split: sum(file.split == split for file in unique.values()) for split in SPLITS}
+    found = [replace(file, split=file.split or "train") for file in found]
+    about = {split: sum(file.split == split for file in found) for split in SPLITS}
     counted = ", ".join(f"{number:,} for {split}" for split, number in about.items() if number)
-    return Corpus(tuple(unique.values()), name, f"data names these {len(unique):,} files ({counted})")
+    return Corpus(tuple(found), where, f"data names these {len(found):,} files ({counted})")
 
 
-def _found(name: str, data_dir: str) -> list[TextSource]:
-    """The files of one item, sorted by name; none if there is no such item."""
+def _order(file: TextSource) -> int:
+    return SPLITS.index(file.split or "train")
+
+
+def _found(name: str, data_dir: str) -> tuple[str, list[TextSource]] | None:
+    """Where one item is, and its files, sorted by name; None if there is no such item."""
     for path in places(name, data_dir):
         try:
             mode = path.stat().st_mode
@@ -144,18 +142,19 @@ def _found(name: str, data_dir: str) -> list[TextSource]:
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise UserError(f"data = {name!r} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if stat.S_ISDIR(mode):
-            return _in_folder(path)
+            return str(path), _in_folder(path)
         if not stat.S_ISREG(mode):
             raise UserError(
                 f"data = {name!r} is a pipe or a device. A text is read more than once, so it must be a file: save "
                 "it as one first.",
                 code=2,
             )
-        return [_source(path, path.name)]
+        return str(path), [_source(path, path.name)]
     for path in places(name, data_dir) if glob.has_magic(name) else []:
         if matches := sorted(match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)):
-            return [_source(Path(match), os.path.basename(match)) for match in matches]
-    return []
+            fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            return str(path), [_source(Path(match), os.path.relpath(match, fixed)) for match in matches]
+    return None
 
 
 def _in_folder(top: Path) -> list[TextSource]:
@@ -165,8 +164,11 @@ def _in_folder(top: Path) -> list[TextSource]:
         raise UserError(f"{path} cannot be read: {why}. Texts to train on may be in it; make it readable.")
 
     paths = (Path(path) for path in files_in(top, fault))
-    found = [_source(path, str(path.relative_to(top))) for path in paths
-             if TEXT_NAME.search(path.name) and not BESIDE.match(path.name)]  # fmt: skip
+    found = [_source(path, str(path.relative_to(top))) for path in paths if TEXT_NAME.search(path.name)]
+    if about := [text for text in found if BESIDE.fullmatch(TEXT_NAME.sub("", os.path.basename(text.where)))]:
+        names = few([os.path.relpath(text.where, top) for text in about])
+        notice(f"{len(about):,} texts in {top} are not used, as by their names they are about the others: {names}.")
+        found = [text for text in found if text not in about]
     told = any(text.split == "train" for text in found)
     texts = [text for text in found if text.split or not told]
     if left_out := [os.path.relpath(text.where, top) for text in found if text not in texts]:
@@ -180,7 +182,8 @@ def _in_folder(top: Path) -> list[TextSource]:
 def _source(path: Path, name: str) -> TextSource:
     """A file to read; the first part of `name`, a path in the folder that was named, that tells a split gives it."""
     found = next(filter(None, map(SPLIT.match, Path(name).parts)), None)
-    json_lines = ".jsonl" in path.suffixes[-2:]
+    kind = TEXT_NAME.search(path.name)
+    json_lines = bool(kind) and kind[1].lower() == "jsonl"
     return TextSource(lambda: open(path, "rb"), str(path), "", found[1].lower() if found else "", json_lines)
 
 

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.cache import places
 from data.notice import few, notice, with_count
 from data.prepare_images import Broken, ImageSource, Sample, decoded
 from run.errors import UserError
 
 EVALUATED = ("val", "valid", "validation", "test")  # the first of them that there is, beside train
 SHARE = 10  # without one, an image in so many is held out
-LAYOUT = "Give each class a folder of its own: FOLDER/CLASS/*, or FOLDER/train/CLASS/* and FOLDER/val/CLASS/*."
+LAYOUT = ("For images, give each class a folder of its own: FOLDER/CLASS/*, or FOLDER/train/CLASS/* and "
+          "FOLDER/val/CLASS/*. For texts, give a folder of .txt or .jsonl files and no image.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ImageFile:
 
 
 def find(name: str, data_dir: str, channels: int) -> ImageSource:
-    """The images of the folder `name`, as given or inside data_dir, to be decoded with 3 channels or 1.
+    """The images of the folder `name`, where data.cache.places says, to be decoded with 3 channels or 1.
 
     Raises UserError when there is no such folder, or no images of two classes in it.
     """
@@ -79,11 +81,11 @@ def _shown(name: str) -> bool:
 
 
 def _top(name: str, data_dir: str) -> Path:
-    places = [Path(os.path.expanduser(base), os.path.expanduser(name)) for base in ("", data_dir)]
-    for place in places:
+    candidates = places(name, data_dir)
+    for place in candidates:
         if place.is_dir():
             return place.resolve()
-    looked = " and ".join(dict.fromkeys(map(str, places)))
+    looked = " and ".join(dict.fromkeys(map(str, candidates)))
     raise UserError(f"data = {name!r} names a folder of images, and there is no such folder (looked for {looked}).", 2)
 
 
@@ -131,7 +133,9 @@ def _classes(top: Path, files: list[ImageFile]) -> tuple[str, ...]:
     """The names of the classes, sorted. Raises UserError for fewer than two, and for one that is not trained."""
     found = {split: {file.name for file in files if file.split == split} for split in ("train", "val")}
     if not files:
-        raise UserError(f"{top} holds no images in class folders. {LAYOUT} (A text is named as a file.)", 2)
+        names = [os.path.relpath(path, top) for path in files_in(top, lambda path, why: None)]
+        seen = f"it has {len(names):,} files ({few(names)})" if names else "it has no files"
+        raise UserError(f"{top} holds no images in class folders: {seen}. {LAYOUT}", 2)
     if len(found["train"]) < 2:
         seen = ", ".join(found["train"]) or "none"
         raise UserError(f"{top} holds images to train on of fewer than two classes: {seen}. {LAYOUT}", 2)

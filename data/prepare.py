@@ -91,7 +91,7 @@ def load_prepared(text_sha256: str, kind: str, vocab_size: int, data_dir: str = 
         if bad := len(shards) - len(_whole(bin_path, {shard["number"]: shard for shard in shards}, dtype)):
             some = f" ({bad} of {len(shards)} shards)" if len(shards) > 1 else ""
             raise Damaged(f"{bin_path.name} has changed since it was written{some}")
-        ids = _map(bin_path, dtype)
+        ids = _map(bin_path, dtype, count)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, Damaged, KeyError, TypeError) as error:  # the last two of another version's
@@ -129,7 +129,8 @@ def prepare(
         ids = np.frombuffer(memory.getbuffer(), job.tokenizer.dtype)
         ids.flags.writeable = False
     else:
-        ids = _map(stem.with_suffix(".bin"), job.tokenizer.dtype)
+        count = sum(sum(shard["tokens"]) for shard in record["shards"])
+        ids = _map(stem.with_suffix(".bin"), job.tokenizer.dtype, count)
     return Prepared(ids, Parts(**record["parts"]), job.tokenizer)
 
 
@@ -220,6 +221,7 @@ def _encode(
             found = _encode_shard(text, job.tokenizer, group, file, threads)
             shard = job.shards[number] = {"number": number, "at": sum(total)} | found
         total = [a + b for a, b in zip(total, shard["tokens"])]
+    file.truncate(sum(total) * job.tokenizer.dtype.itemsize)  # of a file that was added to
     shards = [job.shards[number] for number in sorted(job.shards)]
     hashes = [shard["sha256"] for shard in shards]
     return {
@@ -308,9 +310,9 @@ def parts_of(chunks: Iterable[str], ends: Sequence[int]) -> Iterator[tuple[int, 
             start, rest = start + size, rest[size:]
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     try:
-        return np.memmap(path, dtype=dtype, mode="r")
+        return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
     except OSError as error:
         if error.errno == errno.ENOMEM:  # of addresses
             raise MemoryError(f"{path} cannot be mapped") from error

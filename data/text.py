@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import corpus, stdlib_text, tinyshakespeare
+from data.cache import places
 from data.corpus import Corpus
 from data.prepare import load_prepared, prepare
 from data.textfile import TextSource
@@ -50,7 +51,7 @@ def load_text(
     check_request(tokenizer, vocab_size)
     if eval_on not in ("val", "tune", "test"):
         raise UserError(f"eval_on = {eval_on!r} is unknown. It is val, tune or test.", code=2)
-    if folder := next((path for path in corpus.places(name, data_dir) if _has_tokens(path)), None):
+    if folder := next((path for path in places(name, data_dir) if _has_tokens(path)), None):
         return _load_tokens(name, folder, tokenizer, data_dir, eval_on)
     found = find_text(name, data_dir)
     threads = threads or os.cpu_count() or 1

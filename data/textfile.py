@@ -103,10 +103,12 @@ class TextSource:
             lines += data.count(b"\n")
 
     def _json_documents(self, texts: Iterable[str]) -> Iterator[str]:
-        rest, number, waiting, size = "", 0, [], 0
+        pieces, number, waiting, size = [], 0, [], 0
         for text in itertools.chain(texts, ["\n"]):
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
+            first, *rest = text.split("\n")
+            pieces.append(first)  # a line may be as long as the file
+            for begun in rest:
+                line, pieces = "".join(pieces), [begun]
                 number += 1
                 if line.strip():
                     waiting.append(self._document(line, number))
@@ -173,8 +175,14 @@ class TextSource:
                 while data:
                     yield data
                     data = content.read(CHUNK)
+            follows = False  # a decompressor stops at its end
+            while meter.read(CHUNK):
+                follows = True
         if meter.digest.hexdigest() != sha256:
             raise self.changed()
+        if follows:
+            raise UserError(f"{self.where} has bytes behind the end of its compressed text, which would be left out. "
+                            "Unpack it, or get it anew.")  # fmt: skip
         yield b""
 
     @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.cache import places
 from kernels.limits import MAX_REDUCTION, RULES, kept_bits
 from run.errors import UserError, closest, refuse
 from run.keys import brief, convert, key, read_argv, show
@@ -252,11 +253,10 @@ def build(values: Mapping[str, Any], name: str, problems: Sequence[str] = (), wh
 
 
 def is_folder(data: Any, data_dir: Any) -> str:
-    """The folder whose path data is, as given or inside data_dir; empty if there is none."""
+    """The folder whose path data is, wherever data is looked for; empty if there is none."""
     if not isinstance(data, str) or not isinstance(data_dir, str) or not data.strip("/") or data in SETS:
         return ""
-    paths = (os.path.join(os.path.expanduser(base), os.path.expanduser(data)) for base in ("", data_dir))
-    return next(filter(os.path.isdir, paths), "")
+    return next(filter(os.path.isdir, map(str, places(data, data_dir))), "")
 
 
 def holds_texts(folder: str) -> bool:

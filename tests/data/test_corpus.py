@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,13 @@ def test_a_compressed_text_is_the_text(monkeypatch, pack, chunk):
     assert found.sha256() == cache.sha256(Path(f"a.txt{pack}").read_bytes())
 
 
+@pytest.mark.parametrize("pack", [".xz", ".bz2"])
+def test_bytes_behind_a_compressed_text_are_told(pack):
+    path = put(f"a.txt{pack}", "".join(PLAY))
+    path.write_bytes(path.read_bytes() + b"x" * 20_000)
+    assert "has bytes behind the end of its compressed text" in error_of(load_text, str(path), "char", 0)
+
+
 @pytest.mark.parametrize("pack", [".gz", ".xz", ".bz2"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:]])
 def test_a_damaged_compressed_text_is_named(pack, damage):
@@ -76,26 +84,43 @@ def test_folder_glob_and_list(name):
     assert whole(name) == f"first{END}second"
 
 
+def test_a_globs_parts_are_told_by_folders_and_names():
+    put("test_1/g/train/a.txt", "t"), put("test_1/g/val/b.txt", "v"), put("test_1/g/c/test.txt", "e")
+    for name in ("test_1/g/*/*.txt", "test_1/g/**/*.txt", str(Path("test_1/g/*/*.txt").resolve())):
+        found = find_text(name)
+        assert [file.split for file in found.files] == ["train", "val", "test"]
+        assert found.where == name
+    assert whole("test_1/g/val/*.txt") == "v", "what comes before the first sign of a glob tells no part"
+
+
 def test_places_a_name_is_looked_for(monkeypatch, tmp_path):
     put("data/set/a.txt", "in data_dir"), put("env/set/a.txt", "in NANOGFT_DATA"), put("shared/set/a.txt", "shared")
     assert whole("set") == "shared"
     monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "env"))
     assert whole("set") == "in NANOGFT_DATA"
     assert whole("set/*.txt", data_dir="data") == "in data_dir"
+    put("env/set/b.txt", ""), put("env/c.txt", "")
+    assert find_text("set").where == str(tmp_path / "env/set")
+    listed = find_text("set/a.txt, c.txt,set/a.txt")
+    assert listed.where == f"{tmp_path / 'env/set/a.txt'}; {tmp_path / 'env/c.txt'}" and len(listed.files) == 2
+    assert find_text("c.txt,c.txt").why == "data names this file"
     assert "neither a known data set nor an existing file" in error_of(find_text, "nothing", code=2)
     assert "tinyshakespeare, wikipedia_en" in error_of(find_text, "set/a.txt,nothing", code=2)
 
 
 def test_a_folders_parts_are_told_by_names_and_other_files_are_left_out(capsys):
-    names = "train_00.txt.xz train_01.txt sub/val.txt test.jsonl.gz trainer.txt SOURCE.txt a.csv"
-    for name in names.split():
+    left = ["Source of the Nile.txt", "Test of Time.txt", "Train to Pakistan.txt", "notice me.txt", "trainer.txt"]
+    names = "train_00.txt.xz train_01.txt sub/val.txt test.jsonl.gz SOURCE.txt a.csv"
+    for name in names.split() + left:
         put(f"set/{name}", json.dumps({"text": name}) if "jsonl" in name else name)
     found = find_text("set")
     assert [(file.split, Path(file.where).name) for file in found.files] == [
         ("train", "train_00.txt.xz"), ("train", "train_01.txt"), ("val", "val.txt"), ("test", "test.jsonl.gz")
     ]  # fmt: skip
     assert whole("set") == f"train_00.txt.xz{END}train_01.txtsub/val.txttest.jsonl.gz"
-    assert "1 texts in set are not used, as their names tell no part: trainer.txt." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"5 texts in set are not used, as their names tell no part: {'; '.join(left)}." in said
+    assert "1 texts in set are not used, as by their names they are about the others: SOURCE.txt." in said
     put("other/validation/x.txt", "v"), put("other/x.txt", "t"), put("other/README.txt", "about")
     assert [file.split for file in find_text("other").files] == ["train", "val"]
 
@@ -103,7 +128,10 @@ def test_a_folders_parts_are_told_by_names_and_other_files_are_left_out(capsys):
 def test_folders_without_a_text_to_train_on():
     put("none/a.csv", "1"), put("only/valid.txt", "v"), put("only/test.txt", "t")
     assert "without texts" in error_of(find_text, "none", code=2)
-    assert "none to train on" in error_of(find_text, "only", code=2)
+    for _ in range(2):
+        for name in ("only", "only/*.txt"):
+            assert "none to train on" in error_of(find_text, name, code=2)
+        Path("only/test.txt").unlink(missing_ok=True)
     assert whole("only/valid.txt") == "v", "by itself it is a text as any other"
 
 
@@ -130,6 +158,17 @@ def test_json_lines():
     ):
         put("a.jsonl", content)
         assert said in error_of(whole, "a.jsonl")
+    put("A.JSONL.GZ", gzip.compress(b'{"text": "one"}')), put("a.jsonl.txt", "plain")
+    assert whole("A.JSONL.GZ") == "one" and whole("a.jsonl.txt") == "plain"
+
+
+def test_json_lines_of_any_length(monkeypatch):
+    """Each chunk is looked at once: a line as long as many chunks takes no time that grows with its square."""
+    monkeypatch.setattr(textfile, "CHUNK", 64)
+    put("a.jsonl", json.dumps({"text": "x" * 3_200_000}) + '\n{"text": "b"}')
+    begun = time.process_time()
+    assert whole("a.jsonl") == "x" * 3_200_000 + f"{END}b"
+    assert time.process_time() - begun < 5, "0.2 s here"
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

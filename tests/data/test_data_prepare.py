@@ -84,6 +84,14 @@ def _alter(path):
     path.write_bytes(content)
 
 
+def _append(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def _append_token(path):
+    path.write_bytes(path.read_bytes() + b"xx")
+
+
 def _nest(path):
     path.write_bytes(b"[" * 100_000)
 
@@ -93,7 +101,7 @@ def _empty(path):
 
 
 @pytest.mark.parametrize("ending", ["bin", "json"])
-@pytest.mark.parametrize("damage", [_truncate, _alter, _empty, _nest], ids=["short", "flip", "empty", "nested"])
+@pytest.mark.parametrize("damage", [_truncate, _alter, _append, _append_token, _empty, _nest])
 def test_damaged_preparation_is_told_and_made_again(play, capsys, ending, damage):
     before = load(play, "bpe")
     train = np.array(before.train)

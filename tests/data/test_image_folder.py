@@ -187,9 +187,11 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 def test_folders_that_are_refused(tmp_path):
     assert "there is no such folder" in refused(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    assert "holds no images in class folders" in refused(tmp_path / "empty")
+    assert "holds no images in class folders: it has no files." in refused(tmp_path / "empty")
     picture(tmp_path / "loose" / "0.png", 1)
-    assert "FOLDER/CLASS/*" in refused(tmp_path / "loose")
+    (tmp_path / "loose" / "a.txt").touch()
+    said = refused(tmp_path / "loose")
+    assert "it has 2 files (0.png; a.txt)" in said and "FOLDER/CLASS/*" in said and ".txt or .jsonl" in said
     fill(tmp_path / "one", 5, 0)
     assert "fewer than two classes: cats" in refused(tmp_path / "one")
     fill(tmp_path / "other" / "train", 2, 2), fill(tmp_path / "other" / "val", 1, 1)
@@ -209,9 +211,11 @@ def test_names_of_classes(tmp_path):
     assert load(tmp_path).classes == ("'\\x1b[31m'", "train", "\u00e9glise")
 
 
-def test_a_folder_is_looked_for_in_data_dir_too(tmp_path):
+def test_a_folder_is_looked_for_where_data_is(tmp_path, monkeypatch):
     fill(tmp_path / "pets", 2, 2)
     assert load_images("pets/", 8, str(tmp_path)).name == "pets"
+    monkeypatch.setenv("NANOGFT_DATA", str(tmp_path))
+    assert load_images("pets/", 8).name == "pets"
 
 
 def test_links_are_followed_once(tmp_path):

@@ -391,6 +391,8 @@ def test_a_folder_is_one_of_images_unless_it_holds_texts(tmp_path: Path, monkeyp
     assert (grey.data, grey.image_side, grey.color, grey.layer_kinds) == ("pets/", 28, "grey", ("mlp", "head"))
     assert load(["mnist", "--data", "pets/", "--color", "rgb"], notes=False).color == "rgb"
     assert load(["--data", "deep", "--data_dir", "inside"], notes=False).data == "deep/"
+    monkeypatch.setenv("NANOGFT_DATA", "inside")
+    assert load(["--data", "deep"], notes=False).data == "deep/"
     assert load(["--data", str(tmp_path / "pets")], notes=False).data == f"{tmp_path}/pets/"
     assert load([], notes=False).data == "tinyshakespeare" and not load([], notes=False).of_images
     for name, slash in {"a.txt": "", "b.jsonl.gz": "", ".hidden.png": "", "README.md": "", "cats/1.jpg": "/"}.items():
