@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.cache import places
 from kernels.limits import MAX_REDUCTION, RULES, kept_bits
 from run.errors import UserError, closest, refuse
 from run.keys import brief, convert, key, read_argv, show
@@ -256,6 +255,8 @@ def is_folder(data: Any, data_dir: Any) -> str:
     """The folder whose path data is, wherever data is looked for; empty if there is none."""
     if not isinstance(data, str) or not isinstance(data_dir, str) or not data.strip("/") or data in SETS:
         return ""
+    from data.cache import places  # brings urllib, which takes as long to import as all of this
+
     return next(filter(os.path.isdir, map(str, places(data, data_dir))), "")
 
 
