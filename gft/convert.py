@@ -34,17 +34,20 @@ class ConvertedLinear(nn.Module):
 
 @torch.no_grad()
 def convert(
-    net: nn.Module, bits: int = 6, keep_bits: int = 0, start: str = "round", keep: tuple[str, ...] = (), seed: int = 1
-) -> nn.Module:
+    net: nn.Module, bits: int = 6, keep_bits: int = 0, start: str = "round", keep: str | tuple[str, ...] = (),
+    seed: int = 1,
+) -> nn.Module:  # fmt: skip
     """Replace every nn.Linear inside `net`, in place, by a `ConvertedLinear`; returns net.
 
     `bits` and `keep_bits` are IntLinear's. `start` is "round" (weights rounded to the grid) or "new" (drawn afresh by
-    `seed`). `keep` names layers that stay as they are, as `named_modules` does ("head", "blocks.0.mlp"), with all
-    inside them. Subclasses of nn.Linear, such as the projection inside nn.MultiheadAttention, stay too.
-    Raises ValueError for an unknown `start` or name, where nothing is to be converted, and for a weight that two
-    modules share.
+    `seed`; for a matrix of zeros, as wide as nn.Linear begins). `keep` names a layer or several that stay as they are,
+    as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as the projection
+    inside nn.MultiheadAttention, stay too.
+    Raises ValueError for an unknown `start` or name, where nothing is to be converted, for a weight that two modules
+    share and for a layer that cannot be converted; `net` is then as it was.
     """
     modules = dict(net.named_modules())
+    keep = (keep,) if isinstance(keep, str) else keep
     if start not in ("round", "new"):
         raise ValueError(f"convert: got start {start!r}; it is 'round' or 'new'")
     if unknown := [name for name in keep if name not in modules]:
@@ -61,18 +64,36 @@ def convert(
     for name, layer in chosen.items():
         if len(sharing := owners[id(layer.weight)]) > 1:
             raise ValueError(f"convert: {' and '.join(sharing)} share one weight; keep=({name!r},) leaves it")
+    converted = {}
     for index, (name, layer) in enumerate(chosen.items()):
+        try:
+            converted[name] = _converted(layer, bits, keep_bits, start, seed, index)
+        except ValueError as error:
+            raise ValueError(f"convert: {name}: {error}; keep=({name!r},) leaves the layer as it is") from None
+    for name, layer in converted.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(modules[parent], attribute, _converted(layer, bits, keep_bits, start, seed, index))
+        setattr(modules[parent], attribute, layer)
+    for module in modules.values():  # torch's fused inference would read the float weights itself
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return net
 
 
 def _converted(layer: nn.Linear, bits: int, keep_bits: int, start: str, seed: int, index: int) -> ConvertedLinear:
     matrix = layer.weight.detach().float().cpu()
     integer = IntLinear(layer.in_features, layer.out_features, bits, keep_bits=keep_bits, seed=seed, index=index)
-    if start == "round" and matrix.any():
+    norm = matrix.norm()
+    if not norm.isfinite():
+        raise ValueError("its weight has values that are not finite")
+    if start == "round":
+        if norm == 0:
+            raise ValueError("its weight is all zeros, which no scale can bring back; start='new' draws another")
         integer.weight.copy_(to_grid(matrix, integer))
-    integer.scale.fill_((matrix.norm() / integer.read().float().norm()).item())
+    elif norm == 0:
+        norm = torch.tensor((layer.out_features / 3) ** 0.5)  # of nn.Linear's first weights, of variance 1 / (3 in)
+    integer.scale.fill_((norm / integer.read().float().norm()).item())
     return ConvertedLinear(integer, layer.bias).to(layer.weight.device).train(layer.training)
 
 

@@ -44,15 +44,42 @@ def test_new_weights_have_products_of_the_old_size():
     assert not torch.equal(net[0].integer.weight, other[0].integer.weight)
 
 
-def test_rows_of_zeros_and_a_zero_matrix():
-    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    nn.init.zeros_(net[1].weight)
-    bias = net[1].bias.clone()
+def test_rows_of_zeros():
+    net = nn.Sequential(nn.Linear(4, 3))
+    bias = net[0].bias.clone()
     x = torch.zeros(2, 4, requires_grad=True)
     y = gft.convert(net)(x)
-    assert torch.equal(y, bias.expand(2, 2))
+    assert torch.equal(y, bias.expand(2, 3))
     y.sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value, match", [(0.0, "all zeros"), (float("nan"), "not finite")])
+def test_a_refused_weight_leaves_the_net_as_it_was(value, match):
+    net = net_of()
+    nn.init.constant_(net[3].weight, value)
+    with pytest.raises(ValueError, match=rf"convert: 3: .*{match}.*keep=\('3',\)"):
+        gft.convert(net)
+    assert not gft.int_layers(net) and len(gft.int_layers(gft.convert(net, keep="3"))) == 2
+
+
+def test_a_matrix_of_zeros_starts_new_as_wide_as_a_linear():
+    net = nn.Sequential(nn.Linear(24, 400, bias=False))
+    x = torch.randn(200, 24)
+    expected = net(x).std()
+    nn.init.zeros_(net[0].weight)
+    assert (gft.convert(net, start="new")(x).std() / expected - 1).abs() < 0.1
+
+
+def test_a_transformer_of_torch_infers_as_it_trains():
+    """Without its fused inference, which reads the weights of the layers inside it."""
+    torch.manual_seed(1)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    gft.convert(net)
+    x, mask = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    expected = net(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        assert torch.allclose(net.eval()(x, src_key_padding_mask=mask), expected, atol=1e-5)
 
 
 def test_delta_passes_as_through_the_float_layer():
@@ -88,6 +115,10 @@ def test_keep_and_mistakes():
         gft.convert(net_of(), start="fresh")
     with pytest.raises(ValueError, match="keep names head; net has 0, 1, 2, 2.0, 2.1, 3"):
         gft.convert(net_of(), keep=("head",))
+    with pytest.raises(ValueError, match="keep names head; "):
+        gft.convert(net_of(), keep="head")
+    with pytest.raises(ValueError, match="convert: 1: .* all 1 initial weights are equal"):
+        gft.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="no nn.Linear inside it"):
         gft.convert(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="table and head share one weight"):
