@@ -1,32 +1,26 @@
 """Text from an exported model, with onnxruntime and numpy alone: no torch, nothing of this repository.
 
     python export.py out/shakespeare_char_small model.onnx
-    python examples/onnx_generate.py model.onnx "ROMEO:" --max-tokens 300
-
-The text is that of `python sample.py out/shakespeare_char_small --prompt "ROMEO:" --temperature 0` (docs/export.md).
+    python examples/onnx_generate.py model.onnx "ROMEO:"      the text of sample.py --temperature 0 (docs/export.md)
 """
 
 import argparse
 import base64
 import json
+import os
 import re
-import sys
-import unicodedata
+from unicodedata import category
 
 import numpy as np
 import onnxruntime
 
 
-def plain(c: str) -> str:
-    """A letter, mark or digit that is not ASCII as one that is: `re` does not know Unicode's classes."""
-    return c if c < "\x80" else {"L": "x", "M": "\u0301", "N": "1"}.get(unicodedata.category(c)[0], c)
-
-
 def words_of(text: str, pattern: str) -> list[str]:
-    """The pieces that BPE joins bytes in."""
+    """The pieces that BPE joins bytes in. `re` does not know Unicode's classes: one letter, mark, digit is for all."""
+    plain = re.sub(r"[^\0-\x7f]", lambda c: {"L": "x", "M": "\u0301", "N": "1"}.get(category(c[0])[0], c[0]), text)
     pattern = pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{M}", "\u0301").replace(r"\p{N}", "0-9")
     pattern = re.sub(r"(a-zA-Z|0-9)(?![^[]*\])", r"[\1]", pattern)  # classes that are in no brackets yet
-    return [text[m.start() : m.end()] for m in re.finditer(pattern, "".join(map(plain, text)))]
+    return [text[m.start() : m.end()] for m in re.finditer(pattern, plain)]
 
 
 def encode(text: str, tokenizer: dict) -> list[int]:
@@ -36,11 +30,8 @@ def encode(text: str, tokenizer: dict) -> list[int]:
     ranks, tokens = {base64.b64decode(t): i for i, t in enumerate(tokenizer["ranks"])}, []
     for word in words_of(text, tokenizer["pattern"]):
         parts = [bytes([b]) for b in word.encode()]
-        while len(parts) > 1:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = int(np.argmin(pairs))
-            if pairs[i] == len(ranks):
-                break
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+            i = min(pairs)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         tokens += [ranks[part] for part in parts]
     return tokens
@@ -59,15 +50,24 @@ def generate(session: onnxruntime.InferenceSession, tokens: list[int], count: in
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("prompt")
+    parser.add_argument("model"), parser.add_argument("prompt", type=lambda text: text or "\n")  # as sample.py begins
     parser.add_argument("--max-tokens", type=int, default=500)
     args = parser.parse_args()
-    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
-    tokenizer = json.loads(session.get_modelmeta().custom_metadata_map["nanogft"])["tokenizer"]
-    new = [token for token, _ in generate(session, encode(args.prompt, tokenizer), args.max_tokens)]
+    try:
+        session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no other base
+        parser.exit(2, f"error: {args.model} cannot be read as ONNX: {error}\n")
+    tokenizer = json.loads(session.get_modelmeta().custom_metadata_map.get("nanogft", "{}")).get("tokenizer", {})
+    if not tokenizer or len(session.get_inputs()) < 3:
+        parser.exit(2, f"error: {args.model} is no net for text with a KV cache: export one without --no-cache\n")
+    if unknown := set(args.prompt) - set(tokenizer.get("chars", args.prompt)):
+        parser.exit(2, f"error: the net does not know {sorted(unknown)}, only {tokenizer['chars']!r}\n")
+    args.max_tokens < 0 and parser.exit(2, f"error: --max-tokens {args.max_tokens}: it must be at least 0\n")
     table = [c.encode() for c in tokenizer.get("chars", "")] or [base64.b64decode(t) for t in tokenizer["ranks"]]
-    sys.stdout.buffer.write(args.prompt.encode() + b"".join(table[t] for t in new) + b"\n")
+    os.write(1, args.prompt.encode())
+    for token, _ in generate(session, encode(args.prompt, tokenizer), args.max_tokens):
+        os.write(1, table[token])  # unbuffered: each is seen as it comes
+    os.write(1, b"\n")
 
 
 if __name__ == "__main__":

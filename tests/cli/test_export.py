@@ -136,6 +136,24 @@ def test_the_example_runs_without_torch(tmp_path, onnx_session):
     assert done.stdout.startswith(b"ROMEO:") and len(done.stdout) == 6 + 9 + 1
 
 
+def test_the_example_refuses_in_one_line(tmp_path, onnx_session, example, monkeypatch, capsys):
+    text, whole, image, missing = (str(tmp_path / f"{name}.onnx") for name in ("text", "whole", "image", "missing"))
+    run = str(text_run(tmp_path / "run"))
+    export.main([run, text]), export.main([run, whole, "--no-cache"])
+    export.main([str(image_run(tmp_path / "images", *IMAGES["MLP"])), image])
+    for words, said in {
+        (missing, "RO"): "cannot be read as ONNX", (run + "/last.json", "RO"): "cannot be read as ONNX",
+        (image, "RO"): "no net for text", (whole, "RO"): "without --no-cache",
+        (text, "Z"): "does not know ['Z']", (text, "RO", "--max-tokens", "-3"): "at least 0",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["onnx_generate.py", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            example.main()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("pattern", [
     PATTERN, r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 ], ids=["ours", "GPT-2's"])  # fmt: skip
