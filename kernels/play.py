@@ -8,6 +8,8 @@ Every number is computed by the functions that training uses, and the result is 
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -94,7 +96,7 @@ def steps(rule: UpdateRule, k: float, seed: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the steps."""
+    """Print the steps. Raises SystemExit for what cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m kernels.play", description=__doc__.split("\n")[0])
     parser.add_argument("operation", choices=["flip"])
     parser.add_argument("--rule", choices=RULES, default="gain", help="how votes become scores (default: %(default)s)")
@@ -105,9 +107,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.k <= 1:
         parser.error(f"--k {args.k}: a share is from 0 to 1")
-    for text in steps(UpdateRule(args.rule, args.bits, ortho_tile=TILE, topk_tile=TILE), args.k, args.seed):
-        print(text)
-        input() if args.pause else print()
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed {args.seed}: it is from 0 to 2^64 - 1")
+    try:
+        for text in steps(UpdateRule(args.rule, args.bits, ortho_tile=TILE, topk_tile=TILE), args.k, args.seed):
+            print(text, flush=True)
+            input() if args.pause else print(flush=True)
+    except EOFError:
+        parser.exit(1, "error: standard input has ended; without --pause all steps are printed at once\n")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it exits
+        parser.exit(1, f"error: cannot write to standard output: {error.strerror}\n")
 
 
 if __name__ == "__main__":

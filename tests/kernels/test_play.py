@@ -1,5 +1,9 @@
 """python -m kernels.play: what it shows is what flip does."""
 
+import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,8 @@ import pytest
 from kernels import play
 from kernels.limits import RULES
 from kernels.update_rule import UpdateRule
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 6])
@@ -38,15 +44,28 @@ def test_a_matrix_by_hand(capsys):
     assert chosen == 3 + 4  # 0.23 of 16, rounded down and up
 
 
-def test_mistakes(capsys):
+@pytest.mark.parametrize("words, said", [
+    (["--k", "2"], "a share is from 0 to 1"), (["--seed", "9" * 23], "from 0 to 2^64 - 1"),
+    (["--pause"], "standard input has ended"),
+])  # fmt: skip
+def test_mistakes(words, said, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(SystemExit):
-        play.main(["flip", "--k", "2"])
-    assert "a share is from 0 to 1" in capsys.readouterr().err
+        play.main(["flip", *words])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "kernels.play", "flip"], stdout=full, stderr=subprocess.PIPE, cwd=ROOT,
+                              env=os.environ | {"PYTHONUNBUFFERED": ""}, text=True, check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_the_documentation_shows_what_it_prints(capsys):
     play.main(["flip"])
     text = capsys.readouterr().out
-    page = Path(__file__).resolve().parents[2].joinpath("docs", "kernels.md").read_text()
+    page = ROOT.joinpath("docs", "kernels.md").read_text()
     for line in text[text.index("3. Votes") : text.index("8. The new")].splitlines():
         assert line.strip() in page
