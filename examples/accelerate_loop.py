@@ -3,17 +3,22 @@
     pip install accelerate
     python -m examples.accelerate_loop
 
-Accelerate drives FlipOptimizer as any torch optimizer. One process: votes are not yet summed over several. No fp16
-either: its GradScaler scales the loss, and the error has an int8 scale of its own (FlipOptimizer would say so).
+Accelerate drives FlipOptimizer as any torch optimizer. This is one process; in several FlipOptimizer needs its
+process_group (docs/distributed.md). No fp16: its GradScaler scales the loss, and the error has an int8 scale of its own
+(FlipOptimizer would say so).
 """
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from gft import FlipOptimizer, IntLinear
+
+try:
+    from accelerate import Accelerator
+except ImportError:
+    raise SystemExit("error: this example needs the package accelerate: pip install accelerate") from None
 
 
 def main() -> None:

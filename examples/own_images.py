@@ -16,10 +16,11 @@ from PIL import Image, ImageDraw
 import export
 import predict
 import train
+from run import checkpoint
 
 SETTINGS = {
     "image_side": 16, "patch": 4, "n_layer": 2, "n_head": 2, "d_model": 32, "batch_size": 16, "momentum": 0.9,
-    "crop_min": 0.6, "compile": "false",
+    "crop_min": 0.6, "eval_every": 10**9, "compile": "false",
 }  # fmt: skip
 
 
@@ -37,29 +38,27 @@ def draw(folder: Path, each: int = 60) -> Path:
     return folder
 
 
-def check(status: int) -> None:
-    """End with the exit status of a program that failed; it has said why."""
-    if status:
-        sys.exit(status)
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """The exit status of the program that failed, which has said why; 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("images", nargs="?", help="a folder of images in class folders (default: makes one)")
     parser.add_argument("--out", type=Path, default="out/own_images", help="folder of the run (default: %(default)s)")
     parser.add_argument("--model", default="model.onnx", help="name of the exported file (default: %(default)s)")
     parser.add_argument("--steps", default="100", help="updates (default: %(default)s)")
     args = parser.parse_args(argv)
+    if checkpoint.exists(args.out, "last"):
+        parser.error(f"--out {args.out}: a run is there already; name another folder, or delete that one")
     images = Path(args.images) if args.images else draw(args.out / "photos")
-    settings = SETTINGS | {"data": images, "out_dir": args.out, "steps": args.steps, "eval_every": args.steps}
-    check(train.main(["imagenette_small", *(f"--{key}={value}" for key, value in settings.items())]))
+    settings = SETTINGS | {"data": images, "out_dir": args.out, "steps": args.steps}
+    if failed := train.main(["imagenette_small", *(f"--{key}={value}" for key, value in settings.items())]):
+        return failed
     one_of_each = [next(folder.iterdir()) for folder in sorted(images.iterdir()) if folder.is_dir()]
-    check(predict.main([str(args.out), *map(str, one_of_each), "--top", "1"]))
-    check(export.main([str(args.out), str(args.out / args.model)]))
+    failed = predict.main([str(args.out), *map(str, one_of_each), "--top", "1"])
+    return failed or export.main([str(args.out), str(args.out / args.model)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
 
 # Output (some of it; times, sizes and losses vary a little):
 #

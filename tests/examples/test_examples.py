@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,25 @@ def alike(wanted: str, line: str) -> bool:
 def test_an_example_is_short_and_shows_its_output(name):
     assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
     assert expected(name)
+
+
+@pytest.mark.parametrize("name", ["own_text", "own_images"])
+def test_mistakes_name_the_options_of_the_example(name, tmp_path, capsys):
+    main = importlib.import_module(f"examples.{name}").main
+    assert main(["--out", str(tmp_path), "--steps", "abc"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: steps = abc") and "eval_every" not in err
+    tmp_path.joinpath("last.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path)])
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, "examples.accelerate_loop", raising=False)
+    with pytest.raises(SystemExit, match="^error: .*pip install accelerate$"):
+        importlib.import_module("examples.accelerate_loop")
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in RUN_ELSEWHERE])

@@ -58,8 +58,8 @@ def test_mistakes(words, said, capsys, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "kernels.play", "flip"], stdout=full, stderr=subprocess.PIPE, cwd=ROOT,
-                              env=os.environ | {"PYTHONUNBUFFERED": ""}, text=True, check=False)  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "kernels.play", "flip"], stdout=full, stderr=subprocess.PIPE,
+                              env=os.environ | {"PYTHONUNBUFFERED": ""}, cwd=ROOT, text=True, check=False)  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
