@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,15 @@ except ImportError:  # a packed safetensors needs none
     onnx = None
 
 from data.augment import pixel_scale
+from data.cache import write_atomic
 from data.tokenizers import tokenizer_from_json
 from gft.baselines import fake_quantize
 from gft.layers import IntEmbedding, IntLayer, IntLinear
 from kernels.limits import weight_limit
 from model import ATTENTION_SCALE, ROPE_BASE, image_rope_table, load_net
 from run.errors import UserError
-from run.packed import pack, save_packed
-from sample import CHECKPOINTS, find_folder
+from run.packed import pack, packed_bytes
+from sample import CHECKPOINTS, find_folder, with_dashes
 
 OPSET = 18
 INT64_END = 2**63 - 1
@@ -256,17 +256,17 @@ def onnx_model(net: nn.Module, meta: dict[str, Any], packed: bool = False, cache
     return text_graph(Graph(packed), net, cache, about)
 
 
-def notes(net: nn.Module) -> list[str]:
-    """What must be said of an exported net."""
+def notes(net: nn.Module, graph: bool) -> list[str]:
+    """What must be said of an exported net; `graph` where other programs than this one compute it."""
     layers = {name: layer for name, layer in net.named_modules() if hasattr(layer, "weight")}
     integer = [layer for layer in layers.values() if isinstance(layer, IntLayer)]
     floats = [name for name, layer in layers.items() if not isinstance(layer, IntLayer)]
     lines = [f"{len(integer)} integer layers, {sum(layer.weight.numel() for layer in integer):,} weights"]
     if floats:
         lines.append(f"note: {len(floats)} layers are exported in fp32, as they were trained: {', '.join(floats)}")
-    if net.config.activations != torch.float32:
+    if graph and net.config.activations != torch.float32:
         lines.append("note: the net was trained with bf16 between layers; an exported one computes in fp32")
-    if any(layer.bits == 8 for layer in integer):
+    if graph and any(layer.bits == 8 for layer in integer):
         lines.append("note: sums of 8-bit weights may saturate on x86 processors without VNNI; of fewer bits never")
     return lines
 
@@ -279,38 +279,39 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--packed", action="store_true", help="ONNX with weights on disk in as many bits as they have")
     parser.add_argument("--no-cache", action="store_true", help="ONNX of text without a KV cache: tokens to logits")
     parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
-    args = parser.parse_args(argv)
+    args = parser.parse_args([with_dashes(word) for word in argv])
     kind = args.file.suffix
     if kind not in (".onnx", ".safetensors"):
         raise UserError(f"{args.file}: the name must end in .onnx or .safetensors, which says what to write", code=2)
+    for option, given in (("--packed", args.packed), ("--no-cache", args.no_cache)):
+        if given and kind == ".safetensors":
+            raise UserError(f"{option} is for ONNX: a .safetensors file is always packed and has no graph", code=2)
     if kind == ".onnx" and onnx is None:
         raise UserError(f"{args.file}: an ONNX file needs the package onnx, which is not installed: pip install onnx "
                         "onnxruntime; or name a .safetensors file, which needs nothing more")  # fmt: skip
-    net, meta, head = load_net(find_folder(args.folder), args.checkpoint or "")
+    net, meta, head = load_net(find_folder(args.folder, args.checkpoint), args.checkpoint or "")
+    text, cache = "tokenizer" in meta, not args.no_cache
+    if not text and not cache:
+        raise UserError(f"--no-cache: {head} is a net for images, which has no cache; leave it out", code=2)
+    if kind == ".onnx":
+        data = onnx_model(net, meta, args.packed, cache).SerializeToString()
+    else:
+        data = packed_bytes(net, meta)
     try:
-        if kind == ".onnx":
-            _write(args.file, onnx_model(net, meta, args.packed, not args.no_cache).SerializeToString())
-        else:
-            save_packed(args.file, net, meta)
+        write_atomic(args.file, data)
     except OSError as error:
         raise UserError(f"{args.file} cannot be written: {error.strerror or error}; choose another place") from error
-    net_line, *more = notes(net)
+    net_line, *more = notes(net, kind == ".onnx")
+    if args.packed and (plain := onnx_model(net, meta, cache=cache).ByteSize()) <= len(data):
+        more.append(f"note: --packed saves nothing here: {plain:,} bytes without it")
     print(f"checkpoint {head.stem} of step {meta['step']}: {net_line}")
     for note in more:
         print(note, file=sys.stderr)
-    print(f"wrote {args.file}, {args.file.stat().st_size:,} bytes")
-    text = "tokenizer" in meta
+    print(f"wrote {args.file}, {len(data):,} bytes")
     if kind == ".safetensors":
         print(f"use: python {'sample.py' if text else 'predict.py'} {args.file}{'' if text else ' IMAGE'}")
-    elif text and not args.no_cache:
+    elif text and cache:
         print(f'use: python examples/onnx_generate.py {args.file} "A text to continue"')
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A reader never sees half a file: it is written beside `path` and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:

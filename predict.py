@@ -216,7 +216,7 @@ def run(argv: list[str]) -> int:
     """Everything main does, errors and interruptions aside."""
     args = parse(argv)
     device, reason = choose_device(args.device)
-    classifier = load(find_folder(args.folder), args.checkpoint, device)
+    classifier = load(find_folder(args.folder, args.checkpoint), args.checkpoint, device)
     print(f"checkpoint {classifier.about}; device {device} ({reason})", file=sys.stderr)
     skipped, answered = Skipped(), 0
     for batch in classify(classifier, args.images, args.top, skipped):

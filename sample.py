@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The checked options; UserError with code 2 says which one is wrong, the rule, and the closest name."""
     parser = _parser()
-    argv = [_dashes(word) for word in argv]
+    argv = [with_dashes(word) for word in argv]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
@@ -233,15 +233,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _dashes(word: str) -> str:
+def with_dashes(word: str) -> str:
+    """An option's name with dashes in place of underscores."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
-def find_folder(given: str) -> Path:
-    """The run's folder: as given, or of that name in out/; or a packed file that export.py wrote."""
+def find_folder(given: str, checkpoint: str | None = None) -> Path:
+    """The run's folder: as given, or of that name in out/; or a packed file that export.py wrote.
+
+    Raises UserError where there is none, and for a `checkpoint` of a packed file.
+    """
     for path in (Path(given), Path("out") / given):
         if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
+            if checkpoint and path.is_file():
+                raise UserError(f"--checkpoint {checkpoint}: {path} is a packed file of one net; leave it out", code=2)
             return path
     runs = [str(path) for path in Path("out").glob("*") if path.is_dir()]
     hint = closest(given, runs, "did you mean {}?") or "give the folder that train.py wrote, e.g. out/NAME"
@@ -326,7 +332,8 @@ def out_of_memory(error: BaseException) -> bool:
 def run(argv: list[str]) -> None:
     """Everything main does, errors and interruptions aside."""
     args = parse(argv)
-    source, tokenizer, about = load(find_folder(args.folder), args.checkpoint, args.device, not args.no_cache)
+    folder = find_folder(args.folder, args.checkpoint)
+    source, tokenizer, about = load(folder, args.checkpoint, args.device, not args.no_cache)
     prompt = _prompt(args.prompt)
     prompt_ids = start_ids(tokenizer, prompt)
     print(about, file=sys.stderr)

@@ -8,7 +8,6 @@ which one batch goes forwards and backwards through the net of the last step.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 import data
+from data.cache import open_atomic
 from gft.layers import IntLayer, int_layers
 from model import load_net, make_net
 from run import checkpoint
@@ -133,9 +133,8 @@ def draw(png: Path, title: str, losses: dict[str, list[dict]], weights: dict[str
             axes.text(0.5, 0.5, notes.get(axes, "nothing was measured"), ha="center", va="center", wrap=True,
                       transform=axes.transAxes)  # fmt: skip
     figure.suptitle(title)
-    temporary = png.with_name(png.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, png)
+    with open_atomic(png) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +47,8 @@ def unpack(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return values.astype(np.int8).reshape(shape)
 
 
-def save_packed(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write the net of a checkpoint, whose JSON is `meta`, into one file. Raises OSError if it cannot be written."""
+def packed_bytes(net: nn.Module, meta: Mapping[str, Any]) -> bytes:
+    """The net of a checkpoint, whose JSON is `meta`, as the content of one file."""
     from gft.layers import IntLayer
 
     tensors, packed = {name: tensor.numpy() for name, tensor in net.state_dict().items()}, {}
@@ -62,9 +61,7 @@ def save_packed(path: Path, net: nn.Module, meta: Mapping[str, Any]) -> None:
     about = {key: meta[key] for key in meta if key not in ("progress", "environment")} | {"config": config}
     header = {"format": FORMAT, "meta": json.dumps(about), SHAPES: json.dumps(packed)}
     header["sha256"] = _sha256(tensors, header)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(safetensors.numpy.save(tensors, header))
-    os.replace(temporary, path)
+    return safetensors.numpy.save(tensors, header)
 
 
 def load_packed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -143,8 +143,8 @@ def test_the_example_refuses_in_one_line(tmp_path, onnx_session, example, monkey
     export.main([str(image_run(tmp_path / "images", *IMAGES["MLP"])), image])
     for words, said in {
         (missing, "RO"): "cannot be read as ONNX", (run + "/last.json", "RO"): "cannot be read as ONNX",
-        (image, "RO"): "no net for text", (whole, "RO"): "without --no-cache",
-        (text, "Z"): "does not know ['Z']", (text, "RO", "--max-tokens", "-3"): "at least 0",
+        (image, "RO"): "no net for text", (whole, "RO"): "without --no-cache", (text, "Z"): "does not know ['Z']",
+        (text, "RO", "--max-tokens", "-3"): "at least 0",
     }.items():  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["onnx_generate.py", *words])
         capsys.readouterr()
@@ -211,6 +211,17 @@ def test_float_layers_are_named(tmp_path, onnx_session, capsys):
     assert "fp32" not in capsys.readouterr().err
 
 
+def test_what_is_said_fits_the_file(tmp_path, onnx_session, capsys):
+    run, images = str(text_run(tmp_path / "a", bits=8)), str(image_run(tmp_path / "b", *IMAGES["MLP"]))
+    assert export.main([run, str(tmp_path / "a.onnx"), "--packed"]) == 0
+    err = capsys.readouterr().err
+    assert "VNNI" in err and "--packed saves nothing" in err
+    assert export.main([run, str(tmp_path / "a.safetensors")]) == 0
+    assert not capsys.readouterr().err
+    assert export.main([images, str(tmp_path / "b.onnx"), "--no-cache"]) == 2
+    assert "net for images" in capsys.readouterr().err
+
+
 def test_mistakes(tmp_path, capsys, monkeypatch):
     folder = text_run(tmp_path / "a")
     assert export.main([str(folder), str(tmp_path / "a.pt")]) == 2
@@ -218,7 +229,14 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "onnx", None)
     assert export.main([str(folder), str(tmp_path / "a.onnx")]) == 1
     assert "pip install onnx" in capsys.readouterr().err
-    assert export.main([str(folder), str(tmp_path / "missing" / "a.safetensors")]) == 1
+    assert export.main([str(folder), str(folder / "last.json" / "a.safetensors")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+    for option in ("--packed", "--no-cache", "--no_cache"):
+        assert export.main([str(folder), str(tmp_path / "a.safetensors"), option]) == 2
+        assert f"{option.replace('_', '-')} is for ONNX" in capsys.readouterr().err
+    assert export.main([str(folder), str(tmp_path / "a.safetensors")]) == 0
+    assert export.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--checkpoint", "last"]) == 2
+    assert sample.main([str(tmp_path / "a.safetensors"), "--checkpoint", "last"]) == 2
+    assert capsys.readouterr().err.count("--checkpoint last: ") == 2
     with pytest.raises(UserError, match="is not a folder"):
         export.run([str(tmp_path / "nothing"), str(tmp_path / "a.safetensors")])
