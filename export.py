@@ -300,7 +300,7 @@ def run(argv: list[str]) -> None:
     try:
         write_atomic(args.file, data)
     except OSError as error:
-        raise UserError(f"{args.file} cannot be written: {error.strerror or error}; choose another place") from error
+        raise UserError(f"{args.file} cannot be written ({error}); choose another place") from error
     net_line, *more = notes(net, kind == ".onnx")
     if args.packed and (plain := onnx_model(net, meta, cache=cache).ByteSize()) <= len(data):
         more.append(f"note: --packed saves nothing here: {plain:,} bytes without it")
