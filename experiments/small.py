@@ -50,14 +50,14 @@ ROWS = (
     row("Muon, int8", MUON | {"method": "muon", "muon_state": "int8"},
         *each("muon_lr", 32e-3, 48e-3, **HALF), {"muon_lr": 48e-3}),
     row("SWAN", MUON | {"method": "muon", "muon_state": "none"},
-        {"muon_lr": 8e-3}, *each("muon_lr", 4e-3, 16e-3, 32e-3, 64e-3, 96e-3, **HALF)),
+        {"muon_lr": 8e-3}, *each("muon_lr", 4e-3, 16e-3, 32e-3, 64e-3, 96e-3, 128e-3, **HALF)),
     row("GFT, 6 bits", GFT | {"bits": 6},
         *each("k", 0.4, 0.5), {"k": 0.5, "init_std": 0.4}, {"k": 0.55, "bits": 7, "step_size": 2},
         *each("k", 0.3, 0.4, 0.5, **HALF), *each("k", 0.3, 0.4, **TWELVE)),
     row("GFT, 6 bits, momentum", MOMENTUM | {"bits": 6},
         *each("k", 0.2, 0.3), {"k": 0.3, "bits": 7, "step_size": 2}, {"k": 0.4, "bits": 8, "step_size": 4},
-        *each("k", 0.2, 0.3, 0.4, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
-    *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, **HALF))
+        *each("k", 0.2, 0.3, 0.4, 0.5, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
+    *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, 0.7, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", 0.2, 0.3, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
