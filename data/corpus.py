@@ -113,6 +113,9 @@ def find(name: str, data_dir: str, known_names: Iterable[str]) -> Corpus:
     whole = _found(name, data_dir)
     named = [whole] if whole else [_found(item, data_dir) or _missing(item, data_dir, known_names) for item in items]
     where = few(list(dict.fromkeys(place for place, _ in named)))
+    if not whole:  # a folder's name tells the part of what is in it, where several are named
+        named = [(place, [replace(file, split=file.split or _part(item)) for file in files])
+                 for item, (place, files) in zip(items, named, strict=True)]  # fmt: skip
     unique = {file.where: file for file in sorted((file for _, files in named for file in files), key=_order)}
     found = sorted(unique.values(), key=_order)
     to_train_on = any(file.split in ("", "train") for file in found)
@@ -126,6 +129,13 @@ def find(name: str, data_dir: str, known_names: Iterable[str]) -> Corpus:
     about = {split: sum(file.split == split for file in found) for split in SPLITS}
     counted = ", ".join(f"{number:,} for {split}" for split, number in about.items() if number)
     return Corpus(tuple(found), where, f"data names these {len(found):,} files ({counted})")
+
+
+def _part(item: str) -> str:
+    """The split that an item of a list is called, such as set/val or set/val/*; "" if it is not called so."""
+    literal = [part for part in Path(item).parts if not glob.has_magic(part)]
+    found = SPLIT.match(literal[-1]) if literal else None
+    return found[1].lower() if found else ""
 
 
 def _order(file: TextSource) -> int:

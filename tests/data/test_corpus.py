@@ -91,6 +91,8 @@ def test_a_globs_parts_are_told_by_folders_and_names():
         assert [file.split for file in found.files] == ["train", "val", "test"]
         assert found.where == name
     assert whole("test_1/g/val/*.txt") == "v", "what comes before the first sign of a glob tells no part"
+    for name in ("test_1/g/train,test_1/g/val", "test_1/g/train/*,test_1/g/val/*.txt"):  # of several it does
+        assert [file.split for file in find_text(name).files] == ["train", "val"]
 
 
 def test_places_a_name_is_looked_for(monkeypatch, tmp_path):
