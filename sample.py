@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from data.tokenizers import Tokenizer
 
 CHECKPOINTS = ("last", "best", "previous")  # run.checkpoint.LOADED
-PREFILL = 512  # prompt tokens fed at once: memory grows with its square, not with the prompt's
 DRAWN = 256  # tokens whose random numbers are drawn at once
 SEPARATOR = "---"
 
@@ -61,10 +60,12 @@ class NetSource:
         import numpy as np
         import torch
 
+        from decoder import CHUNK
+
         tokens, was_training = np.asarray(tokens), self.net.training
         if self.cache is None:
             self.texts = tokens if self.texts is None else np.concatenate((self.texts, tokens), axis=1)
-        text, step = (self.texts, self.texts.shape[1]) if self.cache is None else (tokens, PREFILL)
+        text, step = (self.texts, self.texts.shape[1]) if self.cache is None else (tokens, CHUNK)
         device = next((t.device for t in self.net.state_dict().values()), torch.device("cpu"))
         self.net.eval()
         with torch.inference_mode():

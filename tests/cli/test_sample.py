@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+import decoder
 import predict
 import sample
 from data.bpe import PATTERN
 from data.tokenizers import BpeTokenizer, CharTokenizer
+from decoder import CHUNK
 from kernels.philox import Stream, uniform
 from model import ModelConfig, Transformer
 from run import checkpoint
@@ -151,8 +153,8 @@ def test_the_cache_is_fed_each_token_once_and_a_long_prompt_in_parts(net):
     assert tokens(net, n=4, prompt=range(3)) == tokens(net, n=4, prompt=range(3), use_cache=False)
     assert net.fed == [3, 1, 1, 1] + [3, 4, 5, 6]
     net.fed.clear()
-    tokens(net, n=2, prompt=[1] * (2 * sample.PREFILL + 5))
-    assert net.fed == [sample.PREFILL, sample.PREFILL, 5, 1]
+    tokens(net, n=2, prompt=[1] * (2 * CHUNK + 5))
+    assert net.fed == [CHUNK, CHUNK, 5, 1]
 
 
 def test_modes_are_the_callers_between_tokens(net):
@@ -187,7 +189,7 @@ def test_a_character_of_several_tokens_is_printed_whole():
 def test_cache_and_no_cache_give_the_same_text_past_the_context(method, monkeypatch):
     config = ModelConfig(vocab_size=31, n_layer=2, n_head=2, d_model=32, context=8, method=method)
     net = Transformer(config, seed=5)
-    monkeypatch.setattr(sample, "PREFILL", 5)
+    monkeypatch.setattr(decoder, "CHUNK", 5)
     for prompt in (range(3), range(21)):
         cached = tokens(net, n=40, prompt=prompt)
         assert cached == tokens(net, n=40, prompt=prompt, use_cache=False)
