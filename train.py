@@ -48,6 +48,7 @@ from run import device as machine
 from run import distributed
 from run.distributed import Ranks, ring_bytes, synchronised
 from run.folder import choose_folder, sign, take_up
+from run.graph import StepGraph
 from run.init_from import check_shape, take_weights
 from run.log import Log
 from run.monitor import Monitor
@@ -58,10 +59,12 @@ from run.stop import Stop
 Optimizers = list[tuple[torch.optim.Optimizer, Schedule]]
 
 
-def make_optimizers(net: nn.Module, cfg: Config, tokens: int, ranks: Ranks = distributed.ALONE) -> Optimizers:
+def make_optimizers(
+    net: nn.Module, cfg: Config, tokens: int, ranks: Ranks = distributed.ALONE, graph: bool = False
+) -> Optimizers:
     """One or two torch optimizers, each with its schedule: integer weights learn by flips, float weights by gradients.
 
-    `tokens` are those of a step, whose votes are summed.
+    `tokens` are those of a step, whose votes are summed. In a CUDA `graph` learning rates are tensors.
 
     adamw    torch.optim.AdamW on every weight; also on the float layers of a gft run that has some
     muon     Muon on the matrices of the blocks, AdamW on embedding and head
@@ -90,12 +93,17 @@ def make_optimizers(net: nn.Module, cfg: Config, tokens: int, ranks: Ranks = dis
         optimizer = SignSGD(others, lr=cfg.lr, weight_decay=cfg.weight_decay)
     elif others:
         betas = (0.9, cfg.beta2)
-        optimizer = torch.optim.AdamW(others, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(others, lr=cfg.lr, betas=betas,
+                                      weight_decay=cfg.weight_decay, fused=True, capturable=graph)  # fmt: skip
     if others:
         found.append((optimizer, Schedule(optimizer, cfg.steps, cfg.lr_end * cfg.lr, warmup=cfg.warmup)))
     if blocks:
         muon = Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, state=cfg.muon_state)
         found.append((muon, Schedule(muon, cfg.steps, cfg.lr_end * cfg.muon_lr, warmup=cfg.warmup)))
+    for optimizer, _ in found if graph else ():
+        dtype = torch.float64 if isinstance(optimizer, FlipOptimizer) else torch.float32
+        for group in optimizer.param_groups:  # tensors, which schedules then write to
+            group["lr"] = torch.as_tensor(group["lr"], dtype=dtype, device=group["params"][0].device)
     return found
 
 
@@ -117,7 +125,7 @@ class Run:
         except ValueError as error:
             raise UserError(f"{error}: a larger --init_std, or a wider net (--d_model)", 2) from None
         self.net = net.to(on.device)
-        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions, self.ranks)
+        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions, self.ranks, on.graph)
         self.flip_optimizer = next((o for o, _ in self.optimizers if isinstance(o, FlipOptimizer)), None)
         self.floats = sum(p.numel() for p in self.net.parameters() if p.is_floating_point())
         self.weights = sum(p.numel() for p in self.net.parameters())
@@ -257,9 +265,8 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
     monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
     log = Log(run, metrics, lambda: sample_text(run.net, task, cfg))
 
-    while run.step < cfg.steps:
-        monitor.before_backward(run.step)
-        task.prepare(run.step, device)
+    def step() -> None:
+        """All that the device does in a step; what is left lies in tensors that were there before."""
         for part in range(cfg.grad_accum):
             x, y = task.batch_at(rng, part)
             with synchronised(net, run.flip_optimizer, part + 1 == cfg.grad_accum):
@@ -274,11 +281,18 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
             finite.note(found_inf, finite.largest(p.grad for p in floats))
             run.ranks.max(found_inf)  # FlipOptimizer asks the other ranks itself
         monitor.before_step()
-        for optimizer, schedule in run.optimizers:
+        for optimizer, _ in run.optimizers:
             optimizer.step()
-            schedule.step()
         run.net.zero_grad()
         rng[1] += 1
+
+    make_step = StepGraph(step, run.on.graph)
+    while run.step < cfg.steps:
+        monitor.before_backward(run.step)
+        task.prepare(run.step, device)
+        make_step(as_written=monitor.looks)
+        for _, schedule in run.optimizers:
+            schedule.step()
         run.step += 1
 
         stop.signal = run.ranks.any(stop.signal)  # once a step: what comes later is for the next one, which is saved
@@ -333,7 +347,7 @@ def run_config(cfg: Config, argv: list[str]) -> int:
     ranks = distributed.start(cfg.device, cfg.rank_timeout)
     if not ranks.first:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    on = machine.choose(cfg)
+    on = machine.choose(cfg, ranks.size)
     task = data.load(cfg, named=any(word.partition("=")[0] == "--data" for word in argv))
     task.ranks, cfg = ranks, task.cfg
     check_ranks(task, on)

@@ -130,7 +130,7 @@ def profile(argv: Sequence[str]) -> dict:
     run_steps(argv, seen)
     averages = seen.key_averages()
     order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(averages.table(sort_by=order, row_limit=40, max_name_column_width=80))
+    print(averages.table(sort_by=order, row_limit=70, max_name_column_width=100))
     return {event.key: event.count / PROFILED for event in averages if event.key.startswith("cu")}
 
 

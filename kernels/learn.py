@@ -54,7 +54,7 @@ def _learn_kernel(
     across = tl.cdiv(inner, SIDE)
     row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
     rows, columns = row.to(tl.int64) + tl.arange(0, SIDE), column.to(tl.int64) + tl.arange(0, SIDE)
-    v = votes_block(d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS)
+    v = votes_block(d, x, rows, columns, out, inner, 0, tokens, d_row, d_column, x_row, x_column, TOKENS)
     down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
     inside = (down < out - row) & (right < inner - column)
     corner = row.to(tl.int64) * inner + column  # 32 bits do inside a block

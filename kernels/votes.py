@@ -20,6 +20,7 @@ from kernels.limits import MAX_REDUCTION
 
 PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
 BLOCK, TOKENS = 64, 64  # side of a program's block of votes, and the tokens of one step through the operands
+WAVES, SHORTEST = 2, 4  # programs for each of a GPU's processors, and the fewest steps that one makes
 
 
 def votes_torch(d: Tensor, x: Tensor) -> Tensor:
@@ -54,19 +55,22 @@ def accumulate_votes_torch(
 
 @jit
 def votes_block(
-    d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS: tl.constexpr
+    d, x, rows, columns, out, inner, first, last, d_row, d_column, x_row, x_column, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """V of a block in registers: rows int64 (M,), columns int64 (N,) are its place. Returns int32 (M, N)."""
+    """V of a block in registers, of tokens first to last: rows int64 (M,), columns int64 (N,) are its place.
+
+    Returns int32 (M, N).
+    """
     v = tl.zeros((rows.shape[0], columns.shape[0]), tl.int32)
-    for first in range(0, tokens, TOKENS):
-        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
+    for start in range(first, last, TOKENS):
+        token = (start + tl.arange(0, TOKENS)).to(tl.int64)
         d_tile = tl.load(
             d + rows[:, None] * d_column + token[None, :] * d_row,
-            mask=(rows < out)[:, None] & (token < tokens)[None, :], other=0,
+            mask=(rows < out)[:, None] & (token < last)[None, :], other=0,
         )  # fmt: skip
         x_tile = tl.load(
             x + token[:, None] * x_row + columns[None, :] * x_column,
-            mask=(token < tokens)[:, None] & (columns < inner)[None, :], other=0,
+            mask=(token < last)[:, None] & (columns < inner)[None, :], other=0,
         )  # fmt: skip
         v = tl.dot(d_tile, x_tile, v, out_dtype=tl.int32)
     return v
@@ -74,26 +78,47 @@ def votes_block(
 
 @jit
 def _votes_kernel(
-    d, x, votes, rng, old_ratio, new_ratio, out, inner, tokens, d_row, d_column, x_row, x_column,
+    d, x, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, d_row, d_column, x_row, x_column,
     RESCALE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One block of V. The first program adds the tokens to rng's rows."""
+    """One block of V, of `share` of the tokens. The first program adds the tokens to rng's rows.
+
+    Programs that have other tokens of the block add to the same votes, in any order: these are integers. Votes that
+    are rescaled are rounded once, so the first of these programs then takes all tokens, and the others none.
+    """
     tl.static_assert(TOKENS >= 32, "an int8 dot reduces at least 32 elements")
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = votes_block(d, x, rows, columns, out, inner, tokens, d_row, d_column, x_row, x_column, TOKENS)
+    part = tl.program_id(2)
+    first, last = part * share, tl.minimum((part + 1) * share, tokens)
+    if RESCALE:
+        old_share = tl.load(old_ratio)
+        if old_share != 0:  # else this is a step's first pass: the votes are 0, and the new ratio is 1
+            first = tl.where(part == 0, 0, tokens)
+            last = tokens
+    v = votes_block(d, x, rows, columns, out, inner, first, last, d_row, d_column, x_row, x_column, TOKENS)
     place = votes + rows[:, None] * inner + columns[None, :]
     inside = (rows < out)[:, None] & (columns < inner)[None, :]
-    old = tl.load(place, mask=inside, other=0)
     if RESCALE:
-        both = mul_rn(old.to(tl.float64), tl.load(old_ratio).to(tl.float64))
-        both += mul_rn(v.to(tl.float64), tl.load(new_ratio).to(tl.float64))
-        new = (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
+        if old_share == 0:
+            tl.atomic_add(place, v.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
+        elif part == 0:
+            both = mul_rn(tl.load(place, mask=inside, other=0).to(tl.float64), old_share.to(tl.float64))
+            both += mul_rn(v.to(tl.float64), tl.load(new_ratio).to(tl.float64))
+            new = (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
+            tl.store(place, new.to(votes.dtype.element_ty), mask=inside)
     else:
-        new = old + v.to(old.dtype)
-    tl.store(place, new.to(votes.dtype.element_ty), mask=inside)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.atomic_add(place, v.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (part == 0):
         tl.store(rng + 2, tl.load(rng + 2) + tokens)
+
+
+def _share(tokens: int, blocks: int, device: torch.device) -> int:
+    """How many tokens one program takes, so that there are about `WAVES` programs for each processor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    programs = max(1, WAVES * processors // blocks)
+    steps = triton.cdiv(tokens, TOKENS)
+    return TOKENS * max(SHORTEST, triton.cdiv(steps, programs))
 
 
 @operator("accumulate_votes", mutates_args=("votes", "rng"))
@@ -108,8 +133,10 @@ def accumulate_votes_triton(
         votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
         return
     parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
+    down, across = triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK)
     for d_part, x_part in parts:
-        wrap_triton(_votes_kernel)[(triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK))](
+        share = _share(len(d_part), down * across, d.device)
+        wrap_triton(_votes_kernel)[(down, across, triton.cdiv(len(d_part), share))](
             d=d_part,
             x=x_part,
             votes=votes,
@@ -119,6 +146,7 @@ def accumulate_votes_triton(
             out=out,
             inner=inner,
             tokens=d_part.shape[0],
+            share=share,
             d_row=d_part.stride(0),
             d_column=d_part.stride(1),
             x_row=x_part.stride(0),
@@ -137,8 +165,8 @@ def accumulate_votes(
     """votes <- votes * old_ratio + D^T X * new_ratio, and rng[2] grows by T.
 
     d int8 (T, out), x int8 (T, in) of any stride; votes int32 or int64 (out, in), contiguous; ratios float32 (), of the
-    buffer's and of d's scale to the larger of both: without them votes are added as they are. Raises ValueError on
-    other types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
+    buffer's and of d's scale to the larger of both: without them votes are added as they are. An old ratio of 0 says
+    that all votes are 0. Raises ValueError on other types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
     """
     (rows, out), inner = d.shape, x.shape[1]
     if x.shape[0] != rows or votes.shape != (out, inner) or rows == 0:
@@ -167,7 +195,7 @@ def launch_configs() -> list[LaunchConfig]:
     for rescale, whole in ((True, "i32"), (False, "i32:1")):
         pointers = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
         pointers |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
-        numbers = dict.fromkeys(("out", "inner", "tokens", "d_row", "x_row"), whole)
+        numbers = dict.fromkeys(("out", "inner", "tokens", "share", "d_row", "x_row"), whole)
         constants = {"d_column": 1, "x_column": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
         constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
         name = f"votes {BLOCK}x{BLOCK}{' rescaled' if rescale else ' ragged'}"

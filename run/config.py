@@ -130,6 +130,7 @@ class Config:
     backend: str = key("auto", "what runs the integer kernels", ("auto", "torch", "triton"), free=True)
     device: str = key("auto", "where it runs", ("auto", "cpu", "cuda"), free=True)
     compile: str = key("auto", "torch.compile", ("auto", "true", "false"), free=True)
+    cuda_graph: str = key("auto", "each step one CUDA graph", ("auto", "true", "false"), free=True)
     threads: int = key(0, "CPU threads; 0: torch's choice", (0, 1024), free=True)
     rank_timeout: int = key(600, "seconds until a rank of torchrun that is silent is named", (1, 10**6), free=True)
     out_dir: str = key("", "where checkpoints and metrics go; empty: out/<config name>", free=True)

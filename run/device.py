@@ -10,6 +10,7 @@ import torch
 from kernels import backend, fuse
 from run.config import Config
 from run.errors import UserError
+from run.graph import unrecordable_reason
 
 try:
     import resource
@@ -26,6 +27,7 @@ class Runtime:
     device: torch.device
     backend: str
     compile: bool
+    graph: bool
     threads: int
     reasons: tuple[str, ...]
 
@@ -35,8 +37,9 @@ class Runtime:
                 "backend": self.backend, "compile": self.compile, "threads": self.threads}  # fmt: skip
 
 
-def choose(cfg: Config) -> Runtime:
-    """Resolve "auto" and check explicit choices. Sets torch's threads, kernel fusing and malloc for the process.
+def choose(cfg: Config, ranks: int = 1) -> Runtime:
+    """Resolve "auto" and check explicit choices for a run of so many ranks. Sets torch's threads, kernel fusing and
+    malloc for the process.
 
     Raises UserError for a device or backend that is not there.
     """
@@ -49,13 +52,15 @@ def choose(cfg: Config) -> Runtime:
     fuse.enable(compiling)
     if not compiling:
         leave_compiler_out()
+    graph, why_graph = _graph(cfg, device, name, ranks)
     threads = torch.get_num_threads()
     reasons = (
         f"device: {device.type}, {why_device}; {threads} thread{'s' if threads > 1 else ''}",
         f"backend: {name}, {why_backend}",
         f"compile: {'on' if compiling else 'off'}, {why_compile}",
+        *([f"CUDA graph: {'on' if graph else 'off'}, {why_graph}"] if device.type == "cuda" else []),
     )
-    return Runtime(device, name, compiling, threads, reasons)
+    return Runtime(device, name, compiling, graph, threads, reasons)
 
 
 def _device(wanted: str) -> tuple[torch.device, str]:
@@ -103,6 +108,15 @@ def _compile(cfg: Config, device: torch.device) -> tuple[bool, str]:
     if problem := fuse.trial(device):
         return False, f"because torch.compile does not work here ({problem})"
     return True, "because torch.compile works here (the first step takes a minute, later runs find its work cached)"
+
+
+def _graph(cfg: Config, device: torch.device, backend_name: str, ranks: int) -> tuple[bool, str]:
+    reason = unrecordable_reason(cfg, device, backend_name, ranks)
+    if cfg.cuda_graph == "true" and reason:
+        raise UserError(f"cuda_graph = true: {reason}; use --cuda_graph false, or auto", code=2)
+    if cfg.cuda_graph != "auto":
+        return cfg.cuda_graph == "true", "as asked"
+    return not reason, f"because {reason}" if reason else "because all of a step runs on the GPU"
 
 
 def leave_compiler_out() -> None:

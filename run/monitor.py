@@ -46,6 +46,11 @@ class Monitor:
         due = (step + 1) % self.every == 0
         self.before = {name: layer.weight.detach().clone() for name, layer in self.layers.items()} if due else {}
 
+    @property
+    def looks(self) -> bool:
+        """Whether this step is measured."""
+        return bool(self.before)
+
     def before_step(self) -> None:
         """Call between the backward pass and the optimizer's step."""
         voting = {name: self.layers[name].votes for name in self.before if self.layers[name].votes is not None}

@@ -162,10 +162,20 @@ def test_kernel_of_an_expanded_operand(device):
 def test_kernel_rounds_as_the_reference(ratios, device):
     """Halves, and products of 55 bits, which a sum that rounds once would round otherwise."""
     d, x, _ = case((65, 33, 65), torch.int32, device)
-    votes = torch.arange(-1000, 1145, device=device).view(33, 65) * 999_983
+    votes = torch.arange(-1000, 1145, device=device).view(33, 65) * 999_983 * (ratios[0] > 0)
     for dtype in (torch.int32, torch.int64):
         assert agrees(d, x, votes.to(dtype), ratios, device)
         assert agrees(d * 0, x, votes.to(dtype), ratios, device)
+
+
+@kernel_test
+@pytest.mark.parametrize("ratios", [None, (0.0, 1.0), (0.5, 1.0)], ids=str)
+def test_kernel_shares_the_tokens_of_a_block_out(ratios, device, monkeypatch):
+    """Several programs to a block, the last with few tokens; votes that are rescaled are rounded once all the same."""
+    monkeypatch.setattr(module, "_share", lambda *_: module.TOKENS)
+    for tokens in (64, 65, 200):
+        d, x, votes = case((tokens, 65, 33), torch.int32, device)
+        assert agrees(d, x, votes * (ratios != (0.0, 1.0)), ratios, device)
 
 
 @kernel_test
