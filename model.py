@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from decoder import ATTENTION_SCALE, ROPE_BASE
 from gft.baselines import FloatEmbedding, FloatLinear
 from gft.layers import Delta, IntEmbedding, IntLinear
+from kernels.fuse import fused
 from run import checkpoint
 from run.config import LAYER_KINDS, Config
 from run.errors import UserError
@@ -140,6 +141,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return (x * straight + x.roll(x.shape[-1] // 2, dims=-1) * across).to(x.dtype)
 
 
+@fused(dynamic=False)
+def _fused_heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    return heads(qkv, table, n_head)
+
+
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 d) to queries, keys and values, each (B, H, T, hd), queries and keys normalised and rotated."""
     # In memory they stay (B, T, H, hd), so that what attention returns is already a row for each token.
@@ -200,7 +206,9 @@ class Block(nn.Module):
 
     def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""
-        q, k, v = heads(qkv, table, self.n_head)
+        # On a GPU only this part of a block is compiled (`compiled_whole`), and only for training's one shape.
+        split = _fused_heads if qkv.is_cuda and qkv.requires_grad else heads
+        q, k, v = split(qkv, table, self.n_head)
         if cache is not None:
             if cache.layers[layer] is not None:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache.layers[layer], (k, v), strict=True))
@@ -289,6 +297,12 @@ class MLP(nn.Module):
 def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
     """The net that config describes."""
     return MLP(config, seed) if config.model == "mlp" else Transformer(config, seed)
+
+
+def compiled_whole(net: nn.Module) -> bool:
+    """Whether torch.compile gets the whole net. On a GPU a net of integer layers has only their kernels and `heads`,
+    which compiles by itself, and in seconds; a CUDA graph does what else a compiler would: it launches them."""
+    return any(p.is_floating_point() or not p.is_cuda for p in net.parameters())
 
 
 def load_net(

@@ -42,7 +42,7 @@ from gft.baselines import Muon, SignSGD
 from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
 from kernels.limits import MAX_REDUCTION
-from model import ModelConfig, load_net, make_net
+from model import ModelConfig, compiled_whole, load_net, make_net
 from run import checkpoint, finite
 from run import device as machine
 from run import distributed
@@ -254,7 +254,8 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
     """The loop, from run.step to the last step. Returns the summary, or None if it was stopped."""
     cfg, task, device, rng, found_inf = run.cfg, run.task, run.device, run.rng, run.found_inf
     # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
-    net = run.ranks.wrap(torch.compile(run.net, dynamic=False) if run.on.compile else run.net)
+    whole = run.on.compile and compiled_whole(run.net)
+    net = run.ranks.wrap(torch.compile(run.net, dynamic=False) if whole else run.net)
     loss_of = torch.compile(task.loss, dynamic=False) if run.on.compile else task.loss
     autocast = cfg.precision == "bf16" and cfg.method != "gft"
     # delta is not divided by the number of tokens: its int8 scale follows it anyway.

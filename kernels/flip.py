@@ -175,7 +175,7 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
     }  # fmt: skip
     numbers = dict.fromkeys(("out", "inner", "step_size"), "i32") | {"beta": "fp32"}
     if "d" in operands:
-        numbers |= dict.fromkeys(("tokens", "d_row", "x_row"), "i32")
+        numbers |= dict.fromkeys(("tokens", "d_column", "x_column"), "i32")
     found = []
     for rule, side, decay in [
         ("gain", 64, 0.0), ("gain", 64, 0.9), ("contribution", 64, 0.9), ("spectral", 64, 0.0), ("spectral", 64, 0.9),

@@ -7,8 +7,8 @@ Exact while the reduced length K is at most `MAX_REDUCTION`: 133,144 products of
 with the scale and the sum with the residual are taken in fp32, each rounded, then rounded once to the type of y.
 Memory for (M, K) x (K, N): M*K + N*K bytes read, M*N*size(y) written, as much read for a residual; 2*M*N*K operations.
 
-Operands are read where they lie, through their strides: the backward product reads W as the forward product does, with
-the strides of its transpose. Tiles are numbered in groups of rows, so that programs that run at the same time share
+Operands are read through their strides, but for W in the backward product, of which kernels/transpose.py makes a copy.
+Tiles are numbered in groups of rows, so that programs that run at the same time share
 operands in L2.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
 from kernels.limits import MAX_REDUCTION
+from kernels.transpose import by_columns
 
 CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
 MAX_FLOAT_REDUCTION = 2**24 // (127 * 127)  # 1,040: the longest sum that fp32 holds exactly
@@ -164,6 +165,7 @@ def _int8_matmul(
 ) -> Tensor:  # fmt: skip
     """(a @ b) * (scale * factor) + residual as `dtype` (M, N); without a scale, int32 sums."""
     (m, k), n = a.shape, b.shape[1]
+    b = by_columns(b)  # W, in D W; rows of the other operand always lie in one piece
     blocks = _blocks(a, b)
     out = torch.empty((m, n), dtype=dtype, device=a.device)
     wrap_triton(_int8_matmul_kernel)[(triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"]),)](
@@ -246,32 +248,32 @@ def int8_matmul(
 
 
 def _launch_config(
-    blocks: dict[str, int], out: str, backward: bool = False, residual: bool = False, sizes: str = "i32"
+    blocks: dict[str, int], out: str, residual: bool = False, sizes: str = "i32"
 ) -> LaunchConfig:  # fmt: skip
     """A product whose result has Triton's type `out`, scaled if that is a float. `sizes` is the type of M and N."""
     whole, scaled = "i32:1" if blocks is RAGGED else "i32", out != "i32"
     block = {name: size for name, size in blocks.items() if not name.startswith("num_")}
     signature = {"a": "*i8", "b": "*i8", "out": f"*{out}", "M": sizes, "N": sizes, "factor": "fp32"}
-    signature |= dict.fromkeys(("K", "a_row", "b_k" if backward else "b_column"), whole)
-    constants = {"a_k": 1, "b_column" if backward else "b_k": 1, "scale_row": 0} | block
+    signature |= dict.fromkeys(("K", "a_row", "b_column"), whole)
+    constants = {"a_k": 1, "b_k": 1, "scale_row": 0} | block
     signature |= {"scale": "*fp32"} if scaled else {}
     signature |= {"inv_rms": "*fp32"} if residual else {}
     constants |= ({} if scaled else {"scale": None}) | ({} if residual else {"inv_rms": None})
     signature |= {"residual": f"*{out}", "residual_row": whole} if residual else {}
     constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
-    name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {'D W' if backward else 'X W^T'} {out}"
+    name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {out}"
     name += " + residual" * residual + " ragged" * (sizes != "i32")
     warps, stages = blocks["num_warps"], blocks["num_stages"]
     return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",), exact=True)
 
 
 def launch_configs() -> list[LaunchConfig]:
-    """Each tile with both products, and every kind of result."""
+    """Each tile, and every kind of result."""
     return [
         _launch_config(ALIGNED, "bf16", residual=True),
         _launch_config(ALIGNED, "fp32"),
-        _launch_config(ALIGNED, "bf16", backward=True),
-        _launch_config(ALIGNED, "i32", backward=True),
+        _launch_config(ALIGNED, "bf16"),
+        _launch_config(ALIGNED, "i32"),
         _launch_config(RAGGED, "fp32", residual=True, sizes="i32:1"),
-        _launch_config(RAGGED, "i32", backward=True, sizes="i32:1"),
+        _launch_config(RAGGED, "i32", sizes="i32:1"),
     ]

@@ -19,6 +19,7 @@ from kernels.limits import MAX_REDUCTION, weight_limit
 from kernels.momentum import momentum_block
 from kernels.scores import score_block
 from kernels.topk import topk_block
+from kernels.transpose import by_columns
 from kernels.update_rule import (
     UpdateRule,
     block_side,
@@ -95,6 +96,7 @@ def learn(
         votes = torch.zeros(weight.shape, dtype=torch.int64 if len(d) > MAX_REDUCTION else torch.int32, device=d.device)
         accumulate_votes(d, x, votes[0], rng.clone())
         return flip(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale, flips)
+    d, x = by_columns(d), by_columns(x)
     side = block_side(rule)
     q, unit = weight_limit(rule.bits)
     _learn_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side),)](
@@ -166,5 +168,5 @@ def learn_in_backward(
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check learn` compiles: the rules, with and without momentum."""
-    constants = {"TOKENS": TOKENS, "d_column": 1, "x_column": 1}
+    constants = {"TOKENS": TOKENS, "d_row": 1, "x_row": 1}
     return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants)

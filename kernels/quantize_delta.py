@@ -37,7 +37,8 @@ def absmax_torch(delta: Tensor) -> Tensor:
 
 def measure_delta_torch(delta: Tensor, scale: Tensor, votes_scale: Tensor, levels: int) -> Tensor:
     """`measure_delta` in torch."""
-    sigma = absmax_torch(delta) / levels
+    largest = absmax_torch(delta)
+    sigma = largest / torch.full_like(largest, levels)  # a GPU multiplies by 1 / levels if that is a Python number
     largest = torch.maximum(votes_scale, sigma).clamp_min(TINY)
     measured = torch.stack((sigma, votes_scale / largest, sigma / largest, scale * sigma))
     votes_scale.copy_(largest)

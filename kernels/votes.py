@@ -17,10 +17,11 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import int8_product_torch
 from kernels.limits import MAX_REDUCTION
+from kernels.transpose import by_columns
 
 PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
-BLOCK, TOKENS = 64, 64  # side of a program's block of votes, and the tokens of one step through the operands
-WAVES, SHORTEST = 2, 4  # programs for each of a GPU's processors, and the fewest steps that one makes
+BLOCK, TOKENS, WARPS = 128, 128, 8  # side of a program's block of votes, and the tokens of one step through the operands
+WAVES, SHORTEST = 1, 4  # programs for each of a GPU's processors, and the fewest steps that one makes
 
 
 def votes_torch(d: Tensor, x: Tensor) -> Tensor:
@@ -132,6 +133,7 @@ def accumulate_votes_triton(
         accumulate_votes_triton(d, x, new, rng)
         votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
         return
+    d, x = by_columns(d), by_columns(x)
     parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
     down, across = triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK)
     for d_part, x_part in parts:
@@ -154,7 +156,7 @@ def accumulate_votes_triton(
             RESCALE=old_ratio is not None,
             BLOCK=BLOCK,
             TOKENS=TOKENS,
-            num_warps=4,
+            num_warps=WARPS,
             num_stages=3,
         )
 
@@ -195,9 +197,9 @@ def launch_configs() -> list[LaunchConfig]:
     for rescale, whole in ((True, "i32"), (False, "i32:1")):
         pointers = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
         pointers |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
-        numbers = dict.fromkeys(("out", "inner", "tokens", "share", "d_row", "x_row"), whole)
-        constants = {"d_column": 1, "x_column": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
+        numbers = dict.fromkeys(("out", "inner", "tokens", "share", "d_column", "x_column"), whole)
+        constants = {"d_row": 1, "x_row": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
         constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
         name = f"votes {BLOCK}x{BLOCK}{' rescaled' if rescale else ' ragged'}"
-        found.append(LaunchConfig(name, _votes_kernel, pointers | numbers, constants, 4, 3, ("int8",)))
+        found.append(LaunchConfig(name, _votes_kernel, pointers | numbers, constants, WARPS, 3, ("int8",)))
     return found
