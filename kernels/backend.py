@@ -91,6 +91,11 @@ def on_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or (INTERPRETED and _choice == "triton")
 
 
+def capability_of(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the tensor's GPU; in the interpreter that of the GPU everything runs on."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
 def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
     """Register a launcher as the operator torch.ops.nanogft.NAME that changes only the arguments `mutates_args`.
 

@@ -2,11 +2,11 @@
 
     V  ->  (momentum: V + beta M)  ->  scores S  ->  in every tile the m legal moves of largest |S|  ->  W
 
-The Triton kernel keeps a block of whole tiles in registers from votes to moves, and takes a stack of equal matrices at
+The Triton kernel keeps a tile in registers from votes to moves, and takes a stack of equal matrices at
 once, (L, out, in). Memory: 4 (votes) + 2 (weights) bytes for each weight, 2 more with momentum; for spectral 15 fp16
 products of an ortho_tile: 30 * ortho_tile * out * in operations. kernels/learn.py starts from D and X instead of votes
-and shares every step after them. Rules that look at whole matrices are scored in torch (kernels/scores.py), and the
-kernel takes their scores as it takes votes.
+and shares every step after them. Rules that look past a tile are scored before (kernels/scores.py), and the kernel
+takes their scores as it takes votes.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, tl, triton
+from kernels.backend import LaunchConfig, capability_of, jit, on_triton, tl, triton
 from kernels.limits import weight_limit
 from kernels.momentum import accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
@@ -23,8 +23,6 @@ from kernels.tiles import from_tiles, tile_count, tile_sizes, to_tiles
 from kernels.topk import apply_moves, flip_probability, rank, select, topk_block, topk_count
 from kernels.update_rule import (
     UpdateRule,
-    block_side,
-    capability_of,
     check_update,
     unscored_reason,
     unsupported_reason,
@@ -85,8 +83,7 @@ def select_and_move(
 @jit
 def _flip_kernel(
     votes, weight, momentum, momentum_scale, flips, k, rng, layers, stop, out, inner, beta, step_size,
-    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
-    SIDE: tl.constexpr,
+    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of one matrix of the stack."""
     if tl.load(stop) != 0:
@@ -101,14 +98,14 @@ def _flip_kernel(
     layer = tl.load(layers + place)
     v = tl.load(votes + corner + offsets, mask=inside, other=0)
     if MOMENTUM:
-        scales = place * (tl.cdiv(out, 64) * tl.cdiv(inner, 64))
+        scales = place * (tl.cdiv(out, SIDE) * across)
         v = momentum_block(
             v, momentum + corner + offsets, momentum_scale + scales, inside, row, column, out, inner, rng,
-            layer, beta, 64,
+            layer, beta, SIDE,
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, TOPK)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, SIDE)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips + place, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
@@ -138,7 +135,7 @@ def flip(
             votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
         votes = score(rule.rule, votes, weight, rule.ortho_tile)
         rule, momentum, momentum_scale = replace(rule, rule="gain", momentum=0.0), None, None
-    side = block_side(rule)
+    side = rule.topk_tile
     q, unit = weight_limit(rule.bits)
     _flip_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side), count)](
         votes=votes.contiguous(),
@@ -158,7 +155,6 @@ def flip(
         Q=q,
         UNIT=unit,
         MOMENTUM=momentum is not None,
-        TOPK=rule.topk_tile,
         SIDE=side,
         enable_fp_fusion=False,
         num_warps=warps_of(rule.rule, side),
@@ -179,22 +175,19 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
     found = []
     for rule, side, decay in [
         ("gain", 64, 0.0), ("gain", 64, 0.9), ("contribution", 64, 0.9), ("spectral", 64, 0.0), ("spectral", 64, 0.9),
-        ("spectral", 128, 0.0), ("spectral", 128, 0.9),
     ]:  # fmt: skip
         given = pointers | numbers
-        fixed = constants | {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "TOPK": 64, "SIDE": side}
+        fixed = constants | {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "SIDE": side}
         if not decay:
             for absent in ("momentum", "momentum_scale"):
                 del given[absent]
                 fixed[absent] = None
         products = (("int8",) if "d" in operands else ()) + (("fp16",) if rule == "spectral" else ())
         label = f"{name} {rule} {side}x{side}{' momentum' if decay else ''}"
-        where = (90,) if side == 128 else (80, 90, 100)
         options = {"enable_fp_fusion": False}
         stages = 2 if "d" in operands else 1
-        spills = 64 if side == 128 and decay else 0  # of triton 3.9; once a block, after thousands of products
         found.append(LaunchConfig(
-            label, kernel, given, fixed, warps_of(rule, side), stages, products, where, spills=spills, options=options
+            label, kernel, given, fixed, warps_of(rule, side), stages, products, options=options
         ))  # fmt: skip
     return found
 

@@ -12,7 +12,7 @@ A weight may be used once between two steps: a second pass would move it by vote
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, tl, triton
+from kernels.backend import LaunchConfig, capability_of, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
 from kernels.flip import flip, flip_torch, learning_configs
 from kernels.limits import MAX_REDUCTION, weight_limit
@@ -22,8 +22,6 @@ from kernels.topk import topk_block
 from kernels.transpose import by_columns
 from kernels.update_rule import (
     UpdateRule,
-    block_side,
-    capability_of,
     check_update,
     unscored_reason,
     unsupported_reason,
@@ -46,8 +44,8 @@ def learn_torch(
 def _learn_kernel(
     d, x, weight, momentum, momentum_scale, flips, k, rng, layers, stop, out, inner, tokens,
     d_row, d_column, x_row, x_column, beta, step_size,
-    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, TOPK: tl.constexpr,
-    SIDE: tl.constexpr, TOKENS: tl.constexpr,
+    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, SIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One block of the matrix."""
     if tl.load(stop) != 0:
@@ -64,11 +62,11 @@ def _learn_kernel(
     if MOMENTUM:
         v = momentum_block(
             v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng,
-            layer, beta, 64,
+            layer, beta, SIDE,
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, TOPK)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, SIDE)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
@@ -97,7 +95,7 @@ def learn(
         accumulate_votes(d, x, votes[0], rng.clone())
         return flip(votes, weight, k, rng, layers, stop, rule, momentum, momentum_scale, flips)
     d, x = by_columns(d), by_columns(x)
-    side = block_side(rule)
+    side = rule.topk_tile
     q, unit = weight_limit(rule.bits)
     _learn_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side),)](
         d=d,
@@ -123,7 +121,6 @@ def learn(
         Q=q,
         UNIT=unit,
         MOMENTUM=momentum is not None,
-        TOPK=rule.topk_tile,
         SIDE=side,
         TOKENS=TOKENS,
         enable_fp_fusion=False,

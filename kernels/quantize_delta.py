@@ -9,7 +9,7 @@ Memory, in bytes, for delta of b bytes an element:
 
                           read       written   operations an element
     measure_delta         b T n      16        2
-    quantize_delta        b T n      T n       10, and 100 for each row and column of a block of 16 x 256
+    quantize_delta        b T n      T n       10, and 100 for each row and each column
 """
 
 import torch
@@ -23,6 +23,7 @@ from kernels.rmsnorm_quantize import check_rows, reciprocal
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
+NOISE_BLOCK = 256
 
 
 # The torch references
@@ -104,17 +105,27 @@ def rounded_down(v, LIMIT: tl.constexpr):
 
 
 @jit
+def _noise_kernel(
+    noise, rng, rows, columns, first_column, ROW_STREAM: tl.constexpr, COLUMN_STREAM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The noise of `rows` rows, then that of `columns` columns: int32. Drawn once, not by each block that needs it."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
+    row = dither_word(seed, step, ROW_STREAM, rows_seen + place)
+    column = dither_word(seed, step, COLUMN_STREAM, first_column + place - rows)
+    tl.store(noise + place, tl.where(place < rows, row, column), mask=place < rows + columns)
+
+
+@jit
 def _quantize_delta_kernel(
-    delta, sigma, rng, d_int8, rows, columns, first_column, delta_row, delta_column, sigma_row,
-    ROW_STREAM: tl.constexpr, COLUMN_STREAM: tl.constexpr, LEVELS: tl.constexpr,
+    delta, sigma, noise, d_int8, rows, columns, delta_row, delta_column, sigma_row, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS elements."""
     value, row, column, mask = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
-    seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
-    row_noise = dither_word(seed, step, ROW_STREAM, rows_seen + row)
-    col_noise = dither_word(seed, step, COLUMN_STREAM, first_column + column)
+    row_noise = tl.load(noise + row, mask=row < rows, other=0)
+    col_noise = tl.load(noise + rows + column, mask=column < columns, other=0)
     q = rounded_down(mul_rn(value, inverse) + dither_at(row_noise, col_noise), LEVELS)
     tl.store(d_int8 + row * columns + column, q.to(tl.int8), mask=mask)
 
@@ -151,19 +162,27 @@ def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: T
 def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int) -> Tensor:
     rows, columns = delta.shape
     d_int8 = torch.empty((rows, columns), dtype=torch.int8, device=delta.device)
-    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns)](
-        delta=delta,
-        sigma=sigma,
+    noise = torch.empty((rows + columns,), dtype=torch.int32, device=delta.device)
+    wrap_triton(_noise_kernel)[(triton.cdiv(rows + columns, NOISE_BLOCK),)](
+        noise=noise,
         rng=rng,
-        d_int8=d_int8,
         rows=rows,
         columns=columns,
         first_column=first_column,
+        ROW_STREAM=Stream.ROWS,
+        COLUMN_STREAM=Stream.COLUMNS,
+        BLOCK=NOISE_BLOCK,
+    )
+    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns)](
+        delta=delta,
+        sigma=sigma,
+        noise=noise,
+        d_int8=d_int8,
+        rows=rows,
+        columns=columns,
         delta_row=delta.stride(0),
         delta_column=delta.stride(1),
         sigma_row=sigma.stride(0) if sigma.numel() > 1 else 0,
-        ROW_STREAM=Stream.ROWS,
-        COLUMN_STREAM=Stream.COLUMNS,
         LEVELS=levels,
         **BLOCK,
     )
@@ -228,7 +247,9 @@ def launch_configs() -> list[LaunchConfig]:
     found = []
     block = {name: size for name, size in BLOCK.items() if name != "num_warps"}
     shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
-    streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "LEVELS": 127}
+    streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "BLOCK": NOISE_BLOCK}
+    signature = {"noise": "*i32", "rng": "*i64", "rows": "i32", "columns": "i32", "first_column": "i32"}
+    found.append(LaunchConfig("noise", _noise_kernel, signature, streams))
     for float_ in ("fp32", "bf16"):
         pointers = dict.fromkeys(("scale", "votes_scale", "measured"), "*fp32")
         signature = {"delta": f"*{float_}", "scratch": "*i32"} | pointers | shape
@@ -237,9 +258,8 @@ def launch_configs() -> list[LaunchConfig]:
         found.append(LaunchConfig(
             f"measure_delta {float_}", _measure_delta_kernel, signature, constants | numbers, warps, exact=True
         ))  # fmt: skip
-        signature = {"delta": f"*{float_}", "sigma": "*fp32", "rng": "*i64", "d_int8": "*i8"} | shape
-        signature["first_column"] = "i32"
-        constants = constants | {"sigma_row": 0} | streams
+        signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
+        constants = constants | {"sigma_row": 0, "LEVELS": 127}
         name = f"quantize_delta {float_}"
         found.append(LaunchConfig(name, _quantize_delta_kernel, signature, constants, warps, exact=True))
     return found

@@ -15,7 +15,7 @@ X <- a X + (b A + c A A) X, A = X X^T, take singular values in (0, 1] to about o
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl
+from kernels.backend import LaunchConfig, capability_of, jit, on_triton, tl, triton
 from kernels.fuse import fused
 from kernels.limits import RULES
 from kernels.tiles import from_tiles, to_tiles
@@ -24,6 +24,8 @@ NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 SINKHORN_ROUNDS = 3
 TINY = 1e-20
+ORTHO_TILES = (32, 64, 128)  # sides that a kernel orthogonalises
+OLD_COMPILER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
 def gain(votes: Tensor) -> Tensor:
@@ -96,10 +98,23 @@ def score(rule: str, votes: Tensor, weight: Tensor, ortho_tile: int) -> Tensor:
         return balanced(votes)
     if rule != "spectral":
         raise ValueError(f"score: got rule {rule!r}; known are {', '.join(RULES)}")
+    if on_triton(votes) and not unorthogonalised_reason(ortho_tile, capability_of(votes)):
+        return orthogonalise_tiles(votes, ortho_tile)
     dtype = dot_dtype(votes.device)
     if ortho_tile == 0:
         return orthogonalise(votes.to(torch.float32), dtype)
     return _from_tiles(orthogonalise(_to_float_tiles(votes, ortho_tile), dtype), tuple(votes.shape[1:]))
+
+
+def unorthogonalised_reason(ortho_tile: int, capability: tuple[int, int] = (9, 0)) -> str:
+    """Why no kernel orthogonalises such tiles, "" if one does; torch does it otherwise."""
+    if ortho_tile not in ORTHO_TILES:
+        return f"ortho_tile is {ortho_tile}; kernels orthogonalise tiles of {', '.join(map(str, ORTHO_TILES))}"
+    if ortho_tile == 128 and capability[0] != 9:
+        return f"this GPU is sm_{capability[0]}{capability[1]}; products of 128 x 128 fit into registers on sm_90 alone"
+    if capability[0] > 9 and OLD_COMPILER:
+        return f"triton {triton.__version__} cannot compile its products for sm_{capability[0]}{capability[1]}; 3.8 can"
+    return ""
 
 
 @fused(dynamic=False)
@@ -110,6 +125,9 @@ def _to_float_tiles(votes: Tensor, side: int) -> Tensor:
 @fused(dynamic=False)
 def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
     return from_tiles(tiles, shape).contiguous()
+
+
+# The kernel
 
 
 @jit
@@ -151,3 +169,45 @@ def score_block(v, weight, inside, RULE: tl.constexpr):
     else:
         s = v
     return s
+
+
+@jit
+def _orthogonalise_kernel(votes, scores, out, inner, SIDE: tl.constexpr):
+    """One tile of one matrix of the stack."""
+    across = tl.cdiv(inner, SIDE)
+    row, column = tl.program_id(0) // across * SIDE, tl.program_id(0) % across * SIDE
+    down, right = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+    inside = (down < out - row) & (right < inner - column)
+    offsets = (tl.program_id(1).to(tl.int64) * out + row) * inner + column + down * inner + right
+    v = tl.load(votes + offsets, mask=inside, other=0)
+    tl.store(scores + offsets, orthogonalise_tile(v.to(tl.float32)), mask=inside)
+
+
+def orthogonalise_tiles(votes: Tensor, side: int) -> Tensor:
+    """`orthogonalise` of the tiles of a stack by the kernel: votes of any type (L, out, in) to float32."""
+    count, out, inner = votes.shape
+    scores = torch.empty(votes.shape, dtype=torch.float32, device=votes.device)
+    _orthogonalise_kernel[(triton.cdiv(out, side) * triton.cdiv(inner, side), count)](
+        votes=votes.contiguous(),
+        scores=scores,
+        out=out,
+        inner=inner,
+        SIDE=side,
+        enable_fp_fusion=False,
+        num_warps=8,
+        num_stages=1,
+    )
+    return scores
+
+
+def launch_configs() -> list[LaunchConfig]:
+    """What `python -m kernels.check scores` compiles: votes, and evidence, which is float32."""
+    signature = {"votes": "*i32", "scores": "*fp32", "out": "i32", "inner": "i32"}
+    return [
+        LaunchConfig(
+            f"orthogonalise {type_} {side}x{side}", _orthogonalise_kernel, signature | {"votes": f"*{type_}"},
+            {"SIDE": side}, 8, 1, ("fp16",), (90,) if side == 128 else (80, 90, 100),
+            options={"enable_fp_fusion": False},
+        )
+        for type_, side in (("i32", 64), ("fp32", 128), ("i32", 128))
+    ]  # fmt: skip

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import triton
 from kernels.momentum import MOMENTUM_TILE
+from kernels.scores import unorthogonalised_reason
 from kernels.tiles import tile_count
 
-TOPK_TILES, ORTHO_TILES = (32, 64, 128), (32, 64, 128)  # sides that the kernels are made for
+TOPK_TILES = (32, 64, 128)  # sides that the kernels are made for
 BLOCK_RULES = ("gain", "contribution", "spectral")  # those that look at no more than a block
-OLD_COMPILER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
 @dataclass(frozen=True)
@@ -46,37 +45,22 @@ def unsupported_reason(rule: UpdateRule) -> str:
 
 
 def unscored_reason(rule: UpdateRule, capability: tuple[int, int] = (9, 0)) -> str:
-    """Why scores cannot be formed in the kernel that selects, "" if they can; torch scores otherwise."""
+    """Why scores cannot be formed in the kernel that selects, "" if they can; they are formed before it otherwise.
+
+    A block of that kernel is one tile. (Blocks of several were wrong on an H100 with triton 3.6, and no faster.)
+    """
     if rule.rule not in BLOCK_RULES:
         return f"rule is {rule.rule}; it looks at whole matrices"
-    if rule.rule != "spectral":
-        return ""
-    side = max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
-    if rule.ortho_tile not in ORTHO_TILES or rule.ortho_tile < side:
-        sides = ", ".join(map(str, ORTHO_TILES))
-        return f"ortho_tile is {rule.ortho_tile}; a block of {sides} must hold tiles of {side}"
-    if rule.ortho_tile == 128 and capability[0] != 9:
-        return f"this GPU is sm_{capability[0]}{capability[1]}; products of 128 x 128 fit into registers on sm_90 alone"
-    if capability[0] > 9 and OLD_COMPILER:
-        return f"triton {triton.__version__} cannot compile its products for sm_{capability[0]}{capability[1]}; 3.8 can"
-    return ""
-
-
-def block_side(rule: UpdateRule) -> int:
-    """Side of the block that a program owns."""
-    if rule.rule == "spectral":
-        return rule.ortho_tile
-    return max(rule.topk_tile, MOMENTUM_TILE if rule.momentum else 0)
+    if rule.momentum and rule.topk_tile != MOMENTUM_TILE:
+        return f"topk_tile is {rule.topk_tile}; tiles of momentum are {MOMENTUM_TILE}"
+    if rule.rule == "spectral" and rule.ortho_tile != rule.topk_tile:
+        return f"ortho_tile is {rule.ortho_tile} and topk_tile {rule.topk_tile}; they must agree"
+    return unorthogonalised_reason(rule.ortho_tile, capability) if rule.rule == "spectral" else ""
 
 
 def warps_of(rule: str, side: int) -> int:
     """Warps of a program that owns a block of this side."""
     return 8 if side == 128 or rule == "spectral" else 4
-
-
-def capability_of(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the tensor's GPU; in the interpreter that of the GPU everything runs on."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
 def check_update(

@@ -15,6 +15,7 @@ from kernels.flip import flip
 from kernels.momentum import accumulate_momentum_
 from kernels.philox import Stream, words
 from kernels.scores import score
+from kernels.scores import unorthogonalised_reason
 from kernels.update_rule import UpdateRule, unscored_reason, unsupported_reason
 from tests.kernels.inputs import kernel_test, readable
 from tests.kernels.update_inputs import (
@@ -304,7 +305,7 @@ def test_spectral(ortho_tile, topk_tile, momentum, bits, device, monkeypatch):
     """Equal counts and momentum. Norms are summed in another order, which moves some fp16 roundings."""
     monkeypatch.setattr(scores_module, "dot_dtype", lambda device: torch.float16)
     rule = UpdateRule("spectral", bits, ortho_tile, topk_tile, momentum)
-    assert unscored_reason(rule) == ""
+    assert (unscored_reason(rule) == "") == (ortho_tile == topk_tile)
     theirs = case((1, 65, 63), rule, 3000)
     mine = to_device(theirs, device)
     with torch_backend():
@@ -382,16 +383,16 @@ def test_what_the_kernels_leave_to_torch():
     assert unscored_reason(UpdateRule("gain", ortho_tile=0, momentum=0.9)) == ""
     assert unscored_reason(UpdateRule("spectral", ortho_tile=64), (8, 0)) == ""
     assert "rule is balanced" in unscored_reason(UpdateRule("balanced"))
-    assert "ortho_tile is 0;" in unscored_reason(UpdateRule("spectral", ortho_tile=0))
-    assert "must hold tiles of 64" in unscored_reason(UpdateRule("spectral", ortho_tile=32))
-    held = UpdateRule("spectral", ortho_tile=32, topk_tile=32)
-    assert unscored_reason(held) == "" and "tiles of 64" in unscored_reason(replace(held, momentum=0.9))
-    assert "sm_80" in unscored_reason(UpdateRule("spectral", ortho_tile=128), (8, 0))
-    assert "sm_100" in unscored_reason(UpdateRule("spectral", ortho_tile=128), (10, 0))
+    assert "ortho_tile is 128 and topk_tile 64" in unscored_reason(UpdateRule("spectral"))
+    held = UpdateRule("gain", topk_tile=32)
+    assert unscored_reason(held) == "" and "momentum are 64" in unscored_reason(replace(held, momentum=0.9))
+    assert "ortho_tile is 0;" in unorthogonalised_reason(0) and unorthogonalised_reason(128) == ""
+    assert "sm_80" in unorthogonalised_reason(128, (8, 0)) and unorthogonalised_reason(64, (8, 0)) == ""
+    assert "sm_100" in unscored_reason(UpdateRule("spectral", ortho_tile=128, topk_tile=128), (10, 0))
 
 
 def test_an_old_compiler_does_not_score_on_new_gpus(monkeypatch):
-    monkeypatch.setattr("kernels.update_rule.OLD_COMPILER", True)
+    monkeypatch.setattr(scores_module, "OLD_COMPILER", True)
     assert "cannot compile its products for sm_100" in unscored_reason(UpdateRule("spectral", ortho_tile=64), (10, 0))
     assert unscored_reason(UpdateRule("spectral", ortho_tile=64), (9, 0)) == ""
 

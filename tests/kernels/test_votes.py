@@ -36,9 +36,9 @@ def as_tensors(ratios: tuple[float, float] | None, device: torch.device | str = 
 
 def expected_votes(d: Tensor, x: Tensor, votes: Tensor, ratios: tuple[float, float] | None) -> list[list[int]]:
     """In Python's numbers. round() takes halves to even."""
-    new = d.long().t() @ x.long()
+    new = d.cpu().long().t() @ x.cpu().long()
     if ratios is None:
-        return (votes.long() + new).tolist()
+        return (votes.cpu().long() + new).tolist()
     old_ratio, new_ratio = (torch.tensor(ratio).item() for ratio in ratios)
     return [
         [round(a * old_ratio + b * new_ratio) for a, b in zip(row, added)]
