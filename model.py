@@ -147,11 +147,10 @@ def _fused_heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tenso
 
 
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, 3 d) to queries, keys and values, each (B, H, T, hd), queries and keys normalised and rotated."""
-    # In memory they stay (B, T, H, hd), so that what attention returns is already a row for each token.
+    """(B, T, 3 d) to queries, keys and values, each (B, T, H, hd), queries and keys normalised and rotated."""
     queries_keys, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=n_head).split((2, 1))
     q, k = F.rms_norm(queries_keys, v.shape[-1:])
-    return tuple(x.transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v[0]))
+    return rotate(q, table), rotate(k, table), v[0]
 
 
 def window_mask(queries: int, keys: int, context: int, device: torch.device) -> Tensor:
@@ -208,7 +207,8 @@ class Block(nn.Module):
         """(B, T, 3 d) to (B, T, d)."""
         # On a GPU only this part of a block is compiled (`compiled_whole`), and only for training's one shape.
         split = _fused_heads if qkv.is_cuda and qkv.requires_grad else heads
-        q, k, v = split(qkv, table, self.n_head)
+        # (B, H, T, hd) for attention; in memory they stay as they are, so that its output is already a row a token.
+        q, k, v = (x.transpose(1, 2) for x in split(qkv, table, self.n_head))
         if cache is not None:
             if cache.layers[layer] is not None:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache.layers[layer], (k, v), strict=True))

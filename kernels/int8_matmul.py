@@ -146,7 +146,7 @@ def _int8_matmul_kernel(
 
 # Launching
 
-ALIGNED = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+ALIGNED = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 RAGGED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
 
 

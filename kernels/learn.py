@@ -66,7 +66,7 @@ def _learn_kernel(
         )  # fmt: skip
     s = score_block(v, weight + corner + offsets, inside, RULE)
     w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT, SIDE)
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT)
     moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
     tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
     tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))

@@ -207,7 +207,7 @@ def launch_configs() -> list[LaunchConfig]:
         LaunchConfig(
             f"orthogonalise {type_} {side}x{side}", _orthogonalise_kernel, signature | {"votes": f"*{type_}"},
             {"SIDE": side}, 8, 1, ("fp16",), (90,) if side == 128 else (80, 90, 100),
-            options={"enable_fp_fusion": False},
+            spills=8 * (side == 128), options={"enable_fp_fusion": False},
         )
         for type_, side in (("i32", 64), ("fp32", 128), ("i32", 128))
     ]  # fmt: skip

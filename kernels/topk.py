@@ -5,9 +5,9 @@
     m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
 
 `rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
-the float ones. On a GPU a block of tiles stays in registers: two binary searches, bit by bit and all tiles at once,
-find the m-th largest rank and, among equal ranks, the last index that still gets a place (`choose`): about 45 passes
-over registers. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
+the float ones. On a GPU a tile stays in registers: one search, two bits at a time, finds the m-th largest rank, and
+where too many are equal to it another finds the last index that still gets a place (`choose`): 16 passes over
+registers, or 29. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
 """
 
 import numpy as np
@@ -18,7 +18,6 @@ from kernels.backend import jit, tl
 from kernels.fuse import fused
 from kernels.limits import weight_limit
 from kernels.philox import TOPK_STREAM, philox_words
-from kernels.tiles import block_to_tiles, tiles_to_block
 
 
 def fixed_point(k: Tensor) -> Tensor:
@@ -116,49 +115,51 @@ def keys_of(s, w, Q: tl.constexpr, UNIT: tl.constexpr):
 
 @jit
 def choose(keys, m, BITS: tl.constexpr):
-    """`select` for tiles in registers: the m (tiles,) of largest rank, keys (tiles, n) being those of `keys_of` with
-    ranks below 2^BITS, n a power of two. Returns bool; a rank of 0 is never chosen."""
-    n: tl.constexpr = keys.shape[1]
-    one = tl.full((keys.shape[0],), 1, keys.dtype)
+    """`select` for a tile in registers: its m of largest rank, keys (M, N) being those of `keys_of` with ranks below
+    2^BITS, M N a power of two up to 2^15. Returns bool (M, N); a rank of 0 is never chosen."""
+    n: tl.constexpr = keys.shape[0] * keys.shape[1]
+    one = tl.full((), 1, keys.dtype)
     threshold = one - one  # twice the m-th largest rank: the largest even number that at least m keys reach
-    for i in range(BITS):
-        candidate = threshold | (one << (BITS - i))
-        enough = tl.sum((keys >= candidate[:, None]).to(tl.int32), 1) >= m
-        threshold = tl.where(enough, candidate, threshold)
-    above, tied = (keys >> 1) > (threshold >> 1)[:, None], (keys >> 1) == (threshold >> 1)[:, None]
-    places = m - tl.sum(above.to(tl.int32), 1)
-    index = tl.arange(0, n)[None, :]
-    end = tl.zeros_like(m)  # the largest index that at most `places` tied ranks lie below
-    bit = n
-    while bit > 0:
-        candidate = end + bit
-        fits = tl.sum((tied & (index < candidate[:, None])).to(tl.int32), 1) <= places
-        end = tl.where(fits & (candidate <= n), candidate, end)
-        bit = bit // 2
-    return (above | (tied & (index < end[:, None]))) & (keys > 1)
+    if BITS % 2 == 1:
+        candidate = one << BITS
+        threshold = tl.where(tl.sum((keys >= candidate).to(tl.int32)) >= m, candidate, threshold)
+    for i in range(BITS // 2):  # two bits at a time, with three counts in one sum
+        unit = one << (BITS // 2 * 2 - 1 - 2 * i)
+        reached = (keys >= threshold + unit).to(tl.int64)
+        reached += (keys >= threshold + 2 * unit).to(tl.int64) << 16
+        reached += (keys >= threshold + 3 * unit).to(tl.int64) << 32
+        counts = tl.sum(reached)
+        threshold += ((counts & 0xFFFF) >= m).to(keys.dtype) * unit
+        threshold += (((counts >> 16) & 0xFFFF) >= m).to(keys.dtype) * unit
+        threshold += ((counts >> 32) >= m).to(keys.dtype) * unit
+    above, tied = (keys >> 1) > (threshold >> 1), (keys >> 1) == (threshold >> 1)
+    places = m - tl.sum(above.to(tl.int32))
+    index = tl.arange(0, keys.shape[0])[:, None] * keys.shape[1] + tl.arange(0, keys.shape[1])[None, :]
+    end = m - m + n  # the largest index that at most `places` tied ranks lie below
+    if tl.sum(tied.to(tl.int32)) > places:
+        end = m - m
+        bit = n
+        while bit > 0:
+            candidate_end = end + bit
+            fits = tl.sum((tied & (index < candidate_end)).to(tl.int32)) <= places
+            end = tl.where(fits & (candidate_end <= n), candidate_end, end)
+            bit = bit // 2
+    return (above | (tied & (index < end))) & (keys > 1)
 
 
 @jit
-def topk_block(
-    s, w, row, column, out, inner, k, rng, layer, Q: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """The moves of a block (M, N) of scores, whose first weight is (row, column) of a matrix (out, inner).
+def topk_block(s, w, row, column, out, inner, k, rng, layer, Q: tl.constexpr, UNIT: tl.constexpr):
+    """The moves of a tile of scores (side, side), whose first weight is (row, column) of a matrix (out, inner).
 
-    -sign(S) where a weight moves, else 0: int8 (M, N). k is a pointer to float64, rng one to (seed, step); layer is the
-    number of the matrix, which has a random stream of its own to round m.
+    -sign(S) where a weight moves, else 0: int8 (side, side). k is a pointer to float64, rng one to (seed, step); layer
+    is the number of the matrix, which has a random stream of its own to round m.
     """
-    M: tl.constexpr = s.shape[0]
-    N: tl.constexpr = s.shape[1]
-    tile = tl.arange(0, (M // TILE) * (N // TILE))
-    tile_row, tile_column = row // TILE + tile // (N // TILE), column // TILE + tile % (N // TILE)
-    height = tl.maximum(tl.minimum(out - tile_row * TILE, TILE), 0)
-    size = (height * tl.maximum(tl.minimum(inner - tile_column * TILE, TILE), 0)).to(tl.int64)
-    element = tile_row * tl.cdiv(inner, TILE) + tile_column
+    side: tl.constexpr = s.shape[0]
+    size = (tl.minimum(out - row, side) * tl.minimum(inner - column, side)).to(tl.int64)
+    element = row // side * tl.cdiv(inner, side) + column // side
     word = philox_words(tl.load(rng), tl.load(rng + 1), 16 * layer + TOPK_STREAM, element).to(tl.int64)
     share = tl.floor(tl.load(k) * 4294967296.0 + 0.5).to(tl.int64)
     m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
-    keys = block_to_tiles(keys_of(s, w, Q, UNIT), TILE)
+    keys = keys_of(s, w, Q, UNIT)
     BITS: tl.constexpr = 62 if s.dtype == tl.int64 else 31
-    chosen = choose(keys, m, BITS)
-    moves = tl.where(chosen, tl.where((keys & 1) != 0, -1, 1), 0).to(tl.int8)
-    return tiles_to_block(moves, M, N, TILE)
+    return tl.where(choose(keys, m, BITS), tl.where((keys & 1) != 0, -1, 1), 0).to(tl.int8)

@@ -202,9 +202,9 @@ def test_flip_probability(gamma):
 
 
 @jit
-def _choose_kernel(ranks, m, out, TILES: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    tile = tl.arange(0, TILES)
-    place = tile[:, None] * N + tl.arange(0, N)[None, :]
+def _choose_kernel(ranks, m, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    tile = tl.program_id(0)
+    place = tile * ROWS * COLUMNS + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     keys = tl.load(ranks + place)
     if BITS == 31:
         keys = keys.to(tl.uint32, bitcast=True)
@@ -215,18 +215,18 @@ def _choose_kernel(ranks, m, out, TILES: tl.constexpr, N: tl.constexpr, BITS: tl
 def chosen_in_a_kernel(ranks: Tensor, m: Tensor) -> Tensor:
     out = torch.empty(ranks.shape, dtype=torch.int8, device=ranks.device)
     tiles, n = ranks.shape
-    bits = 31 if ranks.dtype == torch.int32 else 62
-    _choose_kernel[(1,)](ranks, m.to(torch.int32), out, TILES=tiles, N=n, BITS=bits)
+    bits, rows = 31 if ranks.dtype == torch.int32 else 62, max(1, 2 ** (n.bit_length() // 2))
+    _choose_kernel[(tiles,)](ranks, m.to(torch.int32), out, ROWS=rows, COLUMNS=n // rows, BITS=bits)
     return out.bool()
 
 
 @kernel_test
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=readable)
 @pytest.mark.parametrize("levels", [2, 4, 1000])
-@pytest.mark.parametrize("n", [1, 2, 64, 256])
+@pytest.mark.parametrize("n", [1, 2, 64, 256, 4096])
 def test_selection_in_a_kernel(n, levels, dtype, device):
     """Every m from none to all, among few levels and many, with a tile of zeros."""
-    tiles = 64
+    tiles = 64 if n <= 256 else 8
     ranks = some_ranks(tiles, n, levels, dtype).to(device)
     ranks[5] = 0
     m = (torch.arange(tiles) * (n + 1) // (tiles - 1)).clamp_max(n).to(device)
