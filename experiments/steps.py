@@ -99,10 +99,10 @@ def run_steps(argv: Sequence[str], profile: torch.profiler.profile | None = None
 
     def measure_from_here() -> None:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
         meter.start()
 
-    at = {first: measure_from_here} if kind == "cuda" else {}
+    # Torch does not count what a CUDA graph uses, so the peak is that of a step before it is recorded.
+    at = {2: torch.cuda.reset_peak_memory_stats, first: measure_from_here} if kind == "cuda" else {}
     if profile is not None:
         at = {first: profile.start, first + PROFILED: profile.stop}
     cfg = dataclasses.replace(

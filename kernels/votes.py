@@ -201,5 +201,8 @@ def launch_configs() -> list[LaunchConfig]:
         constants = {"d_row": 1, "x_row": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
         constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
         name = f"votes {BLOCK}x{BLOCK}{' rescaled' if rescale else ' ragged'}"
-        found.append(LaunchConfig(name, _votes_kernel, pointers | numbers, constants, WARPS, 3, ("int8",)))
+        spills = 112 * rescale  # once a block: its numbers are then fp64
+        found.append(LaunchConfig(
+            name, _votes_kernel, pointers | numbers, constants, WARPS, 3, ("int8",), spills=spills
+        ))  # fmt: skip
     return found
