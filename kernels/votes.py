@@ -20,7 +20,10 @@ from kernels.limits import MAX_REDUCTION
 from kernels.transpose import by_columns
 
 PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
-BLOCK, TOKENS, WARPS = 128, 128, 8  # side of a program's block of votes, and the tokens of one step through the operands
+# Side of a program's block of votes, and the tokens of one step through the operands. RAGGED is for operands that are
+# not loaded in words of 16 bytes, where each byte takes an address.
+ALIGNED = {"BLOCK": 128, "TOKENS": 128, "num_warps": 8}
+RAGGED = {"BLOCK": 64, "TOKENS": 32, "num_warps": 4}
 WAVES, SHORTEST = 1, 4  # programs for each of a GPU's processors, and the fewest steps that one makes
 
 
@@ -114,12 +117,12 @@ def _votes_kernel(
         tl.store(rng + 2, tl.load(rng + 2) + tokens)
 
 
-def _share(tokens: int, blocks: int, device: torch.device) -> int:
-    """How many tokens one program takes, so that there are about `WAVES` programs for each processor."""
+def _share(tokens: int, step: int, blocks: int, device: torch.device) -> int:
+    """How many tokens one program takes, a multiple of `step`, so that there are about `WAVES` programs for each
+    processor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     programs = max(1, WAVES * processors // blocks)
-    steps = triton.cdiv(tokens, TOKENS)
-    return TOKENS * max(SHORTEST, triton.cdiv(steps, programs))
+    return step * max(SHORTEST, triton.cdiv(triton.cdiv(tokens, step), programs))
 
 
 @operator("accumulate_votes", mutates_args=("votes", "rng"))
@@ -135,9 +138,11 @@ def accumulate_votes_triton(
         return
     d, x = by_columns(d), by_columns(x)
     parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
-    down, across = triton.cdiv(out, BLOCK), triton.cdiv(inner, BLOCK)
+    aligned = all(size % 16 == 0 for size in (rows, d.stride(1), x.stride(1), d.storage_offset(), x.storage_offset()))
+    blocks = ALIGNED if aligned else RAGGED
+    down, across = triton.cdiv(out, blocks["BLOCK"]), triton.cdiv(inner, blocks["BLOCK"])
     for d_part, x_part in parts:
-        share = _share(len(d_part), down * across, d.device)
+        share = _share(len(d_part), blocks["TOKENS"], down * across, d.device)
         wrap_triton(_votes_kernel)[(down, across, triton.cdiv(len(d_part), share))](
             d=d_part,
             x=x_part,
@@ -154,9 +159,7 @@ def accumulate_votes_triton(
             x_row=x_part.stride(0),
             x_column=x_part.stride(1),
             RESCALE=old_ratio is not None,
-            BLOCK=BLOCK,
-            TOKENS=TOKENS,
-            num_warps=WARPS,
+            **blocks,
             num_stages=3,
         )
 
@@ -194,15 +197,17 @@ def accumulate_votes(
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check votes` compiles."""
     found = []
-    for rescale, whole in ((True, "i32"), (False, "i32:1")):
+    for rescale, blocks in ((True, ALIGNED), (False, ALIGNED), (True, RAGGED), (False, RAGGED)):
         pointers = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
         pointers |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
-        numbers = dict.fromkeys(("out", "inner", "tokens", "share", "d_column", "x_column"), whole)
-        constants = {"d_row": 1, "x_row": 1, "RESCALE": rescale, "BLOCK": BLOCK, "TOKENS": TOKENS}
+        numbers = dict.fromkeys(("out", "inner", "share"), "i32")
+        numbers |= dict.fromkeys(("tokens", "d_column", "x_column"), "i32" if blocks is ALIGNED else "i32:1")
+        constants = {"d_row": 1, "x_row": 1, "RESCALE": rescale, **blocks}
         constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
-        name = f"votes {BLOCK}x{BLOCK}{' rescaled' if rescale else ' ragged'}"
-        spills = 112 * rescale  # once a block: its numbers are then fp64
+        side, warps = blocks["BLOCK"], constants.pop("num_warps")
+        name = f"votes {side}x{side}{' rescaled' * rescale}{' ragged' * (blocks is RAGGED)}"
+        spills = 112 * (rescale and blocks is ALIGNED)  # once a block: its numbers are then fp64
         found.append(LaunchConfig(
-            name, _votes_kernel, pointers | numbers, constants, WARPS, 3, ("int8",), spills=spills
+            name, _votes_kernel, pointers | numbers, constants, warps, 3, ("int8",), spills=spills
         ))  # fmt: skip
     return found

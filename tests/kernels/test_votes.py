@@ -172,8 +172,8 @@ def test_kernel_rounds_as_the_reference(ratios, device):
 @pytest.mark.parametrize("ratios", [None, (0.0, 1.0), (0.5, 1.0)], ids=str)
 def test_kernel_shares_the_tokens_of_a_block_out(ratios, device, monkeypatch):
     """Several programs to a block, the last with few tokens; votes that are rescaled are rounded once all the same."""
-    monkeypatch.setattr(module, "_share", lambda *_: module.TOKENS)
-    for tokens in (64, 65, 200):
+    monkeypatch.setattr(module, "_share", lambda tokens, step, *_: step)
+    for tokens in (64, 65, 200, 384):
         d, x, votes = case((tokens, 65, 33), torch.int32, device)
         assert agrees(d, x, votes * (ratios != (0.0, 1.0)), ratios, device)
 
@@ -181,8 +181,7 @@ def test_kernel_shares_the_tokens_of_a_block_out(ratios, device, monkeypatch):
 @kernel_test
 def test_kernel_at_the_limit_of_int32(device, monkeypatch):
     if INTERPRETED:  # a small block, and few long steps through the operands
-        monkeypatch.setattr(module, "BLOCK", 16)
-        monkeypatch.setattr(module, "TOKENS", 8192)
+        monkeypatch.setattr(module, "RAGGED", {"BLOCK": 16, "TOKENS": 8192, "num_warps": 4})
     d = torch.full((MAX_REDUCTION, 1), 127, dtype=torch.int8, device=device)
     votes = torch.zeros(1, 2, dtype=torch.int32, device=device)
     accumulate_votes(d, torch.cat([d, -d], dim=1), votes, some_rng(device))
