@@ -113,6 +113,7 @@ def run(piece: Piece, seconds: float, log) -> tuple[int, list[str]]:
         process = subprocess.Popen(
             [sys.executable, "-u", *piece.command, *out], cwd=ROOT, start_new_session=True, text=True,
             encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         timers = [threading.Timer(seconds, _send, (process, signal.SIGINT)),
                   threading.Timer(seconds + GRACE, _send, (process, signal.SIGKILL))]  # fmt: skip
