@@ -27,7 +27,14 @@ from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
 from kernels.limits import kept_bits, threshold_of, weight_limit
 from kernels.philox import make_rng
-from kernels.quantize_delta import absmax, measure_delta, quantize_delta
+from kernels.quantize_delta import (
+    absmax,
+    largest_noted,
+    measure_delta,
+    note_as,
+    quantize_delta,
+    quantize_delta_twice,
+)
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
 from kernels.votes import accumulate_votes, rescaled
@@ -278,26 +285,39 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
     return torch.where(earlier > 0, earlier, own) + (largest - largest)  # NaN, for all layers below, if not finite
 
 
-def _to_int8(delta: Tensor, voting: tuple) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
-    """delta (T, n) to D int8, what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and the ratios
-    that bring the votes so far and the new ones to one scale. Signs and delayed scales need none."""
+def _to_int8(
+    delta: Tensor, voting: tuple, by_columns: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
+    """delta (..., n) to D int8 (T, n), what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and
+    the ratios that bring the votes so far and the new ones to one scale. Signs and delayed scales need none.
+
+    `by_columns`: how the votes will be read.
+    """
+    noted, delta = largest_noted(delta), delta.reshape(-1, delta.shape[-1])
     rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), place, _ = voting
+    quantize = quantize_delta_twice if by_columns else _quantize_once
     if place is not None:
         rng = noise_rng(rng, delta.shape[0], place)
     if delta_history is None:
-        # Of several ranks, one element that is the largest of all has the same scale as the whole.
-        whole = delta if place is None else max_over_ranks(absmax(delta), place.handle).view(1, 1)
+        # The largest of each part, or of each rank, has the same scale as the whole.
+        whole = delta if noted is None else noted[None]
+        whole = whole if place is None else max_over_ranks(absmax(whole), place.handle).view(1, 1)
         measured = measure_delta(whole, scale, votes_scale, scratch, levels)
-        d = quantize_delta(delta, measured[0], rng, first_column, levels)
+        d, voter = quantize(delta, measured[0], rng, first_column, levels)
         scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
     else:
         sigma = delayed_sigma(delta, delta_history, levels)
-        d = quantize_delta(delta, sigma, rng, first_column, levels)
+        d, voter = quantize(delta, sigma, rng, first_column, levels)
         scaled, ratios = scale * sigma, ()
-    voter = torch.sign(delta).to(torch.int8) if kind == "sign" else d
+    voter = torch.sign(delta).to(torch.int8) if kind == "sign" else voter
     if delta_history is not None:  # the first step only measures
         voter = torch.where(delta_history[1:].amax() > 0, voter, 0)
     return d, voter, scaled, ratios
+
+
+def _quantize_once(*arguments: Any) -> tuple[Tensor, Tensor]:
+    d = quantize_delta(*arguments)
+    return d, d
 
 
 def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[()], ctx) -> None:
@@ -353,7 +373,7 @@ class _IntLinearFunction(torch.autograd.Function):
     def backward(ctx, delta, beside=None):
         flat, x_int8, inv_rms = ctx.saved_tensors
         weight = read_weight(ctx.weight, *ctx.voting[-1])
-        d, voter, scaled, ratios = _to_int8(delta.reshape(-1, weight.shape[0]), ctx.voting)
+        d, voter, scaled, ratios = _to_int8(delta, ctx.voting, by_columns=True)
         delta_x = None
         if ctx.needs_input_grad[0]:
             if beside is not None:
@@ -363,8 +383,10 @@ class _IntLinearFunction(torch.autograd.Function):
                 product, factor = int8_matmul(d, weight.t(), scaled, None, flat.dtype), None
             else:
                 product, factor = int8_product(d, weight), scaled  # int32 (T, in), exact
-            delta_x = rmsnorm_backward(product, factor, flat, inv_rms, ctx.squared_relu, beside)
-            delta_x = delta_x.view(ctx.shape).to(ctx.dtype)
+            rows = rmsnorm_backward(product, factor, flat, inv_rms, ctx.squared_relu, beside)
+            delta_x = rows.view(ctx.shape).to(ctx.dtype)
+            if ctx.dtype == rows.dtype:
+                note_as(delta_x, rows)
         _vote(voter, x_int8, ratios, ctx)  # after the product, which reads the weight
         delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
         return delta_x, delta_residual, *[None] * (5 + len(ctx.voting))
@@ -381,6 +403,6 @@ class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         (tokens,) = ctx.saved_tensors
-        _, voter, _, ratios = _to_int8(delta.reshape(-1, delta.shape[-1]), ctx.voting)
+        _, voter, _, ratios = _to_int8(delta, ctx.voting, by_columns=False)
         _vote(voter, tokens.reshape(-1), ratios, ctx)
         return None, *[None] * (3 + len(ctx.voting))

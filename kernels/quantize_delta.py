@@ -10,6 +10,8 @@ Memory, in bytes, for delta of b bytes an element:
                           read       written   operations an element
     measure_delta         b T n      16        2
     quantize_delta        b T n      T n       10, and 100 for each row and each column
+
+Votes read D by columns on a GPU (kernels/transpose.py), so `quantize_delta_twice` writes it that way too: 2 T n bytes.
 """
 
 import torch
@@ -23,6 +25,7 @@ from kernels.rmsnorm_quantize import check_rows, reciprocal
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
+SQUARE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # where D is written by columns too
 NOISE_BLOCK = 256
 
 
@@ -70,17 +73,22 @@ def _load_block(delta, rows, columns, delta_row, delta_column, ROWS: tl.constexp
 
 
 @jit
+def largest_of(value):
+    """The largest |value| of a float32 block: float32, NaN if there is one.
+
+    The bits of positive numbers order as the numbers do, and those of a NaN come after all of them.
+    """
+    return tl.max(tl.ravel(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=0).to(tl.float32, bitcast=True)
+
+
+@jit
 def _measure_delta_kernel(
     delta, scale, votes_scale, scratch, measured, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
     TINY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
-
-    The bits of positive numbers order as the numbers do, and those of a NaN come after all of them.
-    """
+    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it."""
     value, _, _, _ = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
-    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(scratch, tl.max(tl.max(bits, axis=1), axis=0))
+    tl.atomic_max(scratch, largest_of(value).to(tl.int32, bitcast=True))
     if tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
         largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # and both are 0 again, for the next launch
         tl.atomic_xchg(scratch + 1, 0)
@@ -118,23 +126,25 @@ def _noise_kernel(
 
 @jit
 def _quantize_delta_kernel(
-    delta, sigma, noise, d_int8, rows, columns, delta_row, delta_column, sigma_row, LEVELS: tl.constexpr,
+    delta, sigma, noise, d_int8, d_turned, rows, columns, delta_row, delta_column, sigma_row, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x COLUMNS elements."""
+    """ROWS x COLUMNS elements, by rows and, if there is a d_turned, to that by columns."""
     value, row, column, mask = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
     row_noise = tl.load(noise + row, mask=row < rows, other=0)
     col_noise = tl.load(noise + rows + column, mask=column < columns, other=0)
     q = rounded_down(mul_rn(value, inverse) + dither_at(row_noise, col_noise), LEVELS)
     tl.store(d_int8 + row * columns + column, q.to(tl.int8), mask=mask)
+    if d_turned is not None:
+        tl.store(d_turned + tl.trans(column) * rows + tl.trans(row), tl.trans(q.to(tl.int8)), mask=tl.trans(mask))
 
 
 # Launching
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, BLOCK["ROWS"]), triton.cdiv(columns, BLOCK["COLUMNS"])
+def _grid(rows: int, columns: int, block: dict[str, int] = BLOCK) -> tuple[int, int]:
+    return triton.cdiv(rows, block["ROWS"]), triton.cdiv(columns, block["COLUMNS"])
 
 
 @operator("measure_delta", mutates_args=("votes_scale", "scratch"))
@@ -158,8 +168,9 @@ def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: T
     return measured
 
 
-@operator("quantize_delta")
-def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int) -> Tensor:
+def _launch_quantize_delta(
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int, d_turned: Tensor | None
+) -> Tensor:
     rows, columns = delta.shape
     d_int8 = torch.empty((rows, columns), dtype=torch.int8, device=delta.device)
     noise = torch.empty((rows + columns,), dtype=torch.int32, device=delta.device)
@@ -173,20 +184,59 @@ def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int
         COLUMN_STREAM=Stream.COLUMNS,
         BLOCK=NOISE_BLOCK,
     )
-    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns)](
+    block = BLOCK if d_turned is None else SQUARE
+    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns, block)](
         delta=delta,
         sigma=sigma,
         noise=noise,
         d_int8=d_int8,
+        d_turned=d_turned,
         rows=rows,
         columns=columns,
         delta_row=delta.stride(0),
         delta_column=delta.stride(1),
         sigma_row=sigma.stride(0) if sigma.numel() > 1 else 0,
         LEVELS=levels,
-        **BLOCK,
+        **block,
     )
     return d_int8
+
+
+@operator("quantize_delta")
+def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int) -> Tensor:
+    return _launch_quantize_delta(delta, sigma, rng, first_column, levels, None)
+
+
+@operator("quantize_delta_twice")
+def _quantize_delta_twice(
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int
+) -> tuple[Tensor, Tensor]:
+    turned = torch.empty((delta.shape[1], delta.shape[0]), dtype=torch.int8, device=delta.device)
+    return _launch_quantize_delta(delta, sigma, rng, first_column, levels, turned), turned
+
+
+def with_largest(delta: Tensor, largest: Tensor) -> Tensor:
+    """delta, with the largest |delta| of each part of it noted for whoever puts it on a grid: float32 (parts,).
+
+    The note goes with this tensor alone, not with a view or a copy, and is void once delta is changed in place.
+    """
+    if not torch.compiler.is_compiling():
+        delta.largest = (largest, delta._version)
+    return delta
+
+
+def largest_noted(delta: Tensor) -> Tensor | None:
+    """What `with_largest` noted, float32 (parts,), if it still holds."""
+    if torch.compiler.is_compiling():
+        return None
+    largest, version = getattr(delta, "largest", (None, 0))
+    return largest if version == delta._version else None
+
+
+def note_as(view: Tensor, delta: Tensor) -> None:
+    """Note for a view of delta what is noted for delta."""
+    if (largest := largest_noted(delta)) is not None:
+        with_largest(view, largest)
 
 
 def absmax(delta: Tensor) -> Tensor:
@@ -227,6 +277,26 @@ def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int,
     step, rows seen in this step]; the layer's columns of noise begin at first_column. Returns D int8 (T, n), clipped to
     [-levels, levels], 0 where sigma is 0. Raises ValueError on other shapes or types.
     """
+    _check(delta, sigma, rng, levels)
+    if not on_triton(delta):
+        row_noise, col_noise = noise(rng, delta.shape[0], first_column, delta.shape[1])
+        return quantize_delta_torch(delta, sigma, row_noise, col_noise, levels)
+    return _quantize_delta(delta, sigma, rng, first_column, levels)
+
+
+def quantize_delta_twice(
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127
+) -> tuple[Tensor, Tensor]:
+    """`quantize_delta`, and the same D as `accumulate_votes` reads it fastest: on a GPU a copy by columns."""
+    if not on_triton(delta):
+        d = quantize_delta(delta, sigma, rng, first_column, levels)
+        return d, d
+    _check(delta, sigma, rng, levels)
+    d, turned = _quantize_delta_twice(delta, sigma, rng, first_column, levels)
+    return d, turned.t()
+
+
+def _check(delta: Tensor, sigma: Tensor, rng: Tensor, levels: int) -> None:
     check_rows("quantize_delta", delta)
     if sigma.numel() != 1 and sigma.shape != (delta.shape[0], 1):
         raise ValueError(
@@ -236,10 +306,6 @@ def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int,
         raise ValueError(f"quantize_delta: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
     if not 1 <= levels <= 127:
         raise ValueError(f"quantize_delta: got levels {levels}; it is 1 to 127")
-    if not on_triton(delta):
-        row_noise, col_noise = noise(rng, delta.shape[0], first_column, delta.shape[1])
-        return quantize_delta_torch(delta, sigma, row_noise, col_noise, levels)
-    return _quantize_delta(delta, sigma, rng, first_column, levels)
 
 
 def launch_configs() -> list[LaunchConfig]:
@@ -259,7 +325,12 @@ def launch_configs() -> list[LaunchConfig]:
             f"measure_delta {float_}", _measure_delta_kernel, signature, constants | numbers, warps, exact=True
         ))  # fmt: skip
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
-        constants = constants | {"sigma_row": 0, "LEVELS": 127}
+        constants = constants | {"sigma_row": 0, "LEVELS": 127, "d_turned": None}
         name = f"quantize_delta {float_}"
         found.append(LaunchConfig(name, _quantize_delta_kernel, signature, constants, warps, exact=True))
+        signature, name = signature | {"d_turned": "*i8"}, f"quantize_delta_twice {float_}"
+        constants = {key: value for key, value in (constants | SQUARE).items() if key not in ("d_turned", "num_warps")}
+        found.append(LaunchConfig(
+            name, _quantize_delta_kernel, signature, constants, SQUARE["num_warps"], exact=True
+        ))  # fmt: skip
     return found

@@ -5,6 +5,8 @@
 Behind a squared ReLU, x = relu(y)^2 and delta_y = delta_x * 2 relu(y). Where x also goes past the layer, as in a
 residual block, the delta that comes back that way is added.
 
+A program notes the largest |delta| that it writes, so that whoever puts delta on a grid need not read it for that.
+
 Memory, for x of b bytes an element and an int32 product: (4 + b) T n + 8 T bytes read, b T n written; about 12
 operations an element, two of them fp64. A program holds its rows in registers: one read.
 """
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
+from kernels.quantize_delta import largest_of, with_largest
 from kernels.rmsnorm_quantize import FLOATS, MAX_COLUMNS, check_width, mean_of, row_blocks, row_mean
 
 PRODUCTS = {torch.int32: "i32", **FLOATS}
@@ -40,7 +43,7 @@ def rmsnorm_backward_torch(
 
 @jit
 def _rmsnorm_backward_kernel(
-    product, scale, x, inv_rms, residual, out, rows, columns, product_row, product_column, scale_row, x_row, x_column,
+    product, scale, x, inv_rms, residual, out, largest, rows, columns, product_row, product_column, scale_row, x_row, x_column,
     inv_row, residual_row, residual_column, SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows."""
@@ -67,22 +70,26 @@ def _rmsnorm_backward_kernel(
         beside = tl.load(residual + row * residual_row + wide_column * residual_column, mask=mask, other=0.0)
         delta = (delta.to(tl.float32) + beside.to(tl.float32)).to(out.dtype.element_ty)
     tl.store(out + row * columns + column, delta, mask=mask)
+    tl.store(largest + tl.program_id(0), largest_of(tl.where(mask, delta.to(tl.float32), 0.0)))
 
 
 @operator("rmsnorm_backward")
 def _rmsnorm_backward(
     product: Tensor, scale: Tensor | None, x: Tensor, inv_rms: Tensor, squared_relu: bool, residual: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     blocks = row_blocks(columns)
-    wrap_triton(_rmsnorm_backward_kernel)[(triton.cdiv(rows, blocks["ROWS"]),)](
+    programs = triton.cdiv(rows, blocks["ROWS"])
+    largest = torch.empty((programs,), dtype=torch.float32, device=x.device)
+    wrap_triton(_rmsnorm_backward_kernel)[(programs,)](
         product=product,
         scale=scale,
         x=x,
         inv_rms=inv_rms,
         residual=residual,
         out=out,
+        largest=largest,
         rows=rows,
         columns=columns,
         product_row=product.stride(0),
@@ -96,7 +103,7 @@ def _rmsnorm_backward(
         SQUARED_RELU=squared_relu,
         **blocks,
     )
-    return out
+    return out, largest
 
 
 def rmsnorm_backward(
@@ -107,7 +114,7 @@ def rmsnorm_backward(
 
     product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale, None for 1; x float
     (T, n) as it entered `rmsnorm_quantize`, inv_rms float32 (T, 1), residual (T, n) of x's type or None. Any strides.
-    Returns (T, n) of x's type. Raises ValueError on other shapes or types, an empty batch, or rows over `MAX_COLUMNS`
+    Returns (T, n) of x's type, on the Triton backend with its largest value noted (`with_largest`). Raises ValueError on other shapes or types, an empty batch, or rows over `MAX_COLUMNS`
     on the Triton backend.
     """
     if x.dim() != 2 or 0 in x.shape or product.shape != x.shape:
@@ -128,7 +135,7 @@ def rmsnorm_backward(
     if not on_triton(x):
         return rmsnorm_backward_torch(product, scale, x, inv_rms, squared_relu, residual)
     check_width("rmsnorm_backward", x)
-    return _rmsnorm_backward(product, scale, x, inv_rms, squared_relu, residual)
+    return with_largest(*_rmsnorm_backward(product, scale, x, inv_rms, squared_relu, residual))
 
 
 def launch_configs() -> list[LaunchConfig]:
@@ -141,7 +148,7 @@ def launch_configs() -> list[LaunchConfig]:
         blocks = row_blocks(columns)
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
         signature = {
-            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_,
+            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_, "largest": "*fp32",
             "rows": "i32", "columns": "i32", "product_row": "i32", "x_row": "i32",
         }  # fmt: skip
         signature |= {"residual": float_, "residual_row": "i32"} if residual else {}

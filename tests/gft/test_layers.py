@@ -53,7 +53,12 @@ def seen(monkeypatch):
         found.grids.append(x_int8)
         return x_int8, inv_rms
 
+    def quantized_twice(*given):
+        d = quantized(*given)
+        return d, d
+
     monkeypatch.setattr(layers, "quantize_delta", quantized)
+    monkeypatch.setattr(layers, "quantize_delta_twice", quantized_twice)
     monkeypatch.setattr(layers, "rmsnorm_quantize", on_grid)
     return found
 

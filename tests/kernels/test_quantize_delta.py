@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels import fuse
 from kernels.philox import DITHER_BITS, Stream, noise, words
-from kernels.quantize_delta import absmax, absmax_torch, measure_delta, measure_delta_torch, quantize_delta
-from kernels.quantize_delta import quantize_delta_torch
+from kernels.quantize_delta import absmax, absmax_torch, largest_noted, measure_delta, measure_delta_torch, note_as
+from kernels.quantize_delta import quantize_delta, quantize_delta_torch, quantize_delta_twice, with_largest
 from tests.kernels.inputs import FLOATS, floats, generator, guard, inner_block, kernel_test, layouts, opaque, readable
 from tests.kernels.inputs import untouched
 
@@ -263,6 +263,26 @@ def test_nothing_outside_is_touched(device, monkeypatch):
     assert torch.equal(quantize_delta(delta, largest / 127, rng, 3), expected)
     assert untouched(bands)
     assert torch.equal(delta._base.view(torch.int32), before.view(torch.int32)) and rng.tolist() == rng_at().tolist()
+
+
+@kernel_test
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 128), (130, 65)], ids=readable)
+def test_kernel_by_columns_too(shape, device):
+    delta, rng = floats(*shape, device), rng_at(device=device)
+    d, turned = quantize_delta_twice(delta, scale_of(delta), rng, FIRST_COLUMN)
+    assert d.is_contiguous() and turned.t().is_contiguous() and torch.equal(d, turned)
+    assert torch.equal(d, reference(delta, scale_of(delta), rng, FIRST_COLUMN))
+
+
+def test_what_is_noted_holds_until_delta_changes():
+    delta = with_largest(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), torch.tensor([3.0, 2.0]))
+    assert largest_noted(delta).tolist() == [3.0, 2.0]
+    view, copy = delta.view(4), delta * 1
+    assert largest_noted(view) is None and largest_noted(copy) is None
+    note_as(view, delta)
+    assert largest_noted(view).tolist() == [3.0, 2.0]
+    delta.mul_(2)
+    assert largest_noted(delta) is None and largest_noted(view) is None
 
 
 @kernel_test

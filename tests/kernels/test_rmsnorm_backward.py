@@ -6,6 +6,7 @@
 import pytest
 import torch
 
+from kernels.quantize_delta import largest_noted
 from kernels.rmsnorm_backward import rmsnorm_backward, rmsnorm_backward_torch
 from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
 from tests.kernels.inputs import FLOATS, equal, floats, generator, guard, inner_block, int8s, int32s, kernel_test
@@ -96,6 +97,7 @@ def test_residual(shape, dtype, squared_relu, device):
     before = residual.clone()
     delta = rmsnorm_backward(*given, squared_relu, residual)
     assert delta.dtype == dtype and equal(delta, rmsnorm_backward(*given, squared_relu) + residual)
+    assert torch.equal(largest_noted(delta).max(), delta.float().abs().max())
     if dtype != torch.bfloat16:  # the interpreter cuts both roundings of that
         assert torch.equal(delta, rmsnorm_backward_torch(*given, squared_relu, residual))
     assert torch.equal(residual, before)
