@@ -96,6 +96,29 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; 4 in the interpreter, so that a program has several tiles there too."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether a kernel can copy tiles of these matrices by descriptor: rows and their beginnings lie on 16 bytes, the
+    GPU has a copy engine (sm_90), and no compiler traces, which would have to make the descriptors itself."""
+    if any(type(m) not in (Tensor, torch.nn.Parameter) for m in matrices) or capability_of(matrices[0]) < (9, 0):
+        return False
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.stride(0) >= m.shape[1] and m.data_ptr() % 16 == 0
+        for m in matrices
+    )
+
+
+def describe(matrix: Tensor, rows: int, columns: int) -> Any:
+    """A descriptor of tiles (rows, columns) of a matrix, for `describable` ones."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
 def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
     """Register a launcher as the operator torch.ops.nanogft.NAME that changes only the arguments `mutates_args`.
 

@@ -8,14 +8,27 @@ with the scale and the sum with the residual are taken in fp32, each rounded, th
 Memory for (M, K) x (K, N): M*K + N*K bytes read, M*N*size(y) written, as much read for a residual; 2*M*N*K operations.
 
 Operands are read through their strides, but for W in the backward product, of which kernels/transpose.py makes a copy.
-Tiles are numbered in groups of rows, so that programs that run at the same time share
-operands in L2.
+Tiles are numbered in groups of rows, so that programs that run at the same time share operands in L2. On GPUs that copy
+tiles by descriptor (sm_90 and newer) a program makes one tile after another, and loads the next while it stores: with
+sums as short as here, which end as soon as they are under way, that is a quarter faster.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import (
+    LaunchConfig,
+    describable,
+    describe,
+    jit,
+    mul_rn,
+    on_triton,
+    operator,
+    processors,
+    tl,
+    triton,
+    wrap_triton,
+)
 from kernels.fuse import fused
 from kernels.limits import MAX_REDUCTION
 from kernels.transpose import by_columns
@@ -91,14 +104,31 @@ def int8_matmul_torch(
 
 
 @jit
-def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a program's tile, int64: tiles are numbered down GROUP rows of tiles, then across."""
-    tile = tl.program_id(0).to(tl.int64)
+def _tile_corner(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile: they are numbered down GROUP rows of tiles, then across."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     inside = tile % (GROUP * tiles_n)
     return (group * GROUP + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@jit
+def _scaled_tile(
+    sums, scale, residual, inv_rms, factor, rows, columns, M, N, scale_row, residual_row, residual_column
+):  # fmt: skip
+    """A tile of sums, times the scale and plus the residual where these are given."""
+    y = sums
+    if scale is not None:
+        scales = tl.load(scale + rows * scale_row, mask=rows < M, other=0.0) * tl.cast(factor, tl.float32)
+        if inv_rms is not None:
+            norm = tl.load(inv_rms + rows, mask=rows < M, other=0.0)
+            scales = tl.where(norm == norm, scales, norm)
+        y = mul_rn(y.to(tl.float32), scales[:, None])
+    if residual is not None:
+        added = residual + rows[:, None] * residual_row + columns[None, :] * residual_column
+        y += tl.load(added, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+    return y
 
 
 @jit
@@ -109,7 +139,7 @@ def _int8_matmul_kernel(
 ):  # fmt: skip
     """A tile of a (M, K) times b (K, N), scaled and added to the residual where these are given."""
     tl.static_assert(BLOCK_K >= 32, "an int8 dot reduces at least 32 elements")
-    row, column = _tile_corner(M, N, BLOCK_M, BLOCK_N, GROUP)
+    row, column = _tile_corner(tl.program_id(0).to(tl.int64), M, N, BLOCK_M, BLOCK_N, GROUP)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     in_rows, in_columns = (rows < M)[:, None], (columns < N)[None, :]
@@ -131,23 +161,33 @@ def _int8_matmul_kernel(
         a_values = tl.load(a_rest, mask=in_rows & (rest < K)[None, :], other=0)
         b_values = tl.load(b_rest, mask=in_columns & (rest < K)[:, None], other=0)
         sums = tl.dot(a_values, b_values, sums, out_dtype=tl.int32)
-    y = sums
-    if scale is not None:
-        scales = tl.load(scale + rows * scale_row, mask=rows < M, other=0.0) * tl.cast(factor, tl.float32)
-        if inv_rms is not None:
-            norm = tl.load(inv_rms + rows, mask=rows < M, other=0.0)
-            scales = tl.where(norm == norm, scales, norm)
-        y = mul_rn(y.to(tl.float32), scales[:, None])
-    if residual is not None:
-        added = residual + rows[:, None] * residual_row + columns[None, :] * residual_column
-        y += tl.load(added, mask=in_rows & in_columns, other=0.0).to(tl.float32)
+    y = _scaled_tile(sums, scale, residual, inv_rms, factor, rows, columns, M, N, scale_row, residual_row, residual_column)
     tl.store(out + rows[:, None] * N + columns[None, :], y.to(out.dtype.element_ty), mask=in_rows & in_columns)
+
+
+@jit
+def _int8_matmul_by_descriptor_kernel(
+    a, b, out, scale, residual, inv_rms, factor, M, N, K, scale_row, residual_row, residual_column, programs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th tile of a (M, K) times the transpose of b (N, K); a, b and out are descriptors."""
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), programs, flatten=True):
+        row, column = _tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        for k in range(0, K, BLOCK_K):
+            sums = tl.dot(a.load([row, k]), b.load([column, k]).T, sums, out_dtype=tl.int32)
+        rows, columns = (row + tl.arange(0, BLOCK_M)).to(tl.int64), (column + tl.arange(0, BLOCK_N)).to(tl.int64)
+        y = _scaled_tile(
+            sums, scale, residual, inv_rms, factor, rows, columns, M, N, scale_row, residual_row, residual_column
+        )  # fmt: skip
+        out.store([row, column], y.to(out.dtype))
 
 
 # Launching
 
 ALIGNED = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 RAGGED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+DESCRIBED = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 
 
 def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
@@ -158,6 +198,37 @@ def _blocks(a: Tensor, b: Tensor) -> dict[str, int]:
     return ALIGNED if aligned else RAGGED
 
 
+def _launch_by_descriptor(
+    a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, factor: float, inv_rms: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    (m, n), blocks = out.shape, DESCRIBED
+    tile = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
+    programs = min(processors(a), triton.cdiv(m, tile[0]) * triton.cdiv(n, tile[1]))
+    wrap_triton(_int8_matmul_by_descriptor_kernel)[(programs,)](
+        a=describe(a, tile[0], tile[2]),
+        b=describe(b, tile[1], tile[2]),
+        out=describe(out, tile[0], tile[1]),
+        scale=scale,
+        residual=residual,
+        inv_rms=inv_rms,
+        factor=factor,
+        M=m,
+        N=n,
+        K=a.shape[1],
+        scale_row=scale.stride(0) if scale is not None and scale.numel() > 1 else 0,
+        residual_row=residual.stride(0) if residual is not None else 0,
+        residual_column=residual.stride(1) if residual is not None else 0,
+        programs=programs,
+        **blocks | {"num_stages": _stages(out.itemsize, residual is not None)},
+    )
+
+
+def _stages(itemsize: int, residual: bool) -> int:
+    """How many tiles of the operands lie in shared memory, beside what the result needs there."""
+    return DESCRIBED["num_stages"] - (residual and itemsize == 4)
+
+
 @operator("int8_matmul")
 def _int8_matmul(
     a: Tensor, b: Tensor, scale: Tensor | None, residual: Tensor | None, dtype: torch.dtype, factor: float = 1.0,
@@ -166,8 +237,11 @@ def _int8_matmul(
     """(a @ b) * (scale * factor) + residual as `dtype` (M, N); without a scale, int32 sums."""
     (m, k), n = a.shape, b.shape[1]
     b = by_columns(b)  # W, in D W; rows of the other operand always lie in one piece
-    blocks = _blocks(a, b)
     out = torch.empty((m, n), dtype=dtype, device=a.device)
+    if describable(a, b.t(), out):
+        _launch_by_descriptor(a, b.t(), scale, residual, factor, inv_rms, out)
+        return out
+    blocks = _blocks(a, b)
     wrap_triton(_int8_matmul_kernel)[(triton.cdiv(m, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"]),)](
         a=a,
         b=b,
@@ -267,9 +341,27 @@ def _launch_config(
     return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",), exact=True)
 
 
+def _described_config(out: str, residual: bool) -> LaunchConfig:
+    """A product by descriptors whose result has Triton's type `out`."""
+    block = {name: size for name, size in DESCRIBED.items() if not name.startswith("num_")}
+    m, n, k = list(block.values())[:3]
+    signature = {"a": f"tensordesc<i8[{m}, {k}]>", "b": f"tensordesc<i8[{n}, {k}]>", "factor": "fp32"}
+    signature |= {"out": f"tensordesc<{out}[{m}, {n}]>"} | dict.fromkeys(("M", "N", "K"), "i32") | {"programs": "i32:1"}
+    constants = {"scale": None, "inv_rms": None, "residual": None, "scale_row": 0} | block
+    constants |= {"residual_row": 0, "residual_column": 1}
+    given = {} if out == "i32" else {"scale": "*fp32"}
+    given |= {"inv_rms": "*fp32", "residual": f"*{out}", "residual_row": "i32"} if residual else {}
+    constants = {name: value for name, value in constants.items() if name not in given}
+    return LaunchConfig(
+        f"by descriptor {out}{' + residual' * residual}", _int8_matmul_by_descriptor_kernel, signature | given,
+        constants, DESCRIBED["num_warps"], _stages(2 if out == "bf16" else 4, residual), ("int8",), (90, 100), exact=True,
+    )  # fmt: skip
+
+
 def launch_configs() -> list[LaunchConfig]:
     """Each tile, and every kind of result."""
     return [
+        *(_described_config(out, residual) for out in ("bf16", "fp32", "i32") for residual in (False, out != "i32")),
         _launch_config(ALIGNED, "bf16", residual=True),
         _launch_config(ALIGNED, "fp32"),
         _launch_config(ALIGNED, "bf16"),
