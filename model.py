@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from decoder import ATTENTION_SCALE, ROPE_BASE
 from gft.baselines import FloatEmbedding, FloatLinear
 from gft.layers import Delta, IntEmbedding, IntLinear
-from kernels.fuse import fused
+from kernels.backend import on_triton
+from kernels.heads import split_heads
 from run import checkpoint
 from run.config import LAYER_KINDS, Config
 from run.errors import UserError
@@ -141,11 +142,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return (x * straight + x.roll(x.shape[-1] // 2, dims=-1) * across).to(x.dtype)
 
 
-@fused(dynamic=False)
-def _fused_heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    return heads(qkv, table, n_head)
-
-
 def heads(qkv: Tensor, table: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3 d) to queries, keys and values, each (B, T, H, hd), queries and keys normalised and rotated."""
     queries_keys, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=n_head).split((2, 1))
@@ -205,8 +201,7 @@ class Block(nn.Module):
 
     def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""
-        # On a GPU only this part of a block is compiled (`compiled_whole`), and only for training's one shape.
-        split = _fused_heads if qkv.is_cuda and qkv.requires_grad else heads
+        split = split_heads if on_triton(qkv) else heads
         # (B, H, T, hd) for attention; in memory they stay as they are, so that its output is already a row a token.
         q, k, v = (x.transpose(1, 2) for x in split(qkv, table, self.n_head))
         if cache is not None:
@@ -300,8 +295,8 @@ def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
 
 
 def compiled_whole(net: nn.Module) -> bool:
-    """Whether torch.compile gets the whole net. On a GPU a net of integer layers has only their kernels and `heads`,
-    which compiles by itself, and in seconds; a CUDA graph does what else a compiler would: it launches them."""
+    """Whether torch.compile gets the whole net. On a GPU a net of integer layers consists of kernels but for its
+    attention; a CUDA graph does what else a compiler would: it launches them."""
     return any(p.is_floating_point() or not p.is_cuda for p in net.parameters())
 
 

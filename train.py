@@ -256,7 +256,9 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
     # Evaluation and samples use the net as written: shapes differ there, and compiling for each would cost minutes.
     whole = run.on.compile and compiled_whole(run.net)
     net = run.ranks.wrap(torch.compile(run.net, dynamic=False) if whole else run.net)
-    loss_of = torch.compile(task.loss, dynamic=False) if run.on.compile else task.loss
+    # Behind integer nets the loss has a kernel of its own (kernels/cross_entropy.py), which writes over the logits.
+    compiled_loss = run.on.compile and (whole or run.on.backend != "triton")
+    loss_of = torch.compile(task.loss, dynamic=False) if compiled_loss else task.loss
     autocast = cfg.precision == "bf16" and cfg.method != "gft"
     # delta is not divided by the number of tokens: its int8 scale follows it anyway.
     loss_scale = 1.0 if cfg.method == "gft" else 1.0 / task.per_step

@@ -15,6 +15,7 @@ from data.images import ImageData, load_images
 from data.pictures import draw_predictions, per_class_table
 from data.resident import resident, upload
 from data.task import Task
+from kernels.cross_entropy import cross_entropy
 from kernels.philox import Stream, uniform
 from run.config import Config
 from run.distributed import ALONE, Ranks
@@ -30,8 +31,11 @@ def load(cfg: Config) -> "ImageTask":
 
 
 def image_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over images, nats: logits (B, classes), targets labels (B,) or shares (B, classes)."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    """Cross-entropy summed over images, nats: logits (B, classes), which its backward pass may use up; targets are
+    labels (B,) or shares (B, classes)."""
+    if targets.is_floating_point():
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return cross_entropy(logits, targets)
 
 
 class Epochs:

@@ -33,7 +33,8 @@ class Task(ABC):
     name: str
     sha256: str
     about: str  # a line for people
-    loss: Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> cross-entropy summed over tokens or images, nats
+    # (outputs, targets) -> cross-entropy summed over tokens or images, nats; its backward pass may use up the outputs
+    loss: Callable[[Tensor, Tensor], Tensor]
 
     def batches(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of the step's micro-batches."""

@@ -15,6 +15,7 @@ from data.notice import box
 from data.resident import as_tensor, resident, upload
 from data.task import Task
 from data.text import TextData, load_text
+from kernels.cross_entropy import cross_entropy
 from kernels.philox import Stream, uniform_from
 from run.config import Config
 from run.errors import UserError
@@ -75,8 +76,8 @@ def gather(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
 
 
 def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over tokens, nats: logits (B, T, V), targets (B, T)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    """Cross-entropy summed over tokens, nats: logits (B, T, V), which its backward pass may use up, targets (B, T)."""
+    return cross_entropy(logits, targets)
 
 
 class TextTask(Task):
