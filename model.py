@@ -201,7 +201,7 @@ class Block(nn.Module):
 
     def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""
-        split = split_heads if on_triton(qkv) else heads
+        split = split_heads if on_triton(qkv) and not torch.compiler.is_compiling() else heads
         # (B, H, T, hd) for attention; in memory they stay as they are, so that its output is already a row a token.
         q, k, v = (x.transpose(1, 2) for x in split(qkv, table, self.n_head))
         if cache is not None:

@@ -157,13 +157,15 @@ def flip(
         MOMENTUM=momentum is not None,
         SIDE=side,
         enable_fp_fusion=False,
-        num_warps=warps_of(rule.rule, side),
+        num_warps=warps_of(side),
         num_stages=1,
     )
     return flips
 
 
-def learning_configs(name: str, kernel, operands: dict[str, str], constants: dict) -> list[LaunchConfig]:
+def learning_configs(
+    name: str, kernel, operands: dict[str, str], constants: dict, launch: dict[str, int] | None = None
+) -> list[LaunchConfig]:
     """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, at each side."""
     pointers = operands | {
         "weight": "*i8", "momentum": "*i8", "momentum_scale": "*fp32", "flips": "*i64", "k": "*fp64", "rng": "*i64",
@@ -185,10 +187,8 @@ def learning_configs(name: str, kernel, operands: dict[str, str], constants: dic
         products = (("int8",) if "d" in operands else ()) + (("fp16",) if rule == "spectral" else ())
         label = f"{name} {rule} {side}x{side}{' momentum' if decay else ''}"
         options = {"enable_fp_fusion": False}
-        stages = 2 if "d" in operands else 1
-        found.append(LaunchConfig(
-            label, kernel, given, fixed, warps_of(rule, side), stages, products, options=options
-        ))  # fmt: skip
+        warps, stages = (launch["num_warps"], launch["num_stages"]) if launch else (warps_of(side), 1)
+        found.append(LaunchConfig(label, kernel, given, fixed, warps, stages, products, options=options))
     return found
 
 

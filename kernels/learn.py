@@ -28,11 +28,10 @@ from kernels.update_rule import (
     check_update,
     unscored_reason,
     unsupported_reason,
-    warps_of,
 )
 from kernels.votes import accumulate_votes, votes_block, votes_torch
 
-TOKENS = 64  # of one step through the operands
+LAUNCH = {"TOKENS": 64, "num_warps": 8, "num_stages": 3}  # tokens of one step through the operands
 
 
 def learn_torch(
@@ -125,10 +124,8 @@ def learn(
         UNIT=unit,
         MOMENTUM=momentum is not None,
         SIDE=side,
-        TOKENS=TOKENS,
         enable_fp_fusion=False,
-        num_warps=warps_of(rule.rule, side),
-        num_stages=2,
+        **LAUNCH,
     )
     return flips
 
@@ -168,5 +165,5 @@ def learn_in_backward(
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check learn` compiles: the rules, with and without momentum."""
-    constants = {"TOKENS": TOKENS, "d_row": 1, "x_row": 1}
-    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants)
+    constants = {"TOKENS": LAUNCH["TOKENS"], "d_row": 1, "x_row": 1}
+    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants, LAUNCH)

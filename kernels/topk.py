@@ -5,9 +5,10 @@
     m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
 
 `rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
-the float ones. On a GPU a tile stays in registers: one search, two bits at a time, finds the m-th largest rank, and
-where too many are equal to it another finds the last index that still gets a place (`choose`): 16 passes over
-registers, or 29. (One search over 64-bit keys with the index in the low bits needs twice the registers, and spills.)
+the float ones. On a GPU a tile stays in registers: one search, bit by bit, finds the m-th largest rank, and where too
+many are equal to it another finds the last index that still gets a place (`choose`): about 20 passes over registers, or
+44. (Two bits a pass take more instructions than they save passes. One search over 64-bit keys with the index in the low
+bits needs twice the registers, and spills.)
 """
 
 import numpy as np
@@ -119,31 +120,24 @@ def choose(keys, m, BITS: tl.constexpr):
     2^BITS, M N a power of two up to 2^15. Returns bool (M, N); a rank of 0 is never chosen."""
     n: tl.constexpr = keys.shape[0] * keys.shape[1]
     one = tl.full((), 1, keys.dtype)
-    threshold = one - one  # twice the m-th largest rank: the largest even number that at least m keys reach
-    if BITS % 2 == 1:
-        candidate = one << BITS
-        threshold = tl.where(tl.sum((keys >= candidate).to(tl.int32)) >= m, candidate, threshold)
-    for i in range(BITS // 2):  # two bits at a time, with three counts in one sum
-        unit = one << (BITS // 2 * 2 - 1 - 2 * i)
-        reached = (keys >= threshold + unit).to(tl.int64)
-        reached += (keys >= threshold + 2 * unit).to(tl.int64) << 16
-        reached += (keys >= threshold + 3 * unit).to(tl.int64) << 32
-        counts = tl.sum(reached)
-        threshold += ((counts & 0xFFFF) >= m).to(keys.dtype) * unit
-        threshold += (((counts >> 16) & 0xFFFF) >= m).to(keys.dtype) * unit
-        threshold += ((counts >> 32) >= m).to(keys.dtype) * unit
+    # Bit by bit twice the m-th largest rank: the largest even number that at least m keys reach. Where just m keys
+    # reach what is found so far, they are the ones, and no further bit matters.
+    threshold, bit, reached = one - one, one << BITS, m - m + n
+    while (bit > 1) & (reached != m):
+        count = tl.sum((keys >= threshold + bit).to(tl.int32))
+        threshold = tl.where(count >= m, threshold + bit, threshold)
+        reached = tl.where(count >= m, count, reached)
+        bit = bit >> 1
     above, tied = (keys >> 1) > (threshold >> 1), (keys >> 1) == (threshold >> 1)
-    places = m - tl.sum(above.to(tl.int32))
     index = tl.arange(0, keys.shape[0])[:, None] * keys.shape[1] + tl.arange(0, keys.shape[1])[None, :]
-    end = m - m + n  # the largest index that at most `places` tied ranks lie below
-    if tl.sum(tied.to(tl.int32)) > places:
-        end = m - m
-        bit = n
-        while bit > 0:
-            candidate_end = end + bit
-            fits = tl.sum((tied & (index < candidate_end)).to(tl.int32)) <= places
-            end = tl.where(fits & (candidate_end <= n), candidate_end, end)
-            bit = bit // 2
+    end = m - m + n  # the largest index that at most so many tied ranks lie below as there are places left
+    if reached != m:
+        places = m - tl.sum(above.to(tl.int32))
+        end, step = m - m, m - m + n
+        while step > 0:
+            fits = tl.sum((tied & (index < end + step)).to(tl.int32)) <= places
+            end = tl.where(fits & (end + step <= n), end + step, end)
+            step = step // 2
     return (above | (tied & (index < end))) & (keys > 1)
 
 

@@ -58,9 +58,9 @@ def unscored_reason(rule: UpdateRule, capability: tuple[int, int] = (9, 0)) -> s
     return unorthogonalised_reason(rule.ortho_tile, capability) if rule.rule == "spectral" else ""
 
 
-def warps_of(rule: str, side: int) -> int:
-    """Warps of a program that owns a block of this side."""
-    return 8 if side == 128 or rule == "spectral" else 4
+def warps_of(side: int) -> int:
+    """Warps of a program that owns a tile of this side."""
+    return 8 if side == 128 else 4
 
 
 def check_update(
