@@ -37,7 +37,7 @@ from kernels.quantize_delta import (
 )
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
-from kernels.votes import accumulate_votes, rescaled
+from kernels.votes import accumulate_votes
 
 HALVES = (torch.float16, torch.bfloat16)
 DELAY = 16  # steps whose largest delta sets a delayed scale
@@ -336,10 +336,7 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
     elif operand.dtype != torch.int64:
         accumulate_votes(voter, operand, votes, rng, *ratios)
     else:
-        new = torch.zeros_like(votes) if ratios else votes
-        accumulate_embedding_votes(voter, operand, new)
-        if ratios:
-            votes.copy_(rescaled(votes, new, *ratios))
+        accumulate_embedding_votes(voter, operand, votes, *ratios)
         rng[2] += len(voter)
     if votes is not None and place is not None:
         votes_ready(votes, place.handle, place.number)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import OUTPUT_TYPES
 from kernels.limits import MAX_REDUCTION
+from kernels.votes import rescale_
 
 MOST_ROWS = MAX_REDUCTION * 127  # 127 * T still fits int32
 BLOCK = {"BLOCK_T": 8, "BLOCK_N": 256}  # tokens and columns of a program
@@ -62,16 +63,22 @@ def _embedding_kernel(
 
 @jit
 def _embedding_votes_kernel(
-    d, tokens, votes, T, rows, n, d_row, d_column, votes_row, votes_column,
+    d, tokens, votes, new, old_ratio, T, rows, n, d_row, d_column, votes_row, votes_column,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """votes[tokens[t], c] += d[t, c] for a block of tokens and columns."""
+    """votes[tokens[t], c] += d[t, c] for a block of tokens and columns; to `new` instead if an old ratio is not 0."""
     t, token, known = _load_tokens(tokens, T, rows, BLOCK_T)
     c = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = known[:, None] & (c < n)[None, :]
     values = tl.load(d + t[:, None] * d_row + c[None, :] * d_column, mask=inside, other=0)
-    address = votes + token[:, None] * votes_row + c[None, :] * votes_column
-    tl.atomic_add(address, values.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
+    place = token[:, None] * votes_row + c[None, :] * votes_column
+    values = values.to(votes.dtype.element_ty)
+    if old_ratio is None:
+        tl.atomic_add(votes + place, values, mask=inside, sem="relaxed")
+    elif tl.load(old_ratio) == 0:
+        tl.atomic_add(votes + place, values, mask=inside, sem="relaxed")
+    else:
+        tl.atomic_add(new + place, values, mask=inside, sem="relaxed")
 
 
 # Launching
@@ -100,13 +107,17 @@ def _embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
     return out
 
 
-@operator("accumulate_embedding_votes", mutates_args=("votes",))
-def _accumulate_embedding_votes(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
+@operator("accumulate_embedding_votes", mutates_args=("votes", "new"))
+def _accumulate_embedding_votes(
+    d: Tensor, tokens: Tensor, votes: Tensor, new: Tensor | None, old_ratio: Tensor | None
+) -> None:
     (count, n), rows = d.shape, votes.shape[0]
     wrap_triton(_embedding_votes_kernel)[_grid(count, n)](
         d=d,
         tokens=tokens.contiguous(),
         votes=votes,
+        new=new,
+        old_ratio=old_ratio,
         T=count,
         rows=rows,
         n=n,
@@ -140,8 +151,10 @@ def embedding(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype 
     return embedding_torch(tokens, weight, scale, dtype)
 
 
-def accumulate_embedding_votes(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
-    """votes[tokens[t]] += d[t], in place.
+def accumulate_embedding_votes(
+    d: Tensor, tokens: Tensor, votes: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
+) -> None:
+    """votes[tokens[t]] += d[t], in place, with the ratios of `accumulate_votes` if given.
 
     d int8 (T, n), tokens int64 (T,), votes int32 or int64 (rows, n), of any stride. Several passes fit votes of int32
     while they have at most `MOST_ROWS` tokens together; the caller counts them. Raises ValueError on other shapes or
@@ -159,10 +172,13 @@ def accumulate_embedding_votes(d: Tensor, tokens: Tensor, votes: Tensor) -> None
             f"accumulate_embedding_votes: {d.shape[0]} rows can overflow int32, which holds {MOST_ROWS}; "
             "use int64 votes"
         )
+    new = None if old_ratio is None else torch.zeros_like(votes)
     if on_triton(d):
-        _accumulate_embedding_votes(d, tokens, votes)
+        _accumulate_embedding_votes(d, tokens, votes, new, old_ratio)
     else:
-        accumulate_embedding_votes_torch(d, tokens, votes)
+        accumulate_embedding_votes_torch(d, tokens, votes if new is None else new)
+    if new is not None:
+        rescale_(votes, new, old_ratio, new_ratio)
 
 
 def launch_configs() -> list[LaunchConfig]:
@@ -174,7 +190,8 @@ def launch_configs() -> list[LaunchConfig]:
         gather |= dict.fromkeys(("T", "rows", "n", "weight_row"), sizes)
         constants = {"weight_column": 1} | BLOCK
         found.append(LaunchConfig(f"gather{ragged}", _embedding_kernel, gather, constants, exact=True))
-        scatter = {"d": "*i8", "tokens": "*i64", "votes": "*i64" if ragged else "*i32"}
+        scatter = {"d": "*i8", "tokens": "*i64", "old_ratio": "*fp32"}
+        scatter |= dict.fromkeys(("votes", "new"), "*i64" if ragged else "*i32")
         scatter |= dict.fromkeys(("T", "rows", "n", "d_row", "votes_row"), sizes)
         constants = {"d_column": 1, "votes_column": 1} | BLOCK
         found.append(LaunchConfig(f"votes{ragged}", _embedding_votes_kernel, scatter, constants, exact=True))

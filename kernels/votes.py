@@ -14,7 +14,20 @@ in units of the largest so far, and both are rescaled to the new largest: rounde
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, opaque_operator, operator, tl, triton, wrap_triton
+from kernels.backend import (
+    LaunchConfig,
+    describable,
+    describe,
+    jit,
+    mul_rn,
+    on_triton,
+    opaque_operator,
+    operator,
+    processors,
+    tl,
+    triton,
+    wrap_triton,
+)
 from kernels.int8_matmul import int8_product_torch
 from kernels.limits import MAX_REDUCTION
 from kernels.transpose import by_columns
@@ -24,6 +37,7 @@ PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
 # not loaded in words of 16 bytes, where each byte takes an address.
 ALIGNED = {"BLOCK": 128, "TOKENS": 128, "num_warps": 8}
 RAGGED = {"BLOCK": 64, "TOKENS": 32, "num_warps": 4}
+RESCALED = 1024  # votes of a program that rescales
 WAVES, SHORTEST = 1, 4  # programs for each of a GPU's processors, and the fewest steps that one makes
 
 
@@ -81,48 +95,114 @@ def votes_block(
 
 
 @jit
+def _rescaled(votes, new, old_ratio, new_ratio):
+    """`rescaled` in a kernel."""
+    both = mul_rn(votes.to(tl.float64), old_ratio.to(tl.float64)) + mul_rn(new.to(tl.float64), new_ratio.to(tl.float64))
+    return (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
+
+
+@jit
+def _rescale_kernel(votes, new, old_ratio, new_ratio, size, BLOCK: tl.constexpr):
+    """BLOCK votes, unless the old ratio is 0."""
+    old_share = tl.load(old_ratio)
+    if old_share != 0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(votes + place, mask=place < size, other=0)
+        value = _rescaled(value, tl.load(new + place, mask=place < size, other=0), old_share, tl.load(new_ratio))
+        tl.store(votes + place, value.to(votes.dtype.element_ty), mask=place < size)
+
+
+@jit
+def _first_pass(old_ratio, RESCALE: tl.constexpr):
+    """Whether votes are added as they are: always, or in a step's first pass, when they are 0 and the new ratio is 1."""
+    if RESCALE:
+        first_pass = tl.load(old_ratio) == 0
+    else:
+        first_pass = tl.full((), 1, tl.int1)
+    return first_pass
+
+
+@jit
+def _tokens_of(first_pass, tokens, share):
+    """The first and last token that a program takes: its share, or of votes that are rescaled, and so rounded once, all
+    for the first program of a block and none for the others."""
+    part = tl.program_id(2)
+    first = tl.where(first_pass, part * share, tl.where(part == 0, 0, tokens))
+    return first, tl.where(first_pass, tl.minimum((part + 1) * share, tokens), tokens)
+
+
+@jit
+def _rescale_block(v, votes, old_ratio, new_ratio, row, column, out, inner):
+    """`_rescaled` of a block in memory, whose first vote is (row, column), and of v."""
+    down, right = tl.arange(0, v.shape[0])[:, None], tl.arange(0, v.shape[1])[None, :]
+    place = votes + (row.to(tl.int64) * inner + column) + (down * inner + right)  # 32 bits do inside a block
+    inside = (down < out - row) & (right < inner - column)
+    new = _rescaled(tl.load(place, mask=inside, other=0), v, tl.load(old_ratio), tl.load(new_ratio))
+    tl.store(place, new.to(votes.dtype.element_ty), mask=inside)
+
+
+@jit
+def _add_block(v, votes, row, column, out, inner):
+    """Programs that have other tokens of the block add to the same votes, in any order: these are integers."""
+    down, right = tl.arange(0, v.shape[0])[:, None], tl.arange(0, v.shape[1])[None, :]
+    place = votes + (row.to(tl.int64) * inner + column) + (down * inner + right)
+    inside = (down < out - row) & (right < inner - column)
+    tl.atomic_add(place, v.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
+
+
+@jit
+def _count_rows(rng, tokens):
+    """The first program of all adds the tokens to rng's rows."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(rng + 2, tl.load(rng + 2) + tokens)
+
+
+@jit
 def _votes_kernel(
     d, x, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, d_row, d_column, x_row, x_column,
     RESCALE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One block of V, of `share` of the tokens. The first program adds the tokens to rng's rows.
-
-    Programs that have other tokens of the block add to the same votes, in any order: these are integers. Votes that
-    are rescaled are rounded once, so the first of these programs then takes all tokens, and the others none.
-    """
+    """One block of V, of `share` of the tokens."""
     tl.static_assert(TOKENS >= 32, "an int8 dot reduces at least 32 elements")
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.program_id(2)
-    first, last = part * share, tl.minimum((part + 1) * share, tokens)
-    if RESCALE:
-        old_share = tl.load(old_ratio)
-        if old_share != 0:  # else this is a step's first pass: the votes are 0, and the new ratio is 1
-            first = tl.where(part == 0, 0, tokens)
-            last = tokens
+    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    rows, columns = row.to(tl.int64) + tl.arange(0, BLOCK), column.to(tl.int64) + tl.arange(0, BLOCK)
+    first_pass = _first_pass(old_ratio, RESCALE)
+    first, last = _tokens_of(first_pass, tokens, share)
     v = votes_block(d, x, rows, columns, out, inner, first, last, d_row, d_column, x_row, x_column, TOKENS)
-    place = votes + rows[:, None] * inner + columns[None, :]
-    inside = (rows < out)[:, None] & (columns < inner)[None, :]
-    if RESCALE:
-        if old_share == 0:
-            tl.atomic_add(place, v.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
-        elif part == 0:
-            both = mul_rn(tl.load(place, mask=inside, other=0).to(tl.float64), old_share.to(tl.float64))
-            both += mul_rn(v.to(tl.float64), tl.load(new_ratio).to(tl.float64))
-            new = (both + 6755399441055744.0) - 6755399441055744.0  # 1.5 * 2^52: to the nearest integer, halves to even
-            tl.store(place, new.to(votes.dtype.element_ty), mask=inside)
-    else:
-        tl.atomic_add(place, v.to(votes.dtype.element_ty), mask=inside, sem="relaxed")
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (part == 0):
-        tl.store(rng + 2, tl.load(rng + 2) + tokens)
+    if first_pass:
+        _add_block(v, votes, row, column, out, inner)
+    elif tl.program_id(2) == 0:
+        if RESCALE:
+            _rescale_block(v, votes, old_ratio, new_ratio, row, column, out, inner)
+    _count_rows(rng, tokens)
 
 
-def _share(tokens: int, step: int, blocks: int, device: torch.device) -> int:
+@jit
+def _votes_by_descriptor_kernel(
+    d, x, v_tiles, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, RESCALE: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`_votes_kernel` from descriptors of D (out, T), X (in, T) and V: the copy engine adds. A share is whole steps, and past
+    the last token are zeros."""
+    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    first_pass = _first_pass(old_ratio, RESCALE)
+    first, last = _tokens_of(first_pass, tokens, share)
+    v = tl.zeros((BLOCK, BLOCK), tl.int32)
+    for token in range(first, last, TOKENS):
+        v = tl.dot(d.load([row, token]), x.load([column, token]).T, v, out_dtype=tl.int32)
+    if first_pass:
+        v_tiles.atomic_add([row, column], v)
+    elif tl.program_id(2) == 0:
+        if RESCALE:
+            _rescale_block(v, votes, old_ratio, new_ratio, row, column, out, inner)
+    _count_rows(rng, tokens)
+
+
+def _share(d: Tensor, step: int, blocks: int) -> int:
     """How many tokens one program takes, a multiple of `step`, so that there are about `WAVES` programs for each
     processor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    programs = max(1, WAVES * processors // blocks)
-    return step * max(SHORTEST, triton.cdiv(triton.cdiv(tokens, step), programs))
+    programs = max(1, WAVES * processors(d) // blocks)
+    return step * max(SHORTEST, triton.cdiv(triton.cdiv(len(d), step), programs))
 
 
 @operator("accumulate_votes", mutates_args=("votes", "rng"))
@@ -142,26 +222,49 @@ def accumulate_votes_triton(
     blocks = ALIGNED if aligned else RAGGED
     down, across = triton.cdiv(out, blocks["BLOCK"]), triton.cdiv(inner, blocks["BLOCK"])
     for d_part, x_part in parts:
-        share = _share(len(d_part), blocks["TOKENS"], down * across, d.device)
-        wrap_triton(_votes_kernel)[(down, across, triton.cdiv(len(d_part), share))](
-            d=d_part,
-            x=x_part,
-            votes=votes,
-            rng=rng,
-            old_ratio=old_ratio,
-            new_ratio=new_ratio,
-            out=out,
-            inner=inner,
-            tokens=d_part.shape[0],
-            share=share,
-            d_row=d_part.stride(0),
-            d_column=d_part.stride(1),
-            x_row=x_part.stride(0),
-            x_column=x_part.stride(1),
-            RESCALE=old_ratio is not None,
-            **blocks,
-            num_stages=3,
-        )
+        share = _share(d_part, blocks["TOKENS"], down * across)
+        grid, side = (down, across, triton.cdiv(len(d_part), share)), blocks["BLOCK"]
+        shared = {
+            "votes": votes, "rng": rng, "old_ratio": old_ratio, "new_ratio": new_ratio, "out": out, "inner": inner,
+            "tokens": len(d_part), "share": share, "RESCALE": old_ratio is not None, **blocks, "num_stages": 3,
+        }  # fmt: skip
+        if aligned and votes.dtype == torch.int32 and describable(d_part.t(), x_part.t(), votes):
+            wrap_triton(_votes_by_descriptor_kernel)[grid](
+                d=describe(d_part.t(), side, blocks["TOKENS"]),
+                x=describe(x_part.t(), side, blocks["TOKENS"]),
+                v_tiles=describe(votes, side, side),
+                **shared,
+            )
+        else:
+            wrap_triton(_votes_kernel)[grid](
+                d=d_part,
+                x=x_part,
+                d_row=d_part.stride(0),
+                d_column=d_part.stride(1),
+                x_row=x_part.stride(0),
+                x_column=x_part.stride(1),
+                **shared,
+            )
+
+
+@operator("rescale_votes", mutates_args=("votes",))
+def _rescale(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
+    wrap_triton(_rescale_kernel)[(triton.cdiv(votes.numel(), RESCALED),)](
+        votes=votes,
+        new=new,
+        old_ratio=old_ratio,
+        new_ratio=new_ratio,
+        size=votes.numel(),
+        BLOCK=RESCALED,
+    )
+
+
+def rescale_(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
+    """votes <- `rescaled`, int32 or int64, contiguous, unless old_ratio is 0: then a kernel leaves them as they are."""
+    if on_triton(votes):
+        _rescale(votes, new, old_ratio, new_ratio)
+    else:
+        votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
 
 
 def accumulate_votes(
@@ -206,8 +309,18 @@ def launch_configs() -> list[LaunchConfig]:
         constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
         side, warps = blocks["BLOCK"], constants.pop("num_warps")
         name = f"votes {side}x{side}{' rescaled' * rescale}{' ragged' * (blocks is RAGGED)}"
-        spills = 112 * (rescale and blocks is ALIGNED)  # once a block: its numbers are then fp64
+        spills = 512 * (rescale and blocks is ALIGNED)  # once a block: its numbers are then fp64
         found.append(LaunchConfig(
             name, _votes_kernel, pointers | numbers, constants, warps, 3, ("int8",), spills=spills
         ))  # fmt: skip
-    return found
+        if blocks is ALIGNED:
+            tile = f"tensordesc<i8[{side}, {blocks['TOKENS']}]>"
+            signature = {name: kind for name, kind in (pointers | numbers).items() if not name.endswith("_column")}
+            fixed = {name: value for name, value in constants.items() if not name.endswith("_row")}
+            found.append(LaunchConfig(
+                f"by descriptor{' rescaled' * rescale}", _votes_by_descriptor_kernel,
+                signature | {"d": tile, "x": tile, "v_tiles": f"tensordesc<i32[{side}, {side}]>"},
+                fixed, warps, 3, ("int8",), (90, 100), spills=spills,
+            ))  # fmt: skip
+    numbers = {"votes": "*i32", "new": "*i32", "old_ratio": "*fp32", "new_ratio": "*fp32", "size": "i32"}
+    return [*found, LaunchConfig("rescale", _rescale_kernel, numbers, {"BLOCK": RESCALED})]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.embedding import MOST_ROWS, accumulate_embedding_votes, embedding, embedding_torch
+from kernels.votes import rescaled
 from tests.kernels.inputs import FLOATS, generator, guard, inner_block, int8s, kernel_test, layouts, narrowed, opaque
 from tests.kernels.inputs import readable, untouched
 
@@ -161,12 +162,25 @@ def test_twice_is_the_same(device):
 
 
 @kernel_test
+@pytest.mark.parametrize("old", [0.0, 0.25], ids=["first pass", "later"])
+def test_votes_with_ratios(old, device):
+    """As `accumulate_votes` has them: both rescaled and rounded once, except that in a step's first pass there are none."""
+    d, tokens = int8s(300, 37, device), token_ids(300, 5, device)
+    votes = old_votes(5, 37, torch.int32, device) if old else torch.zeros(5, 37, dtype=torch.int32, device=device)
+    ratios = torch.tensor(old, device=device), torch.tensor(0.3 if old else 1.0, device=device)
+    new = torch.zeros(5, 37, dtype=torch.int64).index_add_(0, tokens.cpu(), d.cpu().long())
+    expected = rescaled(votes.cpu(), new, *(r.cpu() for r in ratios))
+    accumulate_embedding_votes(d, tokens, votes, *ratios)
+    assert torch.equal(votes.cpu().double(), expected)
+
+
+@kernel_test
 def test_as_torch_operators(device):
     weight, scale, tokens = int8s(7, 13, device), torch.tensor(0.5, device=device), token_ids(6, 7, device).view(2, 3)
     d, votes = int8s(6, 13, device), old_votes(7, 13, torch.int32, device)
     torch.library.opcheck(torch.ops.nanogft.embedding, (tokens, weight, scale, torch.float16))
-    for name in ("accumulate_embedding_votes", "accumulate_embedding_votes_torch"):
-        torch.library.opcheck(getattr(torch.ops.nanogft, name), (d, tokens.view(-1), votes))
+    torch.library.opcheck(torch.ops.nanogft.accumulate_embedding_votes_torch, (d, tokens.view(-1), votes))
+    torch.library.opcheck(torch.ops.nanogft.accumulate_embedding_votes, (d, tokens.view(-1), votes, None, None))
 
     def both(tokens: Tensor, weight: Tensor, scale: Tensor, d: Tensor, votes: Tensor) -> Tensor:
         accumulate_embedding_votes(d, tokens.reshape(-1), votes)
