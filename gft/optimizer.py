@@ -115,6 +115,8 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.exchange.adopt(layers)
             alike = {kind: own for kind, ns in alike.items() if (own := [n for n in ns if self.exchange.owns(n)])}
         for numbers in alike.values():
+            if self.exchange is None and not in_backward:
+                _share_votes([self.layers[i] for i in numbers])
             flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
             members = [self.layers[i] for i in numbers]
             self.stacks.append(Stack(number, members, torch.tensor(numbers, device=device), flips))
@@ -307,8 +309,21 @@ class FlipOptimizer(torch.optim.Optimizer):
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """(L, ...): a copy of several, a view of one."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    """(L, ...): a view of one tensor, or of several that are one buffer's rows, else a copy."""
+    first, base = tensors[0], tensors[0]._base
+    if len(tensors) == 1:
+        return first[None]
+    places = [i * first.numel() for i in range(len(tensors))]
+    if base is not None and all(t._base is base for t in tensors) and [t.storage_offset() for t in tensors] == places:
+        return base
+    return torch.stack(tensors)
+
+
+def _share_votes(layers: list[IntLayer]) -> None:
+    """Let the votes of layers of one shape lie in one buffer, so that no step must gather them."""
+    votes = torch.zeros((len(layers), *layers[0].votes.shape), dtype=layers[0].votes.dtype, device=layers[0].votes.device)
+    for layer, rows in zip(layers, votes.unbind(), strict=True):
+        layer.votes = rows
 
 
 def _clear(layers: list[IntLayer]) -> None:

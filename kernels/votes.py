@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import (
+    INTERPRETED,
     LaunchConfig,
     describable,
     describe,
@@ -180,7 +181,7 @@ def _votes_kernel(
 @jit
 def _votes_by_descriptor_kernel(
     d, x, v_tiles, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, RESCALE: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """`_votes_kernel` from descriptors of D (out, T), X (in, T) and V: the copy engine adds. A share is whole steps, and past
     the last token are zeros."""
@@ -191,10 +192,21 @@ def _votes_by_descriptor_kernel(
     for token in range(first, last, TOKENS):
         v = tl.dot(d.load([row, token]), x.load([column, token]).T, v, out_dtype=tl.int32)
     if first_pass:
-        v_tiles.atomic_add([row, column], v)
+        if INTERPRETED:  # the interpreter has no such engine
+            _add_block(v, votes, row, column, out, inner)
+        else:
+            v_tiles.atomic_add([row, column], v)
     elif tl.program_id(2) == 0:
         if RESCALE:
-            _rescale_block(v, votes, old_ratio, new_ratio, row, column, out, inner)
+            # By quarters, for whose fp64 numbers there are registers.
+            QUARTER: tl.constexpr = BLOCK // 4
+            pairs = tl.split(tl.permute(tl.reshape(v, (BLOCK, 2, 2, QUARTER)), (0, 3, 1, 2)))
+            for pair in tl.static_range(2):
+                quarters = tl.split(pairs[pair])
+                for half in tl.static_range(2):
+                    start = column + (2 * half + pair) * QUARTER
+                    _rescale_block(quarters[half], votes, old_ratio, new_ratio, row, start, out, inner)
+                    tl.debug_barrier()  # so that quarters are not loaded together
     _count_rows(rng, tokens)
 
 
@@ -233,6 +245,7 @@ def accumulate_votes_triton(
                 d=describe(d_part.t(), side, blocks["TOKENS"]),
                 x=describe(x_part.t(), side, blocks["TOKENS"]),
                 v_tiles=describe(votes, side, side),
+                INTERPRETED=INTERPRETED,
                 **shared,
             )
         else:
@@ -317,6 +330,7 @@ def launch_configs() -> list[LaunchConfig]:
             tile = f"tensordesc<i8[{side}, {blocks['TOKENS']}]>"
             signature = {name: kind for name, kind in (pointers | numbers).items() if not name.endswith("_column")}
             fixed = {name: value for name, value in constants.items() if not name.endswith("_row")}
+            fixed |= {"INTERPRETED": False}
             found.append(LaunchConfig(
                 f"by descriptor{' rescaled' * rescale}", _votes_by_descriptor_kernel,
                 signature | {"d": tile, "x": tile, "v_tiles": f"tensordesc<i32[{side}, {side}]>"},

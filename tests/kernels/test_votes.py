@@ -18,6 +18,7 @@ from tests.kernels.update_inputs import fenced, some_rng, some_votes, torch_back
 
 # T, out, in
 SHAPES = [(1, 1, 1), (1, 7, 33), (7, 33, 1), (63, 1, 7), (65, 63, 65), (130, 65, 130), (200, 64, 64)]
+SHAPES += [(640, 144, 272), (16, 16, 16)]  # aligned, so that a kernel can copy tiles by descriptor
 SHORT = [(1, 7, 33), (65, 63, 65)]
 RATIOS = [None, (1.0, 0.3721), (0.3721, 1.0), (1.0, 1.0), (0.0, 1.0), (0.5, 1.0)]
 sizes = pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=readable)
