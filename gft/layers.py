@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gft.beside import beside, wait_for
 from gft.distributed import Place, max_over_ranks, noise_rng, votes_ready
 from gft.weight_grid import initial_weight, read_weight
 from kernels.embedding import accumulate_embedding_votes, embedding
@@ -295,6 +296,7 @@ def _to_int8(
     """
     noted, delta = largest_noted(delta), delta.reshape(-1, delta.shape[-1])
     rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), place, _ = voting
+    wait_for(rng)  # if this layer was used twice, and votes of one use are still being summed
     quantize = quantize_delta_twice if by_columns else _quantize_once
     if place is not None:
         rng = noise_rng(rng, delta.shape[0], place)
@@ -333,6 +335,8 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
         learn_in_backward(voter, operand, ctx.weight, rng, k, stop, *others)
     elif votes is None:  # no optimizer moves this weight
         pass
+    elif operand.dtype != torch.int64 and place is None:
+        beside(voter.device, accumulate_votes, voter, operand, votes, rng, *ratios, in_backward=True)
     elif operand.dtype != torch.int64:
         accumulate_votes(voter, operand, votes, rng, *ratios)
     else:

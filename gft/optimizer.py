@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gft.beside import beside, wait
 from gft.distributed import Exchange
 from gft.layers import IntLayer, owner_of
 from kernels.flip import flip
@@ -177,9 +178,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             if group["update"] == "step":
                 k = self._share(group["lr"])
-                for stack in self.stacks:
-                    if stack.group == number:
+                for place, stack in enumerate(self.stacks):
+                    if stack.group == number and place % 2:
+                        beside(k.device, self._flip, stack, k, stop)  # two stacks at a time
+                    elif stack.group == number:
                         self._flip(stack, k, stop)
+                wait()
         if self.exchange is not None:
             self.exchange.spread([layer.weight for layer in self.layers])
         _advance(self.layers, stop)

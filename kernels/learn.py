@@ -31,7 +31,7 @@ from kernels.update_rule import (
 )
 from kernels.votes import accumulate_votes, votes_block, votes_torch
 
-LAUNCH = {"TOKENS": 64, "num_warps": 8, "num_stages": 3}  # tokens of one step through the operands
+LAUNCH = {"TOKENS": 128, "num_warps": 4, "num_stages": 4}  # tokens of one step through the operands
 
 
 def learn_torch(

@@ -25,7 +25,7 @@ from kernels.rmsnorm_quantize import check_rows, reciprocal
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
-SQUARE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # where D is written by columns too
+SQUARE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # where D is written by columns too
 NOISE_BLOCK = 256
 
 

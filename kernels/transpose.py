@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, operator, tl, triton, wrap_triton
 
-BLOCK = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
+BLOCK = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8}
 
 
 @jit
