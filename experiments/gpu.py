@@ -57,7 +57,8 @@ IMAGES = {
     "GFT, momentum": ("imagenette",),
     "GFT, no momentum": ("imagenette", "--momentum", "0", "--k", "0.3"),
 }
-# Twenty steps under a rule without float arithmetic must end in the same weights on both backends.
+# Twenty steps under a rule without float arithmetic, and with torch's attention heads and loss, must end in the same
+# weights on both backends.
 GAIN = ("shakespeare_char", "--rule", "gain", "--embedding_rule", "gain", "--steps", "20", "--compile", "false")
 TINY = ("--n_layer", "1", "--n_head", "2", "--d_model", "32", "--context", "16", "--batch_size", "4",
         "--compile", "false", "--threads", "1", "--device", "cpu")  # fmt: skip
@@ -86,6 +87,9 @@ def parts(rehearse: bool = False) -> dict[str, list[Piece]]:
     def train(name: str, *arguments: str, limit: float) -> Piece:
         return Piece(name, ("train.py", *arguments, "--sample_tokens", "0", *tiny_run), limit)
 
+    def same(name: str, *arguments: str) -> Piece:
+        return Piece(name, ("-m", "experiments.same_weights", *arguments, "--sample_tokens", "0", *tiny_run), 60)
+
     return {
         "A": [
             Piece("versions", ("bench.py", "versions", "--json", *device), 60),
@@ -94,7 +98,7 @@ def parts(rehearse: bool = False) -> dict[str, list[Piece]]:
             *(step(f"step, 10.7 M: {name}", TRAININGS[name][0]) for name in TRAININGS),
         ],
         "B": [
-            *(train(f"same weights: {b}", *GAIN, "--backend", b, limit=60) for b in ("triton", "torch")),
+            *(same(f"same weights: {b}", *GAIN, "--backend", b) for b in ("triton", "torch")),
             *(train(f"training: {name}", *arguments, limit=120) for name, arguments in TRAININGS.items()),
             step("profile", "--profile", TRAININGS["GFT, momentum"][0]),
             *(step(f"step, GPT-2 small: {name}", *arguments) for name, arguments in GPT2.items()),
@@ -109,7 +113,8 @@ def run(piece: Piece, seconds: float, log) -> tuple[int, list[str]]:
     Returns its exit status and its lines. A piece that is stopped has the negative number of the signal.
     """
     with tempfile.TemporaryDirectory(prefix="nanogft-gpu-") as folder:
-        out = ("--out_dir", folder) if piece.command[0] == "train.py" else ()
+        trains = piece.command[0] == "train.py" or "experiments.same_weights" in piece.command
+        out = ("--out_dir", folder) if trains else ()
         process = subprocess.Popen(
             [sys.executable, "-u", *piece.command, *out], cwd=ROOT, start_new_session=True, text=True,
             encoding="utf-8", errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
