@@ -84,14 +84,19 @@ def largest_of(value):
 @jit
 def _measure_delta_kernel(
     delta, scale, votes_scale, scratch, measured, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
-    TINY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TINY: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it."""
+    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
+    One that is ALONE does so at once: each of the others' atomic operations takes as long as all else."""
     value, _, _, _ = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
-    tl.atomic_max(scratch, largest_of(value).to(tl.int32, bitcast=True))
-    if tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
-        largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # and both are 0 again, for the next launch
-        tl.atomic_xchg(scratch + 1, 0)
+    largest, last = largest_of(value), True
+    if not ALONE:
+        tl.atomic_max(scratch, largest.to(tl.int32, bitcast=True))
+        last = tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
+    if last:
+        if not ALONE:
+            largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # both are 0 again, for the next launch
+            tl.atomic_xchg(scratch + 1, 0)
         place = tl.arange(0, 4)
         none = tl.zeros((4,), tl.float32)
         sigma = tl.div_rn(none + largest, none + LEVELS)
@@ -147,11 +152,17 @@ def _grid(rows: int, columns: int, block: dict[str, int] = BLOCK) -> tuple[int, 
     return triton.cdiv(rows, block["ROWS"]), triton.cdiv(columns, block["COLUMNS"])
 
 
+def _row_of(columns: int) -> dict[str, int]:
+    """The block for one row, as a note of largest values is: all of it for one program, if it is not too long."""
+    return {"ROWS": 1, "COLUMNS": min(16384, max(128, triton.next_power_of_2(columns))), "num_warps": 8}
+
+
 @operator("measure_delta", mutates_args=("votes_scale", "scratch"))
 def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
     rows, columns = delta.shape
     measured = torch.empty((4,), dtype=torch.float32, device=delta.device)
-    wrap_triton(_measure_delta_kernel)[_grid(rows, columns)](
+    block = BLOCK if rows > 1 else _row_of(columns)
+    wrap_triton(_measure_delta_kernel)[_grid(rows, columns, block)](
         delta=delta,
         scale=scale,
         votes_scale=votes_scale,
@@ -163,7 +174,8 @@ def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: T
         delta_column=delta.stride(1),
         LEVELS=levels,
         TINY=TINY,
-        **BLOCK,
+        ALONE=_grid(rows, columns, block) == (1, 1),
+        **block,
     )
     return measured
 
@@ -320,10 +332,14 @@ def launch_configs() -> list[LaunchConfig]:
         pointers = dict.fromkeys(("scale", "votes_scale", "measured"), "*fp32")
         signature = {"delta": f"*{float_}", "scratch": "*i32"} | pointers | shape
         constants, warps = {"delta_column": 1} | block, BLOCK["num_warps"]
-        numbers = {"LEVELS": 127, "TINY": TINY}
+        numbers = {"LEVELS": 127, "TINY": TINY, "ALONE": False}
         found.append(LaunchConfig(
             f"measure_delta {float_}", _measure_delta_kernel, signature, constants | numbers, warps, exact=True
         ))  # fmt: skip
+        if float_ == "fp32":
+            row = _row_of(16384)
+            row_warps, row = row.pop("num_warps"), constants | numbers | row | {"ALONE": True}
+            found.append(LaunchConfig("measure_delta noted", _measure_delta_kernel, signature, row, row_warps, exact=True))
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
         constants = constants | {"sigma_row": 0, "LEVELS": 127, "d_turned": None}
         name = f"quantize_delta {float_}"
