@@ -2,7 +2,7 @@
 
     gain          S = V                       |V| is the first-order fall of the loss for one unit
     contribution  S = V max(|W|, 1)           where C = -W V < 0 or W = 0, else 0: the paper's, zeros given a vote
-    balanced      S = V, rows and columns scaled to unit norm in turn, three rounds (Sinkhorn)
+    balanced      S = V, rows and columns scaled to unit norm in turn, three rounds (kernels/balanced.py)
     spectral      S = V with its singular values pushed to one, inside each ortho_tile or as a whole
 
 `gain` and `contribution` are integers and exact on every backend. The float rules start from V in fp32;
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, capability_of, jit, on_triton, tl, triton
+from kernels.balanced import TINY, balanced
 from kernels.fuse import fused
 from kernels.limits import RULES
 from kernels.tiles import from_tiles, to_tiles
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-SINKHORN_ROUNDS = 3
-TINY = 1e-20
 ORTHO_TILES = (32, 64, 128)  # sides that a kernel orthogonalises
 OLD_COMPILER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
@@ -42,16 +41,6 @@ def contribution(votes: Tensor, weight: Tensor) -> Tensor:
     v = votes if votes.is_floating_point() else votes.to(torch.int64)
     w = weight.to(v.dtype)
     return torch.where((w * v > 0) | (w == 0), v * w.abs().clamp_min(1), 0)
-
-
-@fused
-def balanced(votes: Tensor) -> Tensor:
-    """Rows, then columns, to unit norm, `SINKHORN_ROUNDS` times: float32 (out, in). Rows of zeros stay zero."""
-    s = votes.to(torch.float32)
-    for _ in range(SINKHORN_ROUNDS):
-        s = s / s.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        s = s / s.norm(dim=-2, keepdim=True).clamp_min(TINY)
-    return s
 
 
 def dot_dtype(device: torch.device) -> torch.dtype:

@@ -24,8 +24,9 @@ from collections import defaultdict
 from run.config import Config
 from run.meter import Reading
 from run.workload import Attention, Layer, Net, Recipe, net_of
+from kernels.balanced import SINKHORN_ROUNDS
 from kernels.momentum import MOMENTUM_TILE
-from kernels.scores import NEWTON_SCHULZ_STEPS, SINKHORN_ROUNDS
+from kernels.scores import NEWTON_SCHULZ_STEPS
 from kernels.tiles import tile_grid
 
 PARTS = ("embedding", "forward", "delta", "votes", "norms", "attention", "loss", "rounding", "philox",

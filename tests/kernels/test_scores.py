@@ -67,20 +67,6 @@ def test_contribution_makes_the_moves_of_gain_possible_at_few_bits(bits):
     assert torch.equal(of_gain > 0, of_contribution > 0)
 
 
-@pytest.mark.parametrize("shape", MATRICES, ids=readable)
-def test_balanced_against_loops(shape):
-    votes = some_votes(shape)
-    votes[0] = 0
-    s = [[float(v) for v in row] for row in votes.tolist()]
-    for _ in range(3):
-        s = [[v / (math.hypot(*row) or 1) for v in row] for row in s]
-        norms = [math.hypot(*column) or 1 for column in zip(*s)]
-        s = [[v / norm for v, norm in zip(row, norms)] for row in s]
-    found = balanced(votes)
-    assert found.dtype == torch.float32 and (found[0] == 0).all()
-    torch.testing.assert_close(found.double(), torch.tensor(s, dtype=torch.float64), rtol=1e-5, atol=1e-12)
-
-
 # Operand types, and what rounding may cost relative to the result (about twice what was measured).
 DTYPES = [(torch.float32, 1e-5), (torch.float16, 0.005), (torch.bfloat16, 0.04)]
 
