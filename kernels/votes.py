@@ -11,6 +11,8 @@ A backward pass adds its votes to a buffer. Where each pass of a step had its ow
 in units of the largest so far, and both are rescaled to the new largest: rounded, so not independent of the split.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -160,10 +162,11 @@ def _count_rows(rng, tokens):
 
 @jit
 def _votes_kernel(
-    d, x, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, d_row, d_column, x_row, x_column,
+    d, x, votes, v_tiles, rng, old_ratio, new_ratio, out, inner, tokens, share, d_row, d_column, x_row, x_column,
     RESCALE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One block of V, of `share` of the tokens."""
+    """One block of V, of `share` of the tokens. v_tiles, if given, is a descriptor of V: the GPU's copy engine then adds
+    a block as a whole, where threads would add number by number."""
     tl.static_assert(TOKENS >= 32, "an int8 dot reduces at least 32 elements")
     row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
     rows, columns = row.to(tl.int64) + tl.arange(0, BLOCK), column.to(tl.int64) + tl.arange(0, BLOCK)
@@ -171,28 +174,7 @@ def _votes_kernel(
     first, last = _tokens_of(first_pass, tokens, share)
     v = votes_block(d, x, rows, columns, out, inner, first, last, d_row, d_column, x_row, x_column, TOKENS)
     if first_pass:
-        _add_block(v, votes, row, column, out, inner)
-    elif tl.program_id(2) == 0:
-        if RESCALE:
-            _rescale_block(v, votes, old_ratio, new_ratio, row, column, out, inner)
-    _count_rows(rng, tokens)
-
-
-@jit
-def _votes_by_descriptor_kernel(
-    d, x, v_tiles, votes, rng, old_ratio, new_ratio, out, inner, tokens, share, RESCALE: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """`_votes_kernel` from descriptors of D (out, T), X (in, T) and V: the copy engine adds. A share is whole steps, and past
-    the last token are zeros."""
-    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
-    first_pass = _first_pass(old_ratio, RESCALE)
-    first, last = _tokens_of(first_pass, tokens, share)
-    v = tl.zeros((BLOCK, BLOCK), tl.int32)
-    for token in range(first, last, TOKENS):
-        v = tl.dot(d.load([row, token]), x.load([column, token]).T, v, out_dtype=tl.int32)
-    if first_pass:
-        if INTERPRETED:  # the interpreter has no such engine
+        if v_tiles is None:
             _add_block(v, votes, row, column, out, inner)
         else:
             v_tiles.atomic_add([row, column], v)
@@ -232,32 +214,30 @@ def accumulate_votes_triton(
     parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
     aligned = all(size % 16 == 0 for size in (rows, d.stride(1), x.stride(1), d.storage_offset(), x.storage_offset()))
     blocks = ALIGNED if aligned else RAGGED
+    described = not INTERPRETED and votes.dtype == torch.int32 and describable(votes)  # the interpreter has no engine
     down, across = triton.cdiv(out, blocks["BLOCK"]), triton.cdiv(inner, blocks["BLOCK"])
     for d_part, x_part in parts:
         share = _share(d_part, blocks["TOKENS"], down * across)
-        grid, side = (down, across, triton.cdiv(len(d_part), share)), blocks["BLOCK"]
-        shared = {
-            "votes": votes, "rng": rng, "old_ratio": old_ratio, "new_ratio": new_ratio, "out": out, "inner": inner,
-            "tokens": len(d_part), "share": share, "RESCALE": old_ratio is not None, **blocks, "num_stages": 3,
-        }  # fmt: skip
-        if aligned and votes.dtype == torch.int32 and describable(d_part.t(), x_part.t(), votes):
-            wrap_triton(_votes_by_descriptor_kernel)[grid](
-                d=describe(d_part.t(), side, blocks["TOKENS"]),
-                x=describe(x_part.t(), side, blocks["TOKENS"]),
-                v_tiles=describe(votes, side, side),
-                INTERPRETED=INTERPRETED,
-                **shared,
-            )
-        else:
-            wrap_triton(_votes_kernel)[grid](
-                d=d_part,
-                x=x_part,
-                d_row=d_part.stride(0),
-                d_column=d_part.stride(1),
-                x_row=x_part.stride(0),
-                x_column=x_part.stride(1),
-                **shared,
-            )
+        wrap_triton(_votes_kernel)[(down, across, triton.cdiv(len(d_part), share))](
+            d=d_part,
+            x=x_part,
+            votes=votes,
+            v_tiles=describe(votes, blocks["BLOCK"], blocks["BLOCK"]) if described else None,
+            rng=rng,
+            old_ratio=old_ratio,
+            new_ratio=new_ratio,
+            out=out,
+            inner=inner,
+            tokens=len(d_part),
+            share=share,
+            d_row=d_part.stride(0),
+            d_column=d_part.stride(1),
+            x_row=x_part.stride(0),
+            x_column=x_part.stride(1),
+            RESCALE=old_ratio is not None,
+            **blocks,
+            num_stages=3,
+        )
 
 
 @operator("rescale_votes", mutates_args=("votes",))
@@ -313,28 +293,19 @@ def accumulate_votes(
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check votes` compiles."""
     found = []
-    for rescale, blocks in ((True, ALIGNED), (False, ALIGNED), (True, RAGGED), (False, RAGGED)):
-        pointers = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
-        pointers |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
-        numbers = dict.fromkeys(("out", "inner", "share"), "i32")
-        numbers |= dict.fromkeys(("tokens", "d_column", "x_column"), "i32" if blocks is ALIGNED else "i32:1")
+    for blocks, described, rescale in itertools.product((ALIGNED, RAGGED), (True, False), (True, False)):
+        side, ragged = blocks["BLOCK"], blocks is RAGGED
+        signature = {"d": "*i8", "x": "*i8", "votes": "*i32", "rng": "*i64"}
+        signature |= {"old_ratio": "*fp32", "new_ratio": "*fp32"} if rescale else {}
+        signature |= {"v_tiles": f"tensordesc<i32[{side}, {side}]>"} if described else {}
+        signature |= dict.fromkeys(("out", "inner", "share"), "i32")
+        signature |= dict.fromkeys(("tokens", "d_column", "x_column"), "i32:1" if ragged else "i32")
         constants = {"d_row": 1, "x_row": 1, "RESCALE": rescale, **blocks}
-        constants |= {} if rescale else {"old_ratio": None, "new_ratio": None}
-        side, warps = blocks["BLOCK"], constants.pop("num_warps")
-        name = f"votes {side}x{side}{' rescaled' * rescale}{' ragged' * (blocks is RAGGED)}"
-        spills = 512 * (rescale and blocks is ALIGNED)  # once a block: its numbers are then fp64
+        constants |= {name: None for name in ("old_ratio", "new_ratio", "v_tiles") if name not in signature}
+        name = f"votes {side}x{side}{' rescaled' * rescale}{' ragged' * ragged}{' by descriptor' * described}"
         found.append(LaunchConfig(
-            name, _votes_kernel, pointers | numbers, constants, warps, 3, ("int8",), spills=spills
+            name, _votes_kernel, signature, constants, constants.pop("num_warps"), 3, ("int8",),
+            (90, 100) if described else (80, 90, 100),
         ))  # fmt: skip
-        if blocks is ALIGNED:
-            tile = f"tensordesc<i8[{side}, {blocks['TOKENS']}]>"
-            signature = {name: kind for name, kind in (pointers | numbers).items() if not name.endswith("_column")}
-            fixed = {name: value for name, value in constants.items() if not name.endswith("_row")}
-            fixed |= {"INTERPRETED": False}
-            found.append(LaunchConfig(
-                f"by descriptor{' rescaled' * rescale}", _votes_by_descriptor_kernel,
-                signature | {"d": tile, "x": tile, "v_tiles": f"tensordesc<i32[{side}, {side}]>"},
-                fixed, warps, 3, ("int8",), (90, 100), spills=spills,
-            ))  # fmt: skip
     numbers = {"votes": "*i32", "new": "*i32", "old_ratio": "*fp32", "new_ratio": "*fp32", "size": "i32"}
     return [*found, LaunchConfig("rescale", _rescale_kernel, numbers, {"BLOCK": RESCALED})]
