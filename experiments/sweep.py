@@ -223,8 +223,8 @@ def steps_to(records: Sequence[dict], target: float) -> int | None:
 
     None if there is none, or a run diverged.
     """
-    # The curve is rounded; its last value is known in full. A run that diverged has none.
-    curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r["curve"] else [] for r in records]
+    # The curve is rounded; its last value is known in full. A run that diverged has none, nor have the oldest records.
+    curves = [[*r["curve"][:-1], [r["steps"], quality(r)]] if r.get("curve") else [] for r in records]
     for points in zip(*curves, strict=False):
         reached = mean(value for _, value in points)
         if reached <= target if records[0].get("accuracy") is None else reached >= target:
