@@ -28,7 +28,6 @@ import dataclasses
 import json
 import math
 import shlex
-
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,9 +42,8 @@ from gft.layers import IntEmbedding, int_layers
 from gft.optimizer import FlipOptimizer
 from kernels.limits import MAX_REDUCTION
 from model import ModelConfig, compiled_whole, load_net, make_net
-from run import checkpoint, finite
+from run import checkpoint, distributed, finite
 from run import device as machine
-from run import distributed
 from run.distributed import Ranks, ring_bytes, synchronised
 from run.folder import choose_folder, sign, take_up
 from run.graph import StepGraph
@@ -338,8 +336,8 @@ def check_ranks(task: Task, on: machine.Runtime) -> None:
                         "--update step, or one process", 2)  # fmt: skip
     tokens = cfg.batch_size * task.positions // ranks.size
     if ranks.size > 1 and cfg.method == "gft" and tokens > MAX_REDUCTION:
-        raise UserError(f"batch_size = {cfg.batch_size}: {tokens:,} tokens of a step on each of {ranks.size} ranks, whose "
-                        f"int32 votes hold {MAX_REDUCTION:,}; use a smaller one, or more ranks", 2)  # fmt: skip
+        raise UserError(f"batch_size = {cfg.batch_size}: {tokens:,} tokens of a step on each of {ranks.size} ranks, "
+                        f"whose int32 votes hold {MAX_REDUCTION:,}; use a smaller one, or more ranks", 2)  # fmt: skip
     settings = {key: value for key, value in to_dict(cfg).items() if key not in ("data", "data_dir", "out_dir")}
     environment = {key: value for key, value in on.environment().items() if key != "processor"}
     ranks.agree(settings | environment | {"version": checkpoint.PROGRAM, "sha256 of the data": task.sha256})

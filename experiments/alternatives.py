@@ -16,8 +16,19 @@ the other part. Learning rates scale with the root of the batch size.
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-from experiments.rows import (QUICK, SEEDS, Finished, Row, grouped_tables, make_row, markdown, settings, shortened,
-                              tune_and_train, tuning_table)  # fmt: skip
+from experiments.rows import (
+    QUICK,
+    SEEDS,
+    Finished,
+    Row,
+    grouped_tables,
+    make_row,
+    markdown,
+    settings,
+    shortened,
+    tune_and_train,  # fmt: skip
+    tuning_table,
+)
 from experiments.sweep import Store, exact, quality, show_quality, steps_to
 
 __all__ = ["tuning_table"]  # for the report

@@ -37,8 +37,8 @@ RESULTS = ROOT / "results" / "gpu"
 GRACE = 10  # seconds between asking a piece to stop and killing it
 MISSING = "not measured"
 
-# Without dropout this model learns the text by heart, so longer runs end higher; the fewer bits are read, the later. The
-# settings were chosen on a CPU, those of one bit on an H100, on the held-out part.
+# Without dropout this model learns the text by heart, so longer runs end higher; the fewer bits are read, the later.
+# The settings were chosen on a CPU, those of one bit on an H100, on the held-out part.
 SHORT = ("--compile", "true", "--eval_every", "50")
 TRAININGS = {
     "AdamW": ("shakespeare_char_adamw", "--steps", "300", "--lr", "0.002", *SHORT),
@@ -254,7 +254,8 @@ def _training(result: dict | None, key: str) -> str:
     """What a training ended at, and the energy it took where the card counts it."""
     if result is None:
         return MISSING
-    text, seconds, joules = f"{result[key]:.4f} after {result['steps']:,} steps", result["seconds"], result["energy_measured_joules"]
+    text = f"{result[key]:.4f} after {result['steps']:,} steps"
+    seconds, joules = result["seconds"], result["energy_measured_joules"]
     return text + (f", {seconds:.0f} s" if seconds else "") + (f", {joules:.0f} J" if joules else "")
 
 

@@ -60,7 +60,8 @@ ROWS = (
     *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, 0.7, 0.9, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", *shares, **HALF))
-      for name, bits, *shares in (("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4))),
+      for name, bits, *shares in (
+          ("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4))),
     *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3}, {"lr": 8e-3} | HALF)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},

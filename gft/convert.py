@@ -41,8 +41,8 @@ def convert(
 
     `bits` and `keep_bits` are IntLinear's. `start` is "round" (weights rounded to the grid) or "new" (drawn afresh by
     `seed`; for a matrix of zeros, as wide as nn.Linear begins). `keep` names a layer or several that stay as they are,
-    as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as the projection
-    inside nn.MultiheadAttention, stay too.
+    as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as the
+    projection inside nn.MultiheadAttention, stay too.
     Raises ValueError for an unknown `start` or name, where nothing is to be converted, for a weight that two modules
     share and for a layer that cannot be converted; `net` is then as it was.
     """

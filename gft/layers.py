@@ -108,8 +108,8 @@ class IntLayer(nn.Module):
         self.bits, self.keep_bits = bits, kept_bits(bits, keep_bits)
         if not 1 <= bits <= self.keep_bits <= 8:
             raise ValueError(
-                f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, and keeps "
-                "at least those that are read"
+                f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, and "
+                "keeps at least those that are read"
             )
         self.threshold = threshold_of(self.keep_bits, init_std)
         weight = initial_weight(shape, self.keep_bits, init_std, seed, index)

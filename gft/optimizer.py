@@ -325,7 +325,8 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 def _share_votes(layers: list[IntLayer]) -> None:
     """Let the votes of layers of one shape lie in one buffer, so that no step must gather them."""
-    votes = torch.zeros((len(layers), *layers[0].votes.shape), dtype=layers[0].votes.dtype, device=layers[0].votes.device)
+    first = layers[0].votes
+    votes = torch.zeros((len(layers), *first.shape), dtype=first.dtype, device=first.device)
     for layer, rows in zip(layers, votes.unbind(), strict=True):
         layer.votes = rows
 

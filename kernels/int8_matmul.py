@@ -161,7 +161,9 @@ def _int8_matmul_kernel(
         a_values = tl.load(a_rest, mask=in_rows & (rest < K)[None, :], other=0)
         b_values = tl.load(b_rest, mask=in_columns & (rest < K)[:, None], other=0)
         sums = tl.dot(a_values, b_values, sums, out_dtype=tl.int32)
-    y = _scaled_tile(sums, scale, residual, inv_rms, factor, rows, columns, M, N, scale_row, residual_row, residual_column)
+    y = _scaled_tile(
+        sums, scale, residual, inv_rms, factor, rows, columns, M, N, scale_row, residual_row, residual_column
+    )  # fmt: skip
     tl.store(out + rows[:, None] * N + columns[None, :], y.to(out.dtype.element_ty), mask=in_rows & in_columns)
 
 
@@ -353,9 +355,10 @@ def _described_config(out: str, residual: bool) -> LaunchConfig:
     given = {} if out == "i32" else {"scale": "*fp32"}
     given |= {"inv_rms": "*fp32", "residual": f"*{out}", "residual_row": "i32"} if residual else {}
     constants = {name: value for name, value in constants.items() if name not in given}
+    name, stages = f"by descriptor {out}{' + residual' * residual}", _stages(2 if out == "bf16" else 4, residual)
     return LaunchConfig(
-        f"by descriptor {out}{' + residual' * residual}", _int8_matmul_by_descriptor_kernel, signature | given,
-        constants, DESCRIBED["num_warps"], _stages(2 if out == "bf16" else 4, residual), ("int8",), (90, 100), exact=True,
+        name, _int8_matmul_by_descriptor_kernel, signature | given, constants, DESCRIBED["num_warps"], stages,
+        ("int8",), (90, 100), exact=True,
     )  # fmt: skip
 
 

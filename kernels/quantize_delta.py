@@ -339,7 +339,8 @@ def launch_configs() -> list[LaunchConfig]:
         if float_ == "fp32":
             row = _row_of(16384)
             row_warps, row = row.pop("num_warps"), constants | numbers | row | {"ALONE": True}
-            found.append(LaunchConfig("measure_delta noted", _measure_delta_kernel, signature, row, row_warps, exact=True))
+            name = "measure_delta noted"
+            found.append(LaunchConfig(name, _measure_delta_kernel, signature, row, row_warps, exact=True))
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
         constants = constants | {"sigma_row": 0, "LEVELS": 127, "d_turned": None}
         name = f"quantize_delta {float_}"

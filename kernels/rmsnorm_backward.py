@@ -43,8 +43,9 @@ def rmsnorm_backward_torch(
 
 @jit
 def _rmsnorm_backward_kernel(
-    product, scale, x, inv_rms, residual, out, largest, rows, columns, product_row, product_column, scale_row, x_row, x_column,
-    inv_row, residual_row, residual_column, SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    product, scale, x, inv_rms, residual, out, largest, rows, columns, product_row, product_column, scale_row, x_row,
+    x_column, inv_row, residual_row, residual_column,
+    SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -114,8 +115,8 @@ def rmsnorm_backward(
 
     product int32 or float (T, n), scale float32 () or (T, 1) so that delta_x^ = product * scale, None for 1; x float
     (T, n) as it entered `rmsnorm_quantize`, inv_rms float32 (T, 1), residual (T, n) of x's type or None. Any strides.
-    Returns (T, n) of x's type, on the Triton backend with its largest value noted (`with_largest`). Raises ValueError on other shapes or types, an empty batch, or rows over `MAX_COLUMNS`
-    on the Triton backend.
+    Returns (T, n) of x's type, on the Triton backend with its largest value noted (`with_largest`). Raises ValueError
+    on other shapes or types, an empty batch, or rows over `MAX_COLUMNS` on the Triton backend.
     """
     if x.dim() != 2 or 0 in x.shape or product.shape != x.shape:
         raise ValueError(
@@ -148,7 +149,8 @@ def launch_configs() -> list[LaunchConfig]:
         blocks = row_blocks(columns)
         warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
         signature = {
-            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_, "largest": "*fp32",
+            "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_,
+            "largest": "*fp32",
             "rows": "i32", "columns": "i32", "product_row": "i32", "x_row": "i32",
         }  # fmt: skip
         signature |= {"residual": float_, "residual_row": "i32"} if residual else {}

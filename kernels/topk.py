@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kernels.backend import jit, tl
 from kernels.fuse import fused
-from kernels.limits import weight_limit
 from kernels.philox import TOPK_STREAM, philox_words
 
 

@@ -1,8 +1,8 @@
 """int8 matrices the other way round in memory: (T, n) by rows to (n, T) by rows.
 
-The int8 matrix units of NVIDIA GPUs read both operands along the axis that is summed. Where an operand lies across it, as
-both do in V = D^T X and as W does in D W, a copy pays: on an H100 the votes of 16,384 tokens for 1152 x 384 weights take
-34 us from copies and 163 us without. Memory: 2 T n bytes.
+The int8 matrix units of NVIDIA GPUs read both operands along the axis that is summed. Where an operand lies across it,
+as both do in V = D^T X and as W does in D W, a copy pays: on an H100 the votes of 16,384 tokens for 1152 x 384 weights
+take 34 us from copies and 163 us without. Memory: 2 T n bytes.
 """
 
 import torch

@@ -117,7 +117,7 @@ def _rescale_kernel(votes, new, old_ratio, new_ratio, size, BLOCK: tl.constexpr)
 
 @jit
 def _first_pass(old_ratio, RESCALE: tl.constexpr):
-    """Whether votes are added as they are: always, or in a step's first pass, when they are 0 and the new ratio is 1."""
+    """Whether votes are added as they are: always, or in a step's first pass, when they are 0 and the new ratio 1."""
     if RESCALE:
         first_pass = tl.load(old_ratio) == 0
     else:
@@ -165,8 +165,8 @@ def _votes_kernel(
     d, x, votes, v_tiles, rng, old_ratio, new_ratio, out, inner, tokens, share, d_row, d_column, x_row, x_column,
     RESCALE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One block of V, of `share` of the tokens. v_tiles, if given, is a descriptor of V: the GPU's copy engine then adds
-    a block as a whole, where threads would add number by number."""
+    """One block of V, of `share` of the tokens. v_tiles, if given, is a descriptor of V: the GPU's copy engine then
+    adds a block as a whole, where threads would add number by number."""
     tl.static_assert(TOKENS >= 32, "an int8 dot reduces at least 32 elements")
     row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
     rows, columns = row.to(tl.int64) + tl.arange(0, BLOCK), column.to(tl.int64) + tl.arange(0, BLOCK)
@@ -267,7 +267,8 @@ def accumulate_votes(
 
     d int8 (T, out), x int8 (T, in) of any stride; votes int32 or int64 (out, in), contiguous; ratios float32 (), of the
     buffer's and of d's scale to the larger of both: without them votes are added as they are. An old ratio of 0 says
-    that all votes are 0. Raises ValueError on other types, on shapes that do not agree and on more than `MAX_REDUCTION` rows for int32.
+    that all votes are 0. Raises ValueError on other types, on shapes that do not agree and on more than `MAX_REDUCTION`
+    rows for int32.
     """
     (rows, out), inner = d.shape, x.shape[1]
     if x.shape[0] != rows or votes.shape != (out, inner) or rows == 0:

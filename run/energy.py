@@ -21,13 +21,13 @@ left out     Evaluation, sampling, checkpoints, loading data; instruction fetch,
 
 from collections import defaultdict
 
-from run.config import Config
-from run.meter import Reading
-from run.workload import Attention, Layer, Net, Recipe, net_of
 from kernels.balanced import SINKHORN_ROUNDS
 from kernels.momentum import MOMENTUM_TILE
 from kernels.scores import NEWTON_SCHULZ_STEPS
 from kernels.tiles import tile_grid
+from run.config import Config
+from run.meter import Reading
+from run.workload import Attention, Layer, Net, Recipe, net_of
 
 PARTS = ("embedding", "forward", "delta", "votes", "norms", "attention", "loss", "rounding", "philox",
          "orthogonalisation", "selection", "momentum", "update")  # fmt: skip

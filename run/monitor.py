@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gft.layers import IntLayer
-from kernels.philox import Stream, uniform
 from kernels.limits import weight_limit
+from kernels.philox import Stream, uniform
 
 SAMPLE = 1024  # weights per layer whose moves are compared
 PLATEAU_EVALUATIONS, PLATEAU_FALL = 4, 0.003

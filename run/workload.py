@@ -14,9 +14,9 @@ from itertools import pairwise
 from torch import nn
 
 from gft.baselines import FloatEmbedding, FloatLinear
-from run.config import LAYER_KINDS, Config
 from gft.layers import IntEmbedding, IntLayer, IntLinear
 from kernels.limits import kept_bits
+from run.config import LAYER_KINDS, Config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import decode as decoder, image_folder, notice
+from data import decode as decoder
+from data import image_folder, notice
 from data.cache import cache_root
 from data.images import load_images
 from run.errors import UserError

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import cache, decode as decoder, imagenette
+from data import cache, imagenette
+from data import decode as decoder
 from data.cache import OfficialFile, cache_root, sha256
 from data.images import load_images
 from run.errors import UserError

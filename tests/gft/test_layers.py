@@ -8,12 +8,12 @@ import torch.distributed
 from torch import nn
 
 from gft import layers
-from gft.weight_grid import initial_weight
 from gft.layers import Delta, IntEmbedding, IntLinear, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
+from gft.weight_grid import initial_weight
 from kernels import fuse
-from kernels.philox import Stream, words
 from kernels.limits import weight_limit
+from kernels.philox import Stream, words
 
 needs_compiler = pytest.mark.skipif(fuse.compiler() is None, reason="torch.compile needs a C++ compiler")
 A = 6.0

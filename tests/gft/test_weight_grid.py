@@ -9,8 +9,7 @@ from torch import nn
 
 from gft import FlipOptimizer, IntEmbedding, IntLinear
 from gft.weight_grid import read_weight
-from kernels.limits import kept_bits
-from kernels.limits import threshold_of, weight_limit
+from kernels.limits import kept_bits, threshold_of, weight_limit
 
 
 def every(keep_bits: int) -> torch.Tensor:

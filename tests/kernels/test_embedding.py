@@ -9,8 +9,19 @@ from torch import Tensor
 
 from kernels.embedding import MOST_ROWS, accumulate_embedding_votes, embedding, embedding_torch
 from kernels.votes import rescaled
-from tests.kernels.inputs import FLOATS, generator, guard, inner_block, int8s, kernel_test, layouts, narrowed, opaque
-from tests.kernels.inputs import readable, untouched
+from tests.kernels.inputs import (
+    FLOATS,
+    generator,
+    guard,
+    inner_block,
+    int8s,
+    kernel_test,
+    layouts,
+    narrowed,
+    opaque,
+    readable,
+    untouched,
+)
 
 # tokens, rows, n
 SHAPES = [(1, 1, 1), (7, 13, 1), (1, 65, 300), (37, 7, 63), (63, 300, 37), (123, 5, 257)]
@@ -164,7 +175,7 @@ def test_twice_is_the_same(device):
 @kernel_test
 @pytest.mark.parametrize("old", [0.0, 0.25], ids=["first pass", "later"])
 def test_votes_with_ratios(old, device):
-    """As `accumulate_votes` has them: both rescaled and rounded once, except that in a step's first pass there are none."""
+    """As `accumulate_votes` has them: both rescaled and rounded once; in a step's first pass there are none yet."""
     d, tokens = int8s(300, 37, device), token_ids(300, 5, device)
     votes = old_votes(5, 37, torch.int32, device) if old else torch.zeros(5, 37, dtype=torch.int32, device=device)
     ratios = torch.tensor(old, device=device), torch.tensor(0.3 if old else 1.0, device=device)

@@ -14,8 +14,7 @@ from kernels import scores as scores_module
 from kernels.flip import flip
 from kernels.momentum import accumulate_momentum_
 from kernels.philox import Stream, words
-from kernels.scores import score
-from kernels.scores import unorthogonalised_reason
+from kernels.scores import score, unorthogonalised_reason
 from kernels.update_rule import UpdateRule, unscored_reason, unsupported_reason
 from tests.kernels.inputs import kernel_test, readable
 from tests.kernels.update_inputs import (
@@ -24,9 +23,9 @@ from tests.kernels.update_inputs import (
     STEP,
     fenced,
     share,
+    some_layers,
     some_momentum,
     some_rng,
-    some_layers,
     some_votes,
     some_weight,
     torch_backend,

@@ -10,16 +10,32 @@ from torch import Tensor
 import kernels.int8_matmul as module
 from kernels.int8_matmul import int8_matmul, int8_matmul_torch, int8_product, int8_product_torch
 from kernels.limits import MAX_REDUCTION
-from tests.kernels.inputs import FLOATS, LAYOUTS, aligned_block, contiguous, every_other, floats, generator, guard
-from tests.kernels.inputs import inner_block, int8s, kernel_test, layouts, narrowed, opaque, readable, transposed
-from tests.kernels.inputs import untouched
+from tests.kernels.inputs import (
+    FLOATS,
+    LAYOUTS,
+    aligned_block,
+    contiguous,
+    every_other,
+    floats,
+    generator,
+    guard,
+    inner_block,
+    int8s,
+    kernel_test,
+    layouts,
+    narrowed,
+    opaque,
+    readable,
+    transposed,
+    untouched,
+)
 
 # M, K, N
 SMALL_SHAPES = [
     (1, 1, 1), (1, 7, 13), (13, 1, 7), (7, 37, 1), (37, 63, 64), (64, 65, 63), (123, 300, 65), (300, 123, 37),
 ]  # fmt: skip
-# Less than a tile, an edge in every direction, several tiles, more rows of tiles than a group has; at the end those whose
-# tiles can be copied by descriptor, in the interpreter by 4 programs.
+# Less than a tile, an edge in every direction, several tiles, more rows of tiles than a group has; at the end those
+# whose tiles can be copied by descriptor, in the interpreter by 4 programs.
 SHAPES = [
     (1, 1, 1), (1, 7, 13), (13, 1, 7), (7, 300, 1), (37, 63, 64), (48, 64, 32), (130, 123, 37), (63, 300, 260),
     (300, 37, 130), (1100, 16, 130), (16, 16, 16), (300, 144, 400), (260, 400, 128),

@@ -22,9 +22,9 @@ from tests.kernels.inputs import LAYOUTS, generator, inner_block, int8s, kernel_
 from tests.kernels.update_inputs import (
     fenced,
     share,
+    some_layers,
     some_momentum,
     some_rng,
-    some_layers,
     some_weight,
     torch_backend,
     unharmed,

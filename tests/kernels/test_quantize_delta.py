@@ -9,10 +9,30 @@ from torch import Tensor
 
 from kernels import fuse
 from kernels.philox import DITHER_BITS, Stream, noise, words
-from kernels.quantize_delta import absmax, absmax_torch, largest_noted, measure_delta, measure_delta_torch, note_as
-from kernels.quantize_delta import quantize_delta, quantize_delta_torch, quantize_delta_twice, with_largest
-from tests.kernels.inputs import FLOATS, floats, generator, guard, inner_block, kernel_test, layouts, opaque, readable
-from tests.kernels.inputs import untouched
+from kernels.quantize_delta import (
+    absmax,
+    absmax_torch,
+    largest_noted,
+    measure_delta,
+    measure_delta_torch,
+    note_as,
+    quantize_delta,
+    quantize_delta_torch,
+    quantize_delta_twice,
+    with_largest,
+)
+from tests.kernels.inputs import (
+    FLOATS,
+    floats,
+    generator,
+    guard,
+    inner_block,
+    kernel_test,
+    layouts,
+    opaque,
+    readable,
+    untouched,
+)
 
 SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
 SHORT = [(1, 1), (13, 37), (63, 123)]

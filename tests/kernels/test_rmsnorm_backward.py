@@ -9,8 +9,21 @@ import torch
 from kernels.quantize_delta import largest_noted
 from kernels.rmsnorm_backward import rmsnorm_backward, rmsnorm_backward_torch
 from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
-from tests.kernels.inputs import FLOATS, equal, floats, generator, guard, inner_block, int8s, int32s, kernel_test
-from tests.kernels.inputs import layouts, opaque, readable, untouched
+from tests.kernels.inputs import (
+    FLOATS,
+    equal,
+    floats,
+    generator,
+    guard,
+    inner_block,
+    int8s,
+    int32s,
+    kernel_test,
+    layouts,
+    opaque,
+    readable,
+    untouched,
+)
 
 SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
 SHORT = [(1, 1), (13, 37), (63, 123)]

@@ -8,8 +8,18 @@ import torch
 
 from kernels import fuse
 from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
-from tests.kernels.inputs import FLOATS, equal, floats, guard, inner_block, kernel_test, layouts, opaque, readable
-from tests.kernels.inputs import untouched
+from tests.kernels.inputs import (
+    FLOATS,
+    equal,
+    floats,
+    guard,
+    inner_block,
+    kernel_test,
+    layouts,
+    opaque,
+    readable,
+    untouched,
+)
 
 SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
 SHORT = [(1, 1), (13, 37), (63, 123)]

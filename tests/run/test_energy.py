@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gft.layers import IntEmbedding, IntLinear
+from kernels.scores import orthogonalise
+from model import ModelConfig, Transformer, make_net
 from run import energy
 from run.config import Config
 from run.energy import Counts, count, count_net, per_million, picojoules, summary
-from gft.layers import IntEmbedding, IntLinear
 from run.meter import Reading
 from run.workload import Attention, Layer, Net, Recipe, describe, mlp, transformer
-from kernels.scores import orthogonalise
-from model import ModelConfig, Transformer, make_net
 
 SMALL = Config(n_layer=2, n_head=2, d_model=32, context=16, batch_size=4)
 
