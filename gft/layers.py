@@ -31,6 +31,7 @@ from kernels.philox import make_rng
 from kernels.quantize_delta import (
     absmax,
     largest_noted,
+    largest_of_bits,
     measure_delta,
     note_as,
     quantize_delta,
@@ -62,7 +63,7 @@ def owner_of(weight: Tensor) -> "IntLayer":
 @dataclass(frozen=True)
 class Delta:
     """How delta becomes int8: `kind` "int8" or "sign" is what enters the votes; `scale` "step" takes its largest value
-    now, "delayed" that of the last `DELAY` steps; `bits` from 2 to 8 are its levels, in a byte however few."""
+    now, "delayed" that of the last `DELAY` steps; `bits` from 2 to 8 are those of its grid, in a byte however few."""
 
     kind: str = "int8"
     scale: str = "step"
@@ -75,11 +76,6 @@ class Delta:
                 f"Delta: got kind {self.kind!r}, scale {self.scale!r}, bits {self.bits}; kind is int8 or sign, scale "
                 "step or delayed, bits 2 to 8"
             )
-
-    @property
-    def levels(self) -> int:
-        """The largest value on the grid."""
-        return 2 ** (self.bits - 1) - 1
 
 
 class IntLayer(nn.Module):
@@ -188,7 +184,7 @@ class IntLayer(nn.Module):
 
     def _voting(self) -> tuple:
         """What a backward pass needs of this layer to vote: tensors that it changes, then settings."""
-        about_delta = (self.delta.kind, self.delta.levels, self.first_column)
+        about_delta = (self.delta.kind, self.delta.bits, self.first_column)
         reading = (self.bits, self.keep_bits, self.threshold)
         scales = self.scale, self.votes_scale, self.scratch, self.delta_history
         return self.rng, self.votes, scales, self.learning, about_delta, self.place, reading
@@ -295,7 +291,7 @@ def _to_int8(
     `by_columns`: how the votes will be read.
     """
     noted, delta = largest_noted(delta), delta.reshape(-1, delta.shape[-1])
-    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, levels, first_column), place, _ = voting
+    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, bits, first_column), place, _ = voting
     wait_for(rng)  # if this layer was used twice, and votes of one use are still being summed
     quantize = quantize_delta_twice if by_columns else _quantize_once
     if place is not None:
@@ -304,12 +300,12 @@ def _to_int8(
         # The largest of each part, or of each rank, has the same scale as the whole.
         whole = delta if noted is None else noted[None]
         whole = whole if place is None else max_over_ranks(absmax(whole), place.handle).view(1, 1)
-        measured = measure_delta(whole, scale, votes_scale, scratch, levels)
-        d, voter = quantize(delta, measured[0], rng, first_column, levels)
+        measured = measure_delta(whole, scale, votes_scale, scratch, largest_of_bits(bits))
+        d, voter = quantize(delta, measured[0], rng, first_column, bits)
         scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
     else:
-        sigma = delayed_sigma(delta, delta_history, levels)
-        d, voter = quantize(delta, sigma, rng, first_column, levels)
+        sigma = delayed_sigma(delta, delta_history, largest_of_bits(bits))
+        d, voter = quantize(delta, sigma, rng, first_column, bits)
         scaled, ratios = scale * sigma, ()
     voter = torch.sign(delta).to(torch.int8) if kind == "sign" else voter
     if delta_history is not None:  # the first step only measures

@@ -1,6 +1,9 @@
 """Delta to int8 on one scale, rounded up or down at random.
 
-    D = clip(floor(delta / sigma + u), -levels, levels),   sigma = max|delta| / levels
+    D = clip(floor(delta / (sigma t) + u), -L, L) t        sigma = max|delta| / (L 2^(8 - bits)),   L = 2^(bits - 1) - 1
+
+With 8 bits L is 127 and t 1. With fewer, each `GROUP` values of a row share t, the smallest power of two from 1 to
+2^(8 - bits) with which they fit: bits and a quarter of a bit each, kept in a byte, so that D is exact in int8 products.
 
 u in [0, 1) is `philox.dither` of one word for the row and one for the column: word rng[2] + t of stream ROWS for row t,
 word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], step = rng[1]).
@@ -27,6 +30,7 @@ TINY = torch.finfo(torch.float32).tiny
 BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
 SQUARE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # where D is written by columns too
 NOISE_BLOCK = 256
+GROUP = 32  # values of a row that share a power of two
 
 
 # The torch references
@@ -49,14 +53,33 @@ def measure_delta_torch(delta: Tensor, scale: Tensor, votes_scale: Tensor, level
     return measured
 
 
+def largest_of_bits(bits: int) -> int:
+    """The largest |D|: 127 for 8 bits, 112 for 4."""
+    return (2 ** (bits - 1) - 1) << (8 - bits)
+
+
+def _powers(scaled: Tensor, bits: int) -> Tensor:
+    """t of each value: float32 (T, n), for delta / sigma float32 (T, n)."""
+    columns, limit = scaled.shape[1], 2 ** (bits - 1) - 1
+    groups = torch.nn.functional.pad(scaled.abs(), (0, -columns % GROUP)).unflatten(1, (-1, GROUP)).amax(dim=2)
+    powers = torch.ones_like(groups)
+    for shift in range(8 - bits):
+        powers = torch.where(groups > limit << shift, 2.0 ** (shift + 1), powers)
+    return powers.repeat_interleave(GROUP, dim=1)[:, :columns]
+
+
 @fused
 def quantize_delta_torch(
-    delta: Tensor, sigma: Tensor, row_noise: Tensor, col_noise: Tensor, levels: int = 127
+    delta: Tensor, sigma: Tensor, row_noise: Tensor, col_noise: Tensor, bits: int = 8
 ) -> Tensor:
     """`quantize_delta` in torch, from int32 noise (T, 1) and (n,)."""
     inverse = torch.where(sigma > SMALLEST_SCALE, 1.0 / sigma, 0.0)
-    rounded = (delta.to(torch.float32) * inverse).add_(dither(row_noise, col_noise)).floor_()
-    return rounded.clamp_(-levels, levels).to(torch.int8)
+    scaled, limit = delta.to(torch.float32) * inverse, 2 ** (bits - 1) - 1
+    if bits == 8:
+        return scaled.add_(dither(row_noise, col_noise)).floor_().clamp_(-limit, limit).to(torch.int8)
+    powers = _powers(scaled, bits)
+    rounded = (scaled / powers).add_(dither(row_noise, col_noise)).floor_()
+    return rounded.clamp_(-limit, limit).mul_(powers).to(torch.int8)
 
 
 # The kernels
@@ -131,15 +154,25 @@ def _noise_kernel(
 
 @jit
 def _quantize_delta_kernel(
-    delta, sigma, noise, d_int8, d_turned, rows, columns, delta_row, delta_column, sigma_row, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    delta, sigma, noise, d_int8, d_turned, rows, columns, delta_row, delta_column, sigma_row, BITS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS elements, by rows and, if there is a d_turned, to that by columns."""
     value, row, column, mask = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
     row_noise = tl.load(noise + row, mask=row < rows, other=0)
     col_noise = tl.load(noise + rows + column, mask=column < columns, other=0)
-    q = rounded_down(mul_rn(value, inverse) + dither_at(row_noise, col_noise), LEVELS)
+    scaled, LIMIT = mul_rn(value, inverse), tl.constexpr(2 ** (BITS - 1) - 1)
+    if BITS == 8:
+        q = rounded_down(scaled + dither_at(row_noise, col_noise), LIMIT)
+    else:
+        most = tl.max(tl.abs(tl.reshape(scaled, (ROWS, COLUMNS // GROUP, GROUP))), axis=2)
+        shift = tl.zeros(most.shape, tl.int32)
+        for i in tl.static_range(8 - BITS):
+            shift = tl.where(most > (LIMIT << i), i + 1, shift)
+        shift = tl.broadcast_to(shift[:, :, None], (ROWS, COLUMNS // GROUP, GROUP)).reshape(ROWS, COLUMNS)
+        share = ((127 - shift) << 23).to(tl.float32, bitcast=True)  # 2^-shift
+        q = rounded_down(mul_rn(scaled, share) + dither_at(row_noise, col_noise), LIMIT) << shift
     tl.store(d_int8 + row * columns + column, q.to(tl.int8), mask=mask)
     if d_turned is not None:
         tl.store(d_turned + tl.trans(column) * rows + tl.trans(row), tl.trans(q.to(tl.int8)), mask=tl.trans(mask))
@@ -181,7 +214,7 @@ def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: T
 
 
 def _launch_quantize_delta(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int, d_turned: Tensor | None
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int, d_turned: Tensor | None
 ) -> Tensor:
     rows, columns = delta.shape
     d_int8 = torch.empty((rows, columns), dtype=torch.int8, device=delta.device)
@@ -208,23 +241,24 @@ def _launch_quantize_delta(
         delta_row=delta.stride(0),
         delta_column=delta.stride(1),
         sigma_row=sigma.stride(0) if sigma.numel() > 1 else 0,
-        LEVELS=levels,
+        BITS=bits,
+        GROUP=GROUP,
         **block,
     )
     return d_int8
 
 
 @operator("quantize_delta")
-def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int) -> Tensor:
-    return _launch_quantize_delta(delta, sigma, rng, first_column, levels, None)
+def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int) -> Tensor:
+    return _launch_quantize_delta(delta, sigma, rng, first_column, bits, None)
 
 
 @operator("quantize_delta_twice")
 def _quantize_delta_twice(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     turned = torch.empty((delta.shape[1], delta.shape[0]), dtype=torch.int8, device=delta.device)
-    return _launch_quantize_delta(delta, sigma, rng, first_column, levels, turned), turned
+    return _launch_quantize_delta(delta, sigma, rng, first_column, bits, turned), turned
 
 
 def with_largest(delta: Tensor, largest: Tensor) -> Tensor:
@@ -282,33 +316,33 @@ def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Te
     return _measure_delta(delta, scale, votes_scale, scratch, levels)
 
 
-def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127) -> Tensor:
+def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8) -> Tensor:
     """delta / sigma rounded up or down at random.
 
     delta float (T, n) of any stride, sigma float32 () for the tensor or (T, 1) for each row, rng int64 (3,) = [seed,
-    step, rows seen in this step]; the layer's columns of noise begin at first_column. Returns D int8 (T, n), clipped to
-    [-levels, levels], 0 where sigma is 0. Raises ValueError on other shapes or types.
+    step, rows seen in this step]; the layer's columns of noise begin at first_column; bits from 2 to 8. Returns D int8
+    (T, n), clipped to `largest_of_bits`, 0 where sigma is 0. Raises ValueError on other shapes or types.
     """
-    _check(delta, sigma, rng, levels)
+    _check(delta, sigma, rng, bits)
     if not on_triton(delta):
         row_noise, col_noise = noise(rng, delta.shape[0], first_column, delta.shape[1])
-        return quantize_delta_torch(delta, sigma, row_noise, col_noise, levels)
-    return _quantize_delta(delta, sigma, rng, first_column, levels)
+        return quantize_delta_torch(delta, sigma, row_noise, col_noise, bits)
+    return _quantize_delta(delta, sigma, rng, first_column, bits)
 
 
 def quantize_delta_twice(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127
+    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8
 ) -> tuple[Tensor, Tensor]:
     """`quantize_delta`, and the same D as `accumulate_votes` reads it fastest: on a GPU a copy by columns."""
     if not on_triton(delta):
-        d = quantize_delta(delta, sigma, rng, first_column, levels)
+        d = quantize_delta(delta, sigma, rng, first_column, bits)
         return d, d
-    _check(delta, sigma, rng, levels)
-    d, turned = _quantize_delta_twice(delta, sigma, rng, first_column, levels)
+    _check(delta, sigma, rng, bits)
+    d, turned = _quantize_delta_twice(delta, sigma, rng, first_column, bits)
     return d, turned.t()
 
 
-def _check(delta: Tensor, sigma: Tensor, rng: Tensor, levels: int) -> None:
+def _check(delta: Tensor, sigma: Tensor, rng: Tensor, bits: int) -> None:
     check_rows("quantize_delta", delta)
     if sigma.numel() != 1 and sigma.shape != (delta.shape[0], 1):
         raise ValueError(
@@ -316,8 +350,8 @@ def _check(delta: Tensor, sigma: Tensor, rng: Tensor, levels: int) -> None:
         )
     if rng.shape != (3,) or rng.dtype != torch.int64:
         raise ValueError(f"quantize_delta: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
-    if not 1 <= levels <= 127:
-        raise ValueError(f"quantize_delta: got levels {levels}; it is 1 to 127")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize_delta: got bits {bits}; they are 2 to 8")
 
 
 def launch_configs() -> list[LaunchConfig]:
@@ -342,9 +376,11 @@ def launch_configs() -> list[LaunchConfig]:
             name = "measure_delta noted"
             found.append(LaunchConfig(name, _measure_delta_kernel, signature, row, row_warps, exact=True))
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
-        constants = constants | {"sigma_row": 0, "LEVELS": 127, "d_turned": None}
+        constants = constants | {"sigma_row": 0, "BITS": 8, "GROUP": GROUP, "d_turned": None}
         name = f"quantize_delta {float_}"
         found.append(LaunchConfig(name, _quantize_delta_kernel, signature, constants, warps, exact=True))
+        few = constants | {"BITS": 4}
+        found.append(LaunchConfig(f"{name} 4 bits", _quantize_delta_kernel, signature, few, warps, exact=True))
         signature, name = signature | {"d_turned": "*i8"}, f"quantize_delta_twice {float_}"
         constants = {key: value for key, value in (constants | SQUARE).items() if key not in ("d_turned", "num_warps")}
         found.append(LaunchConfig(

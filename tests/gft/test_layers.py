@@ -219,7 +219,7 @@ def test_sign_of_delta_votes_and_delta_goes_on_in_int8(seen):
 
 
 @pytest.mark.parametrize("scale", ["step", "delayed"])
-def test_delta_of_few_bits_has_few_levels(scale, seen):
+def test_delta_of_few_bits_has_few_values_a_row(scale, seen):
     layer = IntLinear(8, 4, delta=Delta(scale=scale, bits=3))
     opt = optimizer(layer)
     for step in range(2):
@@ -227,13 +227,13 @@ def test_delta_of_few_bits_has_few_levels(scale, seen):
         layer(randn(64, 8, seed=step)).backward(delta)
         d, sigma = seen[-1]
         if step:
-            values = set(d.unique().tolist())
-            assert values == set(range(-3, 4)) if scale == "step" else {-1, 0, 1} <= values <= set(range(-3, 4))
-            assert (d - delta / sigma).abs().max() < 1
+            powers = [2**shift for shift in range(6)]
+            assert all(any((row % t == 0).all() and row.abs().max() <= 3 * t for t in powers) for row in d)
+            assert d.unique().numel() > 9 and (d - delta / sigma).abs().max() < 32
         opt.step()
 
 
-@pytest.mark.parametrize("bits, levels", [(8, 127), (3, 3)])
+@pytest.mark.parametrize("bits, levels", [(8, 127), (3, 96)])
 def test_delayed_scale_is_twice_the_largest_of_sixteen_steps(bits, levels, seen):
     """The first step scales every row by itself and does not vote; a later outlier is clipped."""
     layer = IntLinear(8, 4, delta=Delta(scale="delayed", bits=bits))
@@ -250,7 +250,8 @@ def test_delayed_scale_is_twice_the_largest_of_sixteen_steps(bits, levels, seen)
         else:
             wanted = 2 * max(largest[max(step - 16, 0) : step]) / levels
             torch.testing.assert_close(sigma, torch.full_like(sigma, wanted))
-            torch.testing.assert_close(d.double(), (delta / wanted).double().clamp(-levels, levels), rtol=0, atol=1)
+            clipped, t = (delta / wanted).double().clamp(-levels, levels), 1 if bits == 8 else 32
+            torch.testing.assert_close(d.double(), clipped, rtol=0, atol=t)
             assert torch.equal(layer.votes.long(), d.long().T @ seen.grids[-1].long())
         opt.step()
 

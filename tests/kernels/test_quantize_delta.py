@@ -13,6 +13,7 @@ from kernels.quantize_delta import (
     absmax,
     absmax_torch,
     largest_noted,
+    largest_of_bits,
     measure_delta,
     measure_delta_torch,
     note_as,
@@ -49,9 +50,20 @@ def rng_at(rows_seen: int = ROWS_SEEN, step: int = STEP, device: torch.device | 
     return torch.tensor([SEED, step, rows_seen], device=device)
 
 
-def scale_of(delta: Tensor, per_row: bool = False, levels: int = 127) -> Tensor:
+def scale_of(delta: Tensor, per_row: bool = False, bits: int = 8) -> Tensor:
     largest = delta.float().abs()
-    return (largest.amax(dim=1, keepdim=True) if per_row else largest.max()) / levels
+    return (largest.amax(dim=1, keepdim=True) if per_row else largest.max()) / largest_of_bits(bits)
+
+
+def powers_of(scaled: Tensor, bits: int) -> Tensor:
+    """t of each value, number by number: the smallest of 1, 2, 4, ... with which its 32 neighbours fit."""
+    found, limit = torch.ones_like(scaled), 2 ** (bits - 1) - 1
+    for first in range(0, scaled.shape[1], 32):
+        for row in range(len(scaled)):
+            part = slice(first, first + 32)
+            while scaled[row, part].abs().max() > limit * found[row, first] and found[row, first] < 2 ** (8 - bits):
+                found[row, part] *= 2
+    return found
 
 
 # The torch reference
@@ -59,34 +71,44 @@ def scale_of(delta: Tensor, per_row: bool = False, levels: int = 127) -> Tensor:
 
 @layouts
 @per_row
-@pytest.mark.parametrize("levels", [127, 7, 1])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (7, 13), (37, 123), (64, 64), (65, 63)], ids=readable)
-def test_reference_against_float64(shape, levels, per_row, layout):
+def test_reference_against_float64(shape, bits, per_row, layout):
     """The noise taken from Philox word by word, as the documentation says."""
     delta = torch.randn(shape, generator=generator(*shape)) ** 3
     assert absmax(layout(delta)).item() == max(abs(value) for row in delta.tolist() for value in row)
-    sigma = scale_of(delta, per_row, levels)
-    d = quantize_delta(layout(delta), sigma, rng_at(), FIRST_COLUMN, levels)
+    sigma = scale_of(delta, per_row, bits)
+    d = quantize_delta(layout(delta), sigma, rng_at(), FIRST_COLUMN, bits)
     row = torch.from_numpy(words(SEED, STEP, Stream.ROWS, shape[0], ROWS_SEEN).astype("int64")) >> 32 - DITHER_BITS
     column = torch.from_numpy(words(SEED, STEP, Stream.COLUMNS, shape[1], FIRST_COLUMN).astype("int64"))
     u = ((row[:, None] + (column >> 32 - DITHER_BITS)) % 2**DITHER_BITS).double() / 2**DITHER_BITS
-    exact = delta.double() / sigma.double() + u
+    t, limit = powers_of(delta * (1.0 / sigma), bits), 2 ** (bits - 1) - 1
+    exact = delta.double() / sigma.double() / t + u
     near = (exact - exact.round()).abs() < 1e-4
-    expected = exact.floor().clamp(-levels, levels)
+    expected = exact.floor().clamp(-limit, limit) * t
     assert d.dtype == torch.int8
-    assert ((d == expected) | (near & ((d - expected).abs() <= 1))).all()
+    assert ((d == expected) | (near & ((d - expected).abs() <= t))).all()
 
 
 def test_reference_never_exceeds_its_levels():
     delta = torch.tensor([[1.0, -1.0, 0.5, 0.0]]).repeat(2**12, 1) * 0.1234567
     top = torch.full((2**12, 1), 2**DITHER_BITS - 1, dtype=torch.int32)
     none = torch.zeros(4, dtype=torch.int32)
-    for levels in (127, 7):
-        for divisor in (levels, 4 * levels):  # the second as a delayed scale that came out small
+    for bits in (8, 4):
+        largest, t = largest_of_bits(bits), 2 ** (8 - bits)
+        for divisor in (largest, 4 * largest):  # the second as a delayed scale that came out small
             for rows in (noise(rng_at(), 2**12, 0, 4)[0], top, top * 0):
-                d = quantize_delta_torch(delta, absmax(delta) / divisor, rows, none, levels).int()
-                assert d.abs().max() <= levels and (d[:, 0] >= levels - 1).all()
-                assert (d[:, 1] <= 1 - levels).all() and (d[:, 3] == 0).all()
+                d = quantize_delta_torch(delta, absmax(delta) / divisor, rows, none, bits).int()
+                assert d.abs().max() <= largest and (d[:, 0] >= largest - t).all() and (d % t == 0).all()
+                assert (d[:, 1] <= t - largest).all() and (d[:, 3] == 0).all()
+
+
+def test_few_bits_follow_their_neighbours():
+    """A large value costs only the 31 beside it their small digits."""
+    delta = torch.full((1, 64), 1.0)
+    delta[0, 0] = 112.0
+    d = quantize_delta_torch(delta, torch.tensor(1.0), *noise(rng_at(), 1, 0, 64), 4)
+    assert d[0, 0] == 112 and set(d[0, 1:32].tolist()) <= {0, 16} and (d[0, 32:] == 1).all()
 
 
 def test_reference_with_a_scale_of_zero():
@@ -146,8 +168,8 @@ def test_absmax_refuses_an_empty_tensor():
 # The kernels
 
 
-def reference(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, levels: int = 127) -> Tensor:
-    return quantize_delta_torch(delta, sigma, *noise(rng, delta.shape[0], first_column, delta.shape[1]), levels)
+def reference(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8) -> Tensor:
+    return quantize_delta_torch(delta, sigma, *noise(rng, delta.shape[0], first_column, delta.shape[1]), bits)
 
 
 @kernel_test
@@ -222,11 +244,11 @@ def test_measure_delta_hands_on_what_is_not_finite(device):
 @per_row
 def test_kernel(shape, dtype, per_row, device):
     delta, rng = floats(*shape, device, dtype), rng_at(device=device)
-    for levels in (127, 7):
-        sigma = scale_of(delta, per_row, levels)
-        d = quantize_delta(delta, sigma, rng, FIRST_COLUMN, levels)
+    for bits in (8, 4, 2):
+        sigma = scale_of(delta, per_row, bits)
+        d = quantize_delta(delta, sigma, rng, FIRST_COLUMN, bits)
         assert d.dtype == torch.int8 and d.is_contiguous()
-        assert torch.equal(d, reference(delta, sigma, rng, FIRST_COLUMN, levels))
+        assert torch.equal(d, reference(delta, sigma, rng, FIRST_COLUMN, bits))
 
 
 @kernel_test
@@ -342,8 +364,8 @@ def test_refusals(device):
     for bad in (rng[:2], rng.int()):
         with pytest.raises(ValueError, match=r"it is torch.int64 \(3,\)"):
             quantize_delta(x, one, bad, 0)
-    for levels in (0, 128):
-        with pytest.raises(ValueError, match="it is 1 to 127"):
-            quantize_delta(x, one, rng, 0, levels)
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match="they are 2 to 8"):
+            quantize_delta(x, one, rng, 0, bits)
     with pytest.raises(ValueError, match="at least one element"):
         absmax(x[:0])
