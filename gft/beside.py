@@ -14,7 +14,7 @@ import torch
 LAG = 1
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_under_way: list[tuple[torch.cuda.Event, Any]] = []  # when each call is done, and what it reads
+_under_way: dict[torch.device, list[tuple[torch.cuda.Event, Any]]] = {}  # when each call is done, and what it reads
 
 
 def beside(device: torch.device, function: Callable[..., None], *arguments: Any, in_backward: bool = False) -> None:
@@ -25,25 +25,40 @@ def beside(device: torch.device, function: Callable[..., None], *arguments: Any,
     if device.type != "cuda" or torch.compiler.is_compiling():
         function(*arguments)
         return
-    if in_backward:
+    if in_backward:  # if it ends in an error nothing is called, and the optimizer waits
         torch.autograd.Variable._execution_engine.queue_callback(wait)
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device], _under_way[device] = torch.cuda.Stream(device), []
     stream = _streams[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         function(*arguments)
-    _under_way.append((stream.record_event(), arguments))
-    wait(LAG)
+    _under_way[device].append((stream.record_event(), arguments))
+    _wait(device, LAG)
 
 
-def wait(but: int = 0) -> None:
-    """Let the current stream wait for all calls `but` the newest so many."""
-    while len(_under_way) > but:
-        _under_way.pop(0)[0].wait()
+def _wait(device: torch.device, but: int = 0) -> None:
+    calls = _under_way[device]
+    while len(calls) > but:
+        calls[0][0].wait(torch.cuda.current_stream(device))
+        del calls[0]
+
+
+def wait() -> None:
+    """Let the current stream of each device wait for all calls."""
+    for device in _under_way:
+        _wait(device)
 
 
 def wait_for(tensor: torch.Tensor) -> None:
     """Let the current stream wait if a call that has `tensor` among its arguments is under way."""
-    if any(tensor is argument for _, arguments in _under_way for argument in arguments):
-        wait()
+    if torch.compiler.is_compiling() or not tensor.is_cuda:
+        return
+    if any(tensor is argument for _, arguments in _under_way.get(tensor.device, ()) for argument in arguments):
+        _wait(tensor.device)
+
+
+def forget() -> None:
+    """Drop calls that will never be made, as those of a CUDA graph whose recording failed."""
+    for calls in _under_way.values():
+        calls.clear()

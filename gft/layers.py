@@ -367,20 +367,20 @@ class _IntLinearFunction(torch.autograd.Function):
         return (y, x.view_as(x)) if fork else y
 
     @staticmethod
-    def backward(ctx, delta, beside=None):
+    def backward(ctx, delta, forked=None):
         flat, x_int8, inv_rms = ctx.saved_tensors
         weight = read_weight(ctx.weight, *ctx.voting[-1])
         d, voter, scaled, ratios = _to_int8(delta, ctx.voting, by_columns=True)
         delta_x = None
         if ctx.needs_input_grad[0]:
-            if beside is not None:
-                beside = beside.reshape(flat.shape).to(flat.dtype)
+            if forked is not None:
+                forked = forked.reshape(flat.shape).to(flat.dtype)
             if flat.dtype in HALVES:
                 # delta_x^ in 16 bits: D int8 (T, out) times W int8 (out, in), summed in int32, scaled, rounded once
                 product, factor = int8_matmul(d, weight.t(), scaled, None, flat.dtype), None
             else:
                 product, factor = int8_product(d, weight), scaled  # int32 (T, in), exact
-            rows = rmsnorm_backward(product, factor, flat, inv_rms, ctx.squared_relu, beside)
+            rows = rmsnorm_backward(product, factor, flat, inv_rms, ctx.squared_relu, forked)
             delta_x = rows.view(ctx.shape).to(ctx.dtype)
             if ctx.dtype == rows.dtype:
                 note_as(delta_x, rows)

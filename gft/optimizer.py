@@ -171,6 +171,7 @@ class FlipOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_usable()
         self._match_momentum()
+        wait()  # for votes of a backward pass that ended in an error
         if self.exchange is not None:
             self._agree()
             self.exchange.collect()
@@ -178,10 +179,10 @@ class FlipOptimizer(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             if group["update"] == "step":
                 k = self._share(group["lr"])
-                for place, stack in enumerate(self.stacks):
-                    if stack.group == number and place % 2:
+                for place, stack in enumerate(stack for stack in self.stacks if stack.group == number):
+                    if place % 2:
                         beside(k.device, self._flip, stack, k, stop)  # two stacks at a time
-                    elif stack.group == number:
+                    else:
                         self._flip(stack, k, stop)
                 wait()
         if self.exchange is not None:
@@ -231,7 +232,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
         weight, *momentum = stacked if rule.momentum else (*stacked, None, None)
         flip(votes, weight, k, layers[0].rng, stack.numbers, stop, rule, *momentum, stack.flips)
-        if len(layers) > 1:  # the stacks are copies
+        if len(layers) > 1:  # the stacks of what changes are copies
             for tensors, changed in zip(changing, stacked, strict=True):
                 torch._foreach_copy_(tensors, list(changed.unbind()))
 
@@ -239,6 +240,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         """Drop votes of backward passes that no step has used; `set_to_none` is torch's and changes nothing."""
         if self.exchange is not None:
             self.exchange.drop()
+        wait()
         _clear(self.layers)
         if newest := [layer.delta_history[0] for layer in self.layers if layer.delta_history is not None]:
             torch._foreach_zero_(newest)
@@ -318,7 +320,8 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return first[None]
     places = [i * first.numel() for i in range(len(tensors))]
-    if base is not None and all(t._base is base for t in tensors) and [t.storage_offset() for t in tensors] == places:
+    rows = base is not None and len(base) == len(tensors) and all(t._base is base for t in tensors)
+    if rows and [t.storage_offset() for t in tensors] == places:
         return base
     return torch.stack(tensors)
 

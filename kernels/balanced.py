@@ -24,7 +24,7 @@ from kernels.fuse import fused
 SINKHORN_ROUNDS = 3
 TINY = 1e-20
 MAX_COLUMNS = 8192
-WARPS = 16  # of the strips' programs on a processor: all of them run at once, so none is left to run alone
+WARPS = 16  # of one matrix' strips on a processor: all of them run at once, so none is left to run alone
 SUMS = {"STRIPS": 256, "COLUMNS": 16, "num_warps": 8}  # a block of the strips' sums of squares
 
 
@@ -128,7 +128,8 @@ def _balanced(votes: Tensor) -> Tensor:
     """`balanced` by the kernels: contiguous votes (L, out, in)."""
     count, out, inner = votes.shape
     blocks = _blocks(inner)
-    programs = triton.cdiv(processors(votes) * WARPS, blocks["num_warps"] * count)  # for each matrix
+    # For each matrix, however many are stacked: the strips give sums their order.
+    programs = triton.cdiv(processors(votes) * WARPS, blocks["num_warps"])
     strip = triton.cdiv(out, programs * blocks["ROWS"]) * blocks["ROWS"]
     strips = triton.cdiv(out, strip)
     scores = torch.empty(votes.shape, dtype=torch.float32, device=votes.device)

@@ -185,6 +185,12 @@ class _CrossEntropyFunction(torch.autograd.Function):
         return with_largest(delta, largest), None
 
 
+def _made_by_a_layer(logits: Tensor) -> bool:
+    """Not so are leaves and their views: these are someone's parameters, and must not be written over."""
+    base = logits if logits._base is None else logits._base
+    return logits.grad_fn is not None and not (base.is_leaf and base.requires_grad)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over rows, nats, float32 (): logits float (..., V), targets int64 (...).
 
@@ -193,7 +199,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     In Triton, where the logits have a backward pass of their own and nothing compiles, *the backward pass writes their
     gradient over the logits*: read nothing from them afterwards. A later backward pass that needs them, a second one of
     this loss, or one with create_graph raises RuntimeError. `with_largest` goes with the gradient. A target outside
-    0 .. V - 1 makes the loss NaN there. Raises ValueError on other shapes or types, or an empty batch.
+    0 .. V - 1 makes the loss NaN there; torch leaves -100 out, and refuses others. Raises ValueError on other shapes or types, or an empty batch.
     """
     if logits.dim() < 2 or logits.shape[:-1] != targets.shape or logits.numel() == 0:
         raise ValueError(f"cross_entropy: got logits {tuple(logits.shape)} and targets {tuple(targets.shape)}; "
@@ -201,8 +207,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype not in FLOATS or targets.dtype != torch.int64:
         raise ValueError(f"cross_entropy: got logits {logits.dtype} and targets {targets.dtype}; logits are float32, "
                          "float16 or bfloat16, targets int64")  # fmt: skip
-    # Leaves, which have no backward pass of their own, are someone's parameters: they are not written over.
-    if torch.compiler.is_compiling() or not on_triton(logits) or logits.grad_fn is None:
+    if torch.compiler.is_compiling() or not on_triton(logits) or not _made_by_a_layer(logits):
         return cross_entropy_torch(logits, targets)
     return _CrossEntropyFunction.apply(logits.contiguous(), targets.flatten())
 

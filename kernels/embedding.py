@@ -172,6 +172,8 @@ def accumulate_embedding_votes(
             f"accumulate_embedding_votes: {d.shape[0]} rows can overflow int32, which holds {MOST_ROWS}; "
             "use int64 votes"
         )
+    if old_ratio is not None and not votes.is_contiguous():
+        raise ValueError("accumulate_embedding_votes: got ratios and votes with gaps; with ratios they are contiguous")
     new = None if old_ratio is None else torch.zeros_like(votes)
     if on_triton(d):
         _accumulate_embedding_votes(d, tokens, votes, new, old_ratio)

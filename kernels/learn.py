@@ -31,7 +31,13 @@ from kernels.update_rule import (
 )
 from kernels.votes import accumulate_votes, votes_block, votes_torch
 
-LAUNCH = {"TOKENS": 128, "num_warps": 4, "num_stages": 4}  # tokens of one step through the operands
+
+
+def launch_of(side: int) -> dict[str, int]:
+    """Tokens of one step through the operands, num_warps and num_stages, for tiles of this side."""
+    if side == 128:  # four times the registers
+        return {"TOKENS": 64, "num_warps": 8, "num_stages": 2}
+    return {"TOKENS": 128, "num_warps": 4, "num_stages": 4}
 
 
 def learn_torch(
@@ -125,7 +131,7 @@ def learn(
         MOMENTUM=momentum is not None,
         SIDE=side,
         enable_fp_fusion=False,
-        **LAUNCH,
+        **launch_of(side),
     )
     return flips
 
@@ -165,5 +171,5 @@ def learn_in_backward(
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check learn` compiles: the rules, with and without momentum."""
-    constants = {"TOKENS": LAUNCH["TOKENS"], "d_row": 1, "x_row": 1}
-    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants, LAUNCH)
+    constants = {"TOKENS": launch_of(64)["TOKENS"], "d_row": 1, "x_row": 1}
+    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants, launch_of(64))

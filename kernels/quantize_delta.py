@@ -264,7 +264,8 @@ def _quantize_delta_twice(
 def with_largest(delta: Tensor, largest: Tensor) -> Tensor:
     """delta, with the largest |delta| of each part of it noted for whoever puts it on a grid: float32 (parts,).
 
-    The note goes with this tensor alone, not with a view or a copy, and is void once delta is changed in place.
+    The note goes with this tensor alone, not with a view or a copy, and is void once delta is changed in place. Torch
+    does not count changes through `.data` or by a collective: hand on a copy after those.
     """
     if not torch.compiler.is_compiling():
         delta.largest = (largest, delta._version)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from gft.beside import forget
 from run.config import Config
 
 WARM_UP = 3  # steps that run as written first: they compile, and make what optimizers keep
@@ -65,4 +66,5 @@ class StepGraph:
             self.graph = graph
         except RuntimeError as error:
             self.wanted = False
+            forget()
             print(f"note: steps are no CUDA graph, since recording one failed: {str(error).splitlines()[0][:200]}")

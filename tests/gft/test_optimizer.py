@@ -807,3 +807,15 @@ def test_settings_come_with_a_state(saved):
     late.load_state_dict(opt.state_dict())
     assert late.votes_bytes() == opt.votes_bytes() and late.flips() == 0
     assert train(net, opt, 2, 5) == train(other, late, 2, 5) and same(weights(net), weights(other))
+
+
+def test_two_optimizers_may_share_layers():
+    """Votes lie in the buffer of the newer one, which has more layers than the older one asks for."""
+    layers = [IntLinear(64, 64, seed=i) for i in range(3)]
+    older = FlipOptimizer([layer.weight for layer in layers[:2]], rule="gain")
+    FlipOptimizer([layer.weight for layer in layers], rule="gain")
+    before = [layer.weight.clone() for layer in layers]
+    nn.Sequential(*layers)(torch.randn(32, 64)).sum().backward()
+    older.step()
+    changed = [not torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True)]
+    assert changed == [True, True, False]

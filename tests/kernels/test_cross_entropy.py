@@ -282,3 +282,13 @@ def test_refusals(device):
     for logits, wanted in ((given.double(), targets), (given, targets.int())):
         with pytest.raises(ValueError, match="logits are float32, float16 or bfloat16, targets int64"):
             cross_entropy(logits, wanted)
+
+
+@kernel_test
+def test_a_view_of_a_parameter_is_left_alone(device):
+    parameter = torch.randn(6, 65, device=device, requires_grad=True)
+    before, targets = parameter.detach().clone(), torch.arange(3, device=device)
+    cross_entropy(parameter[:3], targets).backward()
+    assert torch.equal(parameter.detach(), before)
+    expected = torch.autograd.grad(cross_entropy_torch(parameter[:3], targets), parameter)[0]
+    torch.testing.assert_close(parameter.grad, expected)
