@@ -42,7 +42,8 @@ from kernels import backend
 from kernels.flip import flip
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn
-from kernels.quantize_delta import measure_delta, quantize_delta
+from kernels.measure_delta import measure_delta
+from kernels.quantize_delta import quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
 from kernels.update_rule import UpdateRule

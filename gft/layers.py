@@ -27,16 +27,9 @@ from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
 from kernels.limits import kept_bits, threshold_of, weight_limit
+from kernels.measure_delta import absmax, largest_noted, measure_delta, note_as
 from kernels.philox import make_rng
-from kernels.quantize_delta import (
-    absmax,
-    largest_noted,
-    largest_of_bits,
-    measure_delta,
-    note_as,
-    quantize_delta,
-    quantize_delta_twice,
-)
+from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_twice
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
 from kernels.votes import accumulate_votes

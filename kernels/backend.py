@@ -105,7 +105,8 @@ def describable(*matrices: Tensor) -> bool:
     """Whether a kernel can copy tiles of these matrices by descriptor: rows and their beginnings lie on 16 bytes, the
     GPU has a copy engine and 227 KiB of shared memory a program (sm_90 and sm_100; sm_120 has 99), and no compiler
     traces, which would have to make the descriptors itself."""
-    if any(type(m) not in (Tensor, torch.nn.Parameter) for m in matrices) or capability_of(matrices[0])[0] not in (9, 10):
+    traced = any(type(m) not in (Tensor, torch.nn.Parameter) for m in matrices)
+    if traced or capability_of(matrices[0])[0] not in (9, 10):
         return False
     return all(
         m.stride(1) == 1 and m.stride(0) * m.itemsize % 16 == 0 and m.stride(0) >= m.shape[1] and m.data_ptr() % 16 == 0

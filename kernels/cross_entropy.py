@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
-from kernels.quantize_delta import with_largest
+from kernels.measure_delta import with_largest
 from kernels.rmsnorm_quantize import FLOATS
 
 PIECE, SHORT, WARPS = 4096, 2048, 8  # elements a program holds at a time: of a long row, of several short ones
@@ -199,7 +199,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     In Triton, where the logits have a backward pass of their own and nothing compiles, *the backward pass writes their
     gradient over the logits*: read nothing from them afterwards. A later backward pass that needs them, a second one of
     this loss, or one with create_graph raises RuntimeError. `with_largest` goes with the gradient. A target outside
-    0 .. V - 1 makes the loss NaN there; torch leaves -100 out, and refuses others. Raises ValueError on other shapes or types, or an empty batch.
+    0 .. V - 1 makes the loss NaN there; torch leaves -100 out, and refuses others. Raises ValueError on other shapes or
+    types, or an empty batch.
     """
     if logits.dim() < 2 or logits.shape[:-1] != targets.shape or logits.numel() == 0:
         raise ValueError(f"cross_entropy: got logits {tuple(logits.shape)} and targets {tuple(targets.shape)}; "

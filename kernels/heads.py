@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
-from kernels.quantize_delta import absmax_torch, with_largest
+from kernels.measure_delta import absmax_torch, with_largest
 from kernels.rmsnorm_quantize import FLOATS
 
 EPSILON = torch.finfo(torch.float32).eps  # what torch's rms_norm adds to the mean, for 16-bit numbers too

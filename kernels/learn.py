@@ -32,7 +32,6 @@ from kernels.update_rule import (
 from kernels.votes import accumulate_votes, votes_block, votes_torch
 
 
-
 def launch_of(side: int) -> dict[str, int]:
     """Tokens of one step through the operands, num_warps and num_stages, for tiles of this side."""
     if side == 128:  # four times the registers

@@ -8,13 +8,8 @@ With 8 bits L is 127 and t 1. With fewer, each `GROUP` values of a row share t, 
 u in [0, 1) is `philox.dither` of one word for the row and one for the column: word rng[2] + t of stream ROWS for row t,
 word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], step = rng[1]).
 
-Memory, in bytes, for delta of b bytes an element:
-
-                          read       written   operations an element
-    measure_delta         b T n      16        2
-    quantize_delta        b T n      T n       10, and 100 for each row and each column
-
-Votes read D by columns on a GPU (kernels/transpose.py), so `quantize_delta_twice` writes it that way too: 2 T n bytes.
+Memory, for delta of b bytes an element: b T n read, T n written; 10 operations an element, and 100 for each row and
+each column. Votes read D by columns on a GPU (kernels/transpose.py), so `quantize_delta_twice` writes it that way too.
 """
 
 import torch
@@ -22,35 +17,17 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
+from kernels.measure_delta import BLOCK, grid_of, load_block
 from kernels.philox import Stream, dither, dither_at, dither_word, noise
 from kernels.rmsnorm_quantize import check_rows, reciprocal
 
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
-TINY = torch.finfo(torch.float32).tiny
-BLOCK = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # rows and columns of a program
 SQUARE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # where D is written by columns too
 NOISE_BLOCK = 256
 GROUP = 32  # values of a row that share a power of two
 
 
 # The torch references
-
-
-@fused
-def absmax_torch(delta: Tensor) -> Tensor:
-    """`absmax` in torch."""
-    low, high = torch.aminmax(delta)
-    return torch.maximum(high, -low).to(torch.float32)
-
-
-def measure_delta_torch(delta: Tensor, scale: Tensor, votes_scale: Tensor, levels: int) -> Tensor:
-    """`measure_delta` in torch."""
-    largest = absmax_torch(delta)
-    sigma = largest / torch.full_like(largest, levels)  # a GPU multiplies by 1 / levels if that is a Python number
-    largest = torch.maximum(votes_scale, sigma).clamp_min(TINY)
-    measured = torch.stack((sigma, votes_scale / largest, sigma / largest, scale * sigma))
-    votes_scale.copy_(largest)
-    return measured
 
 
 def largest_of_bits(bits: int) -> int:
@@ -86,53 +63,6 @@ def quantize_delta_torch(
 
 
 @jit
-def _load_block(delta, rows, columns, delta_row, delta_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's block of delta float32, its rows (ROWS, 1) and columns (1, COLUMNS), int64, and its mask."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    mask = (row < rows) & (column < columns)
-    value = tl.load(delta + row * delta_row + column * delta_column, mask=mask, other=0.0)
-    return value.to(tl.float32), row, column, mask
-
-
-@jit
-def largest_of(value):
-    """The largest |value| of a float32 block: float32, NaN if there is one.
-
-    The bits of positive numbers order as the numbers do, and those of a NaN come after all of them.
-    """
-    return tl.max(tl.ravel(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=0).to(tl.float32, bitcast=True)
-
-
-@jit
-def _measure_delta_kernel(
-    delta, scale, votes_scale, scratch, measured, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
-    TINY: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
-    One that is ALONE does so at once: each of the others' atomic operations takes as long as all else."""
-    value, _, _, _ = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
-    largest, last = largest_of(value), True
-    if not ALONE:
-        tl.atomic_max(scratch, largest.to(tl.int32, bitcast=True))
-        last = tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
-    if last:
-        if not ALONE:
-            largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # both are 0 again, for the next launch
-            tl.atomic_xchg(scratch + 1, 0)
-        place = tl.arange(0, 4)
-        none = tl.zeros((4,), tl.float32)
-        sigma = tl.div_rn(none + largest, none + LEVELS)
-        before = tl.load(votes_scale)
-        top = tl.maximum(tl.maximum(none + before, sigma, tl.PropagateNan.ALL), TINY, tl.PropagateNan.ALL)
-        tl.debug_barrier()  # every thread has read votes_scale
-        tl.store(votes_scale + none.to(tl.int32), top, mask=place == 0)
-        ratio = tl.div_rn(tl.where(place == 1, before, sigma), top)
-        result = tl.where(place == 0, sigma, tl.where(place == 3, sigma * tl.load(scale), ratio))
-        tl.store(measured + place, result)
-
-
-@jit
 def rounded_down(v, LIMIT: tl.constexpr):
     """floor(v) clipped to [-LIMIT, LIMIT], NaN to 0: int32. (On a GPU `tl.floor` takes subnormal numbers as 0.)"""
     v = tl.where(v == v, tl.minimum(tl.maximum(v, -1.0 * LIMIT), 1.0 * LIMIT), 0.0)
@@ -158,7 +88,7 @@ def _quantize_delta_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS elements, by rows and, if there is a d_turned, to that by columns."""
-    value, row, column, mask = _load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
+    value, row, column, mask = load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
     row_noise = tl.load(noise + row, mask=row < rows, other=0)
     col_noise = tl.load(noise + rows + column, mask=column < columns, other=0)
@@ -181,38 +111,6 @@ def _quantize_delta_kernel(
 # Launching
 
 
-def _grid(rows: int, columns: int, block: dict[str, int] = BLOCK) -> tuple[int, int]:
-    return triton.cdiv(rows, block["ROWS"]), triton.cdiv(columns, block["COLUMNS"])
-
-
-def _row_of(columns: int) -> dict[str, int]:
-    """The block for one row, as a note of largest values is: all of it for one program, if it is not too long."""
-    return {"ROWS": 1, "COLUMNS": min(16384, max(128, triton.next_power_of_2(columns))), "num_warps": 8}
-
-
-@operator("measure_delta", mutates_args=("votes_scale", "scratch"))
-def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
-    rows, columns = delta.shape
-    measured = torch.empty((4,), dtype=torch.float32, device=delta.device)
-    block = BLOCK if rows > 1 else _row_of(columns)
-    wrap_triton(_measure_delta_kernel)[_grid(rows, columns, block)](
-        delta=delta,
-        scale=scale,
-        votes_scale=votes_scale,
-        scratch=scratch,
-        measured=measured,
-        rows=rows,
-        columns=columns,
-        delta_row=delta.stride(0),
-        delta_column=delta.stride(1),
-        LEVELS=levels,
-        TINY=TINY,
-        ALONE=_grid(rows, columns, block) == (1, 1),
-        **block,
-    )
-    return measured
-
-
 def _launch_quantize_delta(
     delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int, d_turned: Tensor | None
 ) -> Tensor:
@@ -230,7 +128,7 @@ def _launch_quantize_delta(
         BLOCK=NOISE_BLOCK,
     )
     block = BLOCK if d_turned is None else SQUARE
-    wrap_triton(_quantize_delta_kernel)[_grid(rows, columns, block)](
+    wrap_triton(_quantize_delta_kernel)[grid_of(rows, columns, block)](
         delta=delta,
         sigma=sigma,
         noise=noise,
@@ -259,62 +157,6 @@ def _quantize_delta_twice(
 ) -> tuple[Tensor, Tensor]:
     turned = torch.empty((delta.shape[1], delta.shape[0]), dtype=torch.int8, device=delta.device)
     return _launch_quantize_delta(delta, sigma, rng, first_column, bits, turned), turned
-
-
-def with_largest(delta: Tensor, largest: Tensor) -> Tensor:
-    """delta, with the largest |delta| of each part of it noted for whoever puts it on a grid: float32 (parts,).
-
-    The note goes with this tensor alone, not with a view or a copy, and is void once delta is changed in place. Torch
-    does not count changes through `.data` or by a collective: hand on a copy after those.
-    """
-    if not torch.compiler.is_compiling():
-        delta.largest = (largest, delta._version)
-    return delta
-
-
-def largest_noted(delta: Tensor) -> Tensor | None:
-    """What `with_largest` noted, float32 (parts,), if it still holds."""
-    if torch.compiler.is_compiling():
-        return None
-    largest, version = getattr(delta, "largest", (None, 0))
-    return largest if version == delta._version else None
-
-
-def note_as(view: Tensor, delta: Tensor) -> None:
-    """Note for a view of delta what is noted for delta."""
-    if (largest := largest_noted(delta)) is not None:
-        with_largest(view, largest)
-
-
-def absmax(delta: Tensor) -> Tensor:
-    """max |delta| as a float32 scalar tensor; exact, so it does not depend on how the rows are split.
-
-    delta float of any shape and stride. Raises ValueError if it is empty.
-    """
-    if delta.numel() == 0:
-        raise ValueError(f"absmax: got shape {tuple(delta.shape)}; it needs at least one element")
-    if not on_triton(delta):
-        return absmax_torch(delta)
-    none = torch.zeros((), dtype=torch.float32, device=delta.device)
-    scratch = torch.zeros((2,), dtype=torch.int32, device=delta.device)
-    rows = delta if delta.dim() == 2 else delta.reshape(-1, delta.shape[-1] if delta.dim() else 1)
-    return _measure_delta(rows, none, none.clone(), scratch, 1)[0]
-
-
-def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int = 127) -> Tensor:
-    """Delta's own scale and the three numbers that follow from it, float32 (4,):
-
-        sigma = max|delta| / levels
-        votes_scale / top and sigma / top, where top = max(votes_scale, sigma), which becomes the new votes_scale
-        scale * sigma
-
-    delta float (T, n) of any stride; scale, the weight's, and votes_scale float32 (); scratch int32 (2,), zeros before
-    and after. Where delta has a NaN, so has the result. Raises ValueError on another shape or type of delta.
-    """
-    check_rows("measure_delta", delta)
-    if not on_triton(delta):
-        return measure_delta_torch(delta, scale, votes_scale, levels)
-    return _measure_delta(delta, scale, votes_scale, scratch, levels)
 
 
 def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8) -> Tensor:
@@ -358,33 +200,18 @@ def _check(delta: Tensor, sigma: Tensor, rng: Tensor, bits: int) -> None:
 def launch_configs() -> list[LaunchConfig]:
     """Row-contiguous inputs of 32 and of 16 bits."""
     found = []
-    block = {name: size for name, size in BLOCK.items() if name != "num_warps"}
     shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
     streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "BLOCK": NOISE_BLOCK}
     signature = {"noise": "*i32", "rng": "*i64", "rows": "i32", "columns": "i32", "first_column": "i32"}
     found.append(LaunchConfig("noise", _noise_kernel, signature, streams))
     for float_ in ("fp32", "bf16"):
-        pointers = dict.fromkeys(("scale", "votes_scale", "measured"), "*fp32")
-        signature = {"delta": f"*{float_}", "scratch": "*i32"} | pointers | shape
-        constants, warps = {"delta_column": 1} | block, BLOCK["num_warps"]
-        numbers = {"LEVELS": 127, "TINY": TINY, "ALONE": False}
-        found.append(LaunchConfig(
-            f"measure_delta {float_}", _measure_delta_kernel, signature, constants | numbers, warps, exact=True
-        ))  # fmt: skip
-        if float_ == "fp32":
-            row = _row_of(16384)
-            row_warps, row = row.pop("num_warps"), constants | numbers | row | {"ALONE": True}
-            name = "measure_delta noted"
-            found.append(LaunchConfig(name, _measure_delta_kernel, signature, row, row_warps, exact=True))
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
-        constants = constants | {"sigma_row": 0, "BITS": 8, "GROUP": GROUP, "d_turned": None}
-        name = f"quantize_delta {float_}"
-        found.append(LaunchConfig(name, _quantize_delta_kernel, signature, constants, warps, exact=True))
-        few = constants | {"BITS": 4}
-        found.append(LaunchConfig(f"{name} 4 bits", _quantize_delta_kernel, signature, few, warps, exact=True))
-        signature, name = signature | {"d_turned": "*i8"}, f"quantize_delta_twice {float_}"
-        constants = {key: value for key, value in (constants | SQUARE).items() if key not in ("d_turned", "num_warps")}
-        found.append(LaunchConfig(
-            name, _quantize_delta_kernel, signature, constants, SQUARE["num_warps"], exact=True
-        ))  # fmt: skip
+        for name, block, bits in (("8 bits", BLOCK, 8), ("4 bits", BLOCK, 4), ("8 bits twice", SQUARE, 8)):
+            constants = {"delta_column": 1, "sigma_row": 0, "BITS": bits, "GROUP": GROUP, "d_turned": None} | block
+            warps = constants.pop("num_warps")
+            given = signature | ({"d_turned": "*i8"} if block is SQUARE else {})
+            constants = {key: value for key, value in constants.items() if key not in given}
+            found.append(LaunchConfig(
+                f"{float_} {name}", _quantize_delta_kernel, given, constants, warps, exact=True
+            ))  # fmt: skip
     return found

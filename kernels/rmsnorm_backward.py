@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
-from kernels.quantize_delta import largest_of, with_largest
+from kernels.measure_delta import largest_of, with_largest
 from kernels.rmsnorm_quantize import FLOATS, MAX_COLUMNS, check_width, mean_of, row_blocks, row_mean
 
 PRODUCTS = {torch.int32: "i32", **FLOATS}

@@ -125,5 +125,5 @@ def test_many_strips_and_long_rows(device, monkeypatch):
 
 @kernel_test
 def test_a_matrix_has_the_same_scores_in_any_stack(device):
-    votes = torch.randint(-99, 100, (4, 200, 65), generator=torch.Generator().manual_seed(3), dtype=torch.int32).to(device)
+    votes = torch.randint(-99, 100, (4, 200, 65), generator=torch.Generator().manual_seed(3)).to(device)
     assert torch.equal(balanced(votes), torch.cat([balanced(matrix[None]) for matrix in votes]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.heads import heads_backward, heads_backward_torch, heads_forward, heads_forward_torch, split_heads
-from kernels.quantize_delta import with_largest
+from kernels.measure_delta import with_largest
 from model import ModelConfig, Transformer, heads, image_rope_table, rope_table
 from tests.kernels.inputs import FLOATS, floats, generator, guard, kernel_test, opaque, readable, untouched
 from tests.kernels.update_inputs import fenced, torch_backend, unharmed

@@ -8,20 +8,9 @@ import torch
 from torch import Tensor
 
 from kernels import fuse
+from kernels.measure_delta import absmax, absmax_torch
 from kernels.philox import DITHER_BITS, Stream, noise, words
-from kernels.quantize_delta import (
-    absmax,
-    absmax_torch,
-    largest_noted,
-    largest_of_bits,
-    measure_delta,
-    measure_delta_torch,
-    note_as,
-    quantize_delta,
-    quantize_delta_torch,
-    quantize_delta_twice,
-    with_largest,
-)
+from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_torch, quantize_delta_twice
 from tests.kernels.inputs import (
     FLOATS,
     floats,
@@ -160,83 +149,11 @@ def test_fused_reference_agrees_with_the_plain_one():
     assert (fused != plain).float().mean() < 1e-3 and (fused.int() - plain).abs().max() <= 1
 
 
-def test_absmax_refuses_an_empty_tensor():
-    with pytest.raises(ValueError, match="at least one element"):
-        absmax(torch.empty(0, 4))
-
-
 # The kernels
 
 
 def reference(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8) -> Tensor:
     return quantize_delta_torch(delta, sigma, *noise(rng, delta.shape[0], first_column, delta.shape[1]), bits)
-
-
-@kernel_test
-@pytest.mark.parametrize("dtype", FLOATS, ids=readable)
-@pytest.mark.parametrize("shape", SHAPES, ids=readable)
-def test_absmax(shape, dtype, device):
-    x = floats(*shape, device, dtype)
-    for t in (x, x.abs(), -x.abs()):
-        assert absmax(t).dtype == torch.float32 and torch.equal(absmax(t), absmax_torch(t))
-
-
-@kernel_test
-@layouts
-def test_absmax_with_any_layout(layout, device):
-    x = floats(63, 37, device)
-    assert torch.equal(absmax(layout(x)), absmax_torch(x))
-    for t in (x.flatten(), x[0, 0], x.view(7, 9, 37)):
-        assert torch.equal(absmax(t), absmax_torch(t))
-
-
-@kernel_test
-def test_absmax_sees_infinities_and_nans(device):
-    x = floats(63, 37, device)
-    x[62, 36] = -float("inf")
-    assert absmax(x) == float("inf")
-    x[0, 0] = -float("nan")
-    assert absmax(x).isnan()
-
-
-def scales_at(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A weight's scale, and scratch for `measure_delta`."""
-    return torch.tensor(0.0123, device=device), torch.zeros(2, dtype=torch.int32, device=device)
-
-
-@kernel_test
-@typed_shapes
-@pytest.mark.parametrize("before", [0.0, 1e-3, 1e6, float("nan")], ids=["first", "smaller", "larger", "nan"])
-def test_measure_delta(shape, dtype, before, device):
-    """sigma, the two ratios and scale * sigma, all bits; votes_scale takes the larger, scratch is zeros again."""
-    delta, (scale, scratch) = floats(*shape, device, dtype), scales_at(device)
-    for levels in (127, 7):
-        given, wanted = torch.tensor(before, device=device), torch.tensor(before, device=device)
-        expected = measure_delta_torch(delta, scale, wanted, levels)
-        measured = measure_delta(delta, scale, given, scratch, levels)
-        assert measured.shape == (4,) and torch.equal(measured.nan_to_num(-1), expected.nan_to_num(-1))
-        assert torch.equal(given.nan_to_num(-1), wanted.nan_to_num(-1)) and not scratch.any()
-
-
-def test_measure_delta_means_what_it_says():
-    scale, scratch = scales_at(torch.device("cpu"))
-    votes_scale = torch.tensor(0.0)
-    for largest, top in ((2.54, 0.02), (1.27, 0.02), (12.7, 0.1)):
-        before = votes_scale.item()
-        measured = measure_delta(torch.tensor([[0.5, -largest]]), scale, votes_scale, scratch)
-        wanted = torch.tensor([largest / 127, before / top, largest / 127 / top, largest / 127 * 0.0123])
-        torch.testing.assert_close(measured, wanted)
-        assert abs(votes_scale.item() - top) < 1e-8
-
-
-@kernel_test
-def test_measure_delta_hands_on_what_is_not_finite(device):
-    delta, (scale, scratch) = floats(63, 37, device), scales_at(device)
-    for bad in (float("inf"), -float("inf"), float("nan")):
-        delta[41, 3] = bad
-        votes_scale = torch.tensor(0.5, device=device)
-        measured = measure_delta(delta, scale, votes_scale, scratch)
-        assert not measured[0].isfinite() and not votes_scale.isfinite() and not scratch.any()
 
 
 @kernel_test
@@ -297,11 +214,7 @@ def test_nothing_outside_is_touched(device, monkeypatch):
     before = delta._base.clone()
     largest = absmax_torch(delta)
     expected = reference(delta, largest / 127, rng, 3)
-    scale, scratch = scales_at(device)
     bands = guard(monkeypatch)
-    votes_scale = torch.tensor(0.0, device=device)
-    assert torch.equal(absmax(delta), largest)
-    assert torch.equal(measure_delta(delta, scale, votes_scale, scratch)[0], largest / 127)
     assert torch.equal(quantize_delta(delta, largest / 127, rng, 3), expected)
     assert untouched(bands)
     assert torch.equal(delta._base.view(torch.int32), before.view(torch.int32)) and rng.tolist() == rng_at().tolist()
@@ -316,17 +229,6 @@ def test_kernel_by_columns_too(shape, device):
     assert torch.equal(d, reference(delta, scale_of(delta), rng, FIRST_COLUMN))
 
 
-def test_what_is_noted_holds_until_delta_changes():
-    delta = with_largest(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), torch.tensor([3.0, 2.0]))
-    assert largest_noted(delta).tolist() == [3.0, 2.0]
-    view, copy = delta.view(4), delta * 1
-    assert largest_noted(view) is None and largest_noted(copy) is None
-    note_as(view, delta)
-    assert largest_noted(view).tolist() == [3.0, 2.0]
-    delta.mul_(2)
-    assert largest_noted(delta) is None and largest_noted(view) is None
-
-
 @kernel_test
 def test_twice_is_the_same(device):
     delta, rng = floats(123, 300, device, torch.float16), rng_at(device=device)
@@ -338,9 +240,8 @@ def test_twice_is_the_same(device):
 def test_as_torch_operators(device):
     operators, rng = torch.ops.nanogft, rng_at(device=device)
     delta, sigma = floats(13, 37, device), torch.tensor(1.0, device=device)
-    scale, scratch = scales_at(device)
-    torch.library.opcheck(operators.measure_delta, (delta, scale, torch.tensor(0.0, device=device), scratch, 127))
-    torch.library.opcheck(operators.quantize_delta, (delta, sigma, rng, 3, 127))
+    torch.library.opcheck(operators.quantize_delta, (delta, sigma, rng, 3, 8))
+    torch.library.opcheck(operators.quantize_delta_twice, (delta, sigma, rng, 3, 8))
 
     def both(delta: Tensor, rng: Tensor) -> Tensor:
         return quantize_delta(delta, absmax(delta) / 127, rng, 3)

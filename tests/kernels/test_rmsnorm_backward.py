@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from kernels.quantize_delta import largest_noted
+from kernels.measure_delta import largest_noted
 from kernels.rmsnorm_backward import rmsnorm_backward, rmsnorm_backward_torch
 from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
 from tests.kernels.inputs import (
