@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import jit, tl
+from kernels.limits import weight_limit
 from kernels.philox import Stream, words_torch
 from kernels.topk import (
     apply_moves,
@@ -21,7 +22,6 @@ from kernels.topk import (
     select,
     select_reference,
     topk_count,
-    weight_limit,
 )
 from tests.kernels.inputs import generator, kernel_test, readable
 from tests.kernels.update_inputs import BITS, share, some_rng, some_votes, some_weight
