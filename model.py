@@ -25,6 +25,7 @@ from decoder import ATTENTION_SCALE, ROPE_BASE
 from gft.baselines import FloatEmbedding, FloatLinear
 from gft.layers import Delta, IntEmbedding, IntLinear
 from kernels.backend import on_triton
+from kernels.dropout import dropout
 from kernels.heads import split_heads
 from run import checkpoint
 from run.config import LAYER_KINDS, Config
@@ -52,6 +53,7 @@ class ModelConfig:
     delta_bits: int = 8
     delta_scale: str = "step"
     precision: str = "fp32"
+    dropout: float = 0.0
     int_layers: tuple[str, ...] = LAYER_KINDS
     model: str = "transformer"  # or "mlp"
     image: tuple[int, int, int] | None = None  # height, width and channels; None for text
@@ -187,23 +189,39 @@ class Block(nn.Module):
         super().__init__()
         d, residual_gain = config.d_model, (2 * config.n_layer) ** -0.5
         self.n_head, self.context, self.causal = config.n_head, config.context, config.image is None
+        self.dropout = config.dropout
         self.qkv = make.linear("attention", d, 3 * d)
         self.out = make.linear("attention", d, d, gain=residual_gain)
         self.up = make.linear("mlp", d, 4 * d)
         self.down = make.linear("mlp", 4 * d, d, gain=residual_gain, squared_relu=True)
 
-    def forward(self, x: Tensor, table: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        """x (B, T, d) to (B, T, d); table from `rope_table`."""
+    def forward(
+        self, x: Tensor, table: Tensor, cache: Cache | None = None, layer: int = 0, rng: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, d) to (B, T, d); table from `rope_table`, rng as for `Transformer.forward`."""
         qkv, x = self.qkv(x, fork=True)
-        x = self.out(self.attend(qkv, table, cache, layer), residual=x)
+        x = self._branch(self.out, self.attend(qkv, table, cache, layer, rng), x, 3 * layer + 1, rng)
         hidden, x = self.up(x, fork=True)
-        return self.down(hidden, residual=x)
+        return self._branch(self.down, hidden, x, 3 * layer + 2, rng)
 
-    def attend(self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def _branch(self, last: nn.Module, y: Tensor, x: Tensor, place: int, rng: Tensor | None) -> Tensor:
+        """x plus what the branch's last layer makes of y, some of which is dropped in training."""
+        return last(y, residual=x) if rng is None else x + self._drop(last(y), place, rng)
+
+    def _drop(self, x: Tensor, place: int, rng: Tensor, group: int = 1) -> Tensor:
+        """x (B, T, d) with a share of its groups of columns dropped; each place in the net has its own noise."""
+        return dropout(x.flatten(0, 1), self.dropout, rng, place * x.shape[-1], group).view(x.shape)
+
+    def attend(
+        self, qkv: Tensor, table: Tensor, cache: Cache | None, layer: int, rng: Tensor | None = None
+    ) -> Tensor:
         """(B, T, 3 d) to (B, T, d)."""
         split = split_heads if on_triton(qkv) and not torch.compiler.is_compiling() else heads
         # (B, H, T, hd) for attention; in memory they stay as they are, so that its output is already a row a token.
-        q, k, v = (x.transpose(1, 2) for x in split(qkv, table, self.n_head))
+        q, k, v = split(qkv, table, self.n_head)
+        if rng is not None:  # a head's whole value of a token: no query finds it then, as torch's kernels cannot be told
+            v = self._drop(v.flatten(2), 3 * layer, rng, group=v.shape[-1]).view(v.shape)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             if cache.layers[layer] is not None:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(cache.layers[layer], (k, v), strict=True))
@@ -239,29 +257,30 @@ class Transformer(nn.Module):
         """An empty cache for `forward(tokens, cache=...)`; `batch_size` rows are fixed by the first tokens fed."""
         return Cache(self.config.n_layer)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, rng: Tensor | None = None) -> Tensor:
         """Logits of tokens (B, T) or images (B, C, H, W). With a cache, tokens follow those it has seen, at the same
-        cost however many those are."""
+        cost however many those are. With rng, int64 (3,) = [seed, step, row of the step's B T that x begins with],
+        `dropout` is at work."""
         if self.config.image is not None:
-            return self._classify(x)
+            return self._classify(x, rng)
         first = cache.seen if cache else 0
         table = rope_table(first, x.shape[1], self.config.d_model // self.config.n_head, x.device)
         h = self.embedding(x).to(self.config.activations)
         for layer, block in enumerate(self.blocks):
-            h = block(h, table, cache, layer)
+            h = block(h, table, cache, layer, rng)
         if cache:
             cache.seen += x.shape[1]
         return self.head(h)
 
-    def _classify(self, images: Tensor) -> Tensor:
+    def _classify(self, images: Tensor, rng: Tensor | None) -> Tensor:
         side = self.config.patch
         patches = rearrange(images, "b z (r p) (c q) -> b (r c) (p q z)", p=side, q=side)
         # The norm in front of the layer takes away a patch's contrast; a constant beside the pixels keeps it readable.
         h = self.embedding(F.pad(patches, (0, 1), value=1.0).to(self.config.activations))
         rows, columns = (n // side for n in images.shape[2:])
         table = image_rope_table(rows, columns, self.config.d_model // self.config.n_head, images.device)
-        for block in self.blocks:
-            h = block(h, table)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, table, None, layer, rng)
         return self.head(h.mean(dim=1))
 
 

@@ -266,13 +266,17 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
     monitor = Monitor(run.net, cfg.monitor_every, cfg.seed)
     log = Log(run, metrics, lambda: sample_text(run.net, task, cfg))
 
+    def mask_rng(part: int) -> dict[str, torch.Tensor]:
+        """What dropout's masks are functions of."""
+        return {"rng": torch.cat([rng, rng.new_full((1,), task.first_row(part))])} if cfg.dropout else {}
+
     def step() -> None:
         """All that the device does in a step; what is left lies in tensors that were there before."""
         for part in range(cfg.grad_accum):
             x, y = task.batch_at(rng, part)
             with synchronised(net, run.flip_optimizer, part + 1 == cfg.grad_accum):
                 with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-                    loss = loss_of(net(x), y)
+                    loss = loss_of(net(x, **mask_rng(part)), y)
                 # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights as
                 # they are. The host notices at its next read and saves nothing more.
                 finite.note(found_inf, loss)

@@ -48,6 +48,10 @@ class Task(ABC):
         """Micro-batches of a step, of all ranks: a rank's micro-batch i is part i * ranks + rank."""
         return self.cfg.grad_accum * self.ranks.size
 
+    def first_row(self, part: int) -> int:
+        """The row, a token or a patch, of the whole step that this rank's micro-batch `part` begins with."""
+        return (part * self.ranks.size + self.ranks.rank) * (self.cfg.batch_size // self.parts) * self.positions
+
     @abstractmethod
     def prepare(self, step: int, device: torch.device) -> None:
         """What the host has to do before `batch_at` of a step, in any order of steps, without waiting for a GPU."""

@@ -157,19 +157,24 @@ def _noise(seed: int, step: int, stream: int, start: int, count: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _empty_noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
+def _empty_noise(
+    rng: Tensor, rows: int, first_column: int, columns: int, row_stream: int = 0, col_stream: int = 0
+) -> tuple[Tensor, Tensor]:
     return rng.new_empty((rows, 1), dtype=torch.int32), rng.new_empty((columns,), dtype=torch.int32)
 
 
 @opaque_operator("noise", fake=_empty_noise)
-def noise(rng: Tensor, rows: int, first_column: int, columns: int) -> tuple[Tensor, Tensor]:
+def noise(
+    rng: Tensor, rows: int, first_column: int, columns: int, row_stream: int = Stream.ROWS,
+    col_stream: int = Stream.COLUMNS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `dither` wants for the next `rows` tokens and for `columns` columns from `first_column` on.
 
     int32 (rows, 1) and (columns,) in [0, 2^23), on rng's device. For the torch reference: it reads `rng` on the host.
     """
     seed, step, row = rng.tolist()
-    row_noise = _noise(seed, step, Stream.ROWS, row, rows)[:, None]
-    return row_noise.to(rng.device), _noise(seed, step, Stream.COLUMNS, first_column, columns).to(rng.device)
+    row_noise = _noise(seed, step, row_stream, row, rows)[:, None]
+    return row_noise.to(rng.device), _noise(seed, step, col_stream, first_column, columns).to(rng.device)
 
 
 def launch_configs() -> list[LaunchConfig]:

@@ -10,7 +10,8 @@ MASK = 0xFFFFFFFF
 class Stream:
     """What a number is drawn for: one id per use, plus 16 times the number of a layer where layers draw apart."""
 
-    ROWS, COLUMNS, TOPK, FLIP, MOMENTUM_ROWS, MOMENTUM_COLUMNS, BATCH, INIT, SAMPLE, MONITOR = range(10)
+    ROWS, COLUMNS, TOPK, FLIP, MOMENTUM_ROWS, MOMENTUM_COLUMNS, BATCH, INIT, SAMPLE, MONITOR, DROPOUT_ROWS, \
+        DROPOUT_COLUMNS = range(12)
 
 
 def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 10) -> tuple:

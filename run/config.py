@@ -87,6 +87,8 @@ class Config:
     d_model: int = key(128, "width, a multiple of 2 n_head", (2, MAX_REDUCTION // 4), also="n_embd")  # MLPs have 4 x
     context: int = key(64, "tokens seen at once", (1, 1 << 20), needs=TEXT, also="block_size seq_len")
     patch: int = key(8, "side of a ViT's patches in pixels", (1, 128), needs=f"{IMAGE} and model != 'mlp'")
+    dropout: float = key(0.0, "share of values, and of what a branch adds, that is 0 in training", (0, 0.99),
+                         needs="model == 'transformer'")  # fmt: skip
     init_std: float = key(0.33, "of the first weights, 1 being the limit", (0.001, 10), needs=GFT, also="init_spread")
     act_range: float = key(6.0, "activations are rounded to 255 levels in -A..A, A = this", (0.001, 1000), needs=GFT)
 

@@ -26,7 +26,7 @@ from run import distributed, log
 
 WEIGHTS = {
     "momentum": (2, {"momentum": 0.9}),
-    "four ranks, micro-batches": (4, {"delta_scale": "delayed", "grad_accum": 2, "batch_size": 8}),
+    "four ranks, micro-batches": (4, {"delta_scale": "delayed", "grad_accum": 2, "batch_size": 8, "dropout": 0.2}),
 }
 METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"  # spawn imports anew
 IMAGES = f"{VIT} --steps 6 --eval_every 3 --save_every 3 --compile false --threads 1 --mix both --hflip 0.5"

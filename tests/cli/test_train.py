@@ -40,7 +40,7 @@ TINY = {
 }  # fmt: skip
 VARIANTS = {
     "gft": {},
-    "gft-momentum-delayed": {"momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2},
+    "gft-momentum-delayed": {"momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2, "dropout": 0.2},
     "gft-backward": {"update": "backward", "momentum": 0.9},
     "hybrid": {"int_layers": "attention,mlp"},
     "adamw": {"method": "adamw"},
@@ -278,7 +278,7 @@ def test_a_step_reads_nothing_on_the_host(tmp_path, grad_accum, update):
     """The loop of train.py, from batch to schedule, with kernels as on a GPU: only what is logged waits for it."""
     cfg = load(arguments(tmp_path / "o", backend="triton", device="cpu", steps=2, grad_accum=grad_accum, update=update,
                          momentum=0.9, delta_scale="delayed", context=8, topk_tile=64, ortho_tile=64, log_every=50,
-                         monitor_every=50, int_layers="embedding,attention,mlp"))  # fmt: skip
+                         monitor_every=50, int_layers="embedding,attention,mlp", dropout=0.2))  # fmt: skip
     made = train.Run(cfg, data.load(cfg), machine.choose(cfg), tmp_path / "o")
     before = [p.detach().clone() for p in made.net.parameters()]
     made.task.prepare(0, made.device)
@@ -457,7 +457,8 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(capsys, tmp_path)
 
 def test_micro_batches_give_the_same_weights(capsys, tmp_path):
     hashes = {
-        run(capsys, tmp_path / str(parts), delta_scale="delayed", momentum=0.9, grad_accum=parts)[1]["weights_sha256"]
+        run(capsys, tmp_path / str(parts), delta_scale="delayed", momentum=0.9, grad_accum=parts,
+            dropout=0.2)[1]["weights_sha256"]
         for parts in (1, 2, 4)
     }
     assert len(hashes) == 1
@@ -623,9 +624,9 @@ def with_setting(folder: Path, name: str, key: str, value: object) -> Path:
 
 def test_a_checkpoint_of_a_newer_version_is_named(capsys, tmp_path):
     run(capsys, tmp_path / "o", steps=1)
-    last, best = (with_setting(tmp_path / "o", name, "dropout", 0.1) for name in ("last", "best"))
+    last, best = (with_setting(tmp_path / "o", name, "layer_drop", 0.1) for name in ("last", "best"))
     status, _, error = run(capsys, tmp_path / "o", steps=1, resume="last")
-    assert status == 1 and f"{last} was written by version 0.1.0" in error and "unknown key dropout" in error
+    assert status == 1 and f"{last} was written by version 0.1.0" in error and "unknown key layer_drop" in error
     assert sample.main([str(tmp_path / "o")]) == 1
     assert f"{best} was written by version 0.1.0 of this program, format 2" in capsys.readouterr().err
 
@@ -689,7 +690,7 @@ def test_a_run_that_cannot_be_started_from_is_named(capsys, tmp_path):
     assert status == 2 and "best.json is a net of another shape: n_layer = 1 there, 2 here" in error
     status, _, error = run(capsys, tmp_path / "o", init_from=tmp_path / "nowhere")
     assert status == 2 and "nowhere is not a folder" in error
-    with_setting(tmp_path / "first", "previous", "dropout", 0.1)
+    with_setting(tmp_path / "first", "previous", "layer_drop", 0.1)
     status, _, error = run(capsys, tmp_path / "o", init_from=tmp_path / "first" / "previous.json")
     assert status == 1 and "previous.json was written by version" in error
     head = tmp_path / "first" / "best.json"

@@ -94,7 +94,7 @@ def test_a_checkpoint_of_before_keep_bits_is_read_as_it_was():
 
 
 @pytest.mark.parametrize("setting, said", [
-    ({"dropout": 0.1}, "unknown key dropout"), ({"method": "lion"}, "method = lion: must be one of gft"),
+    ({"layer_drop": 0.1}, "unknown key layer_drop"), ({"method": "lion"}, "method = lion: must be one of gft"),
     ({"bits": 16}, "bits = 16: must be a whole number from 1 to 8"),
 ], ids=["key", "choice", "number"])  # fmt: skip
 @pytest.mark.parametrize("program", ["9.1.2", None])
