@@ -31,7 +31,7 @@ from kernels.measure_delta import absmax, largest_noted, measure_delta, note_as
 from kernels.philox import make_rng
 from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_twice
 from kernels.rmsnorm_backward import rmsnorm_backward
-from kernels.rmsnorm_quantize import rmsnorm_quantize
+from kernels.rmsnorm_quantize import rmsnorm_quantize, rmsnorm_quantize_twice
 from kernels.votes import accumulate_votes
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -336,23 +336,32 @@ def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[
 
 
 def _linear(
-    x: Tensor, residual: Tensor | None, read: Tensor, scale: Tensor, act_range: float, squared_relu: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (..., out), the rows of x (T, in), X int8 (T, in) and 1 / rms (T, 1); `read`: the weight as it is read."""
+    x: Tensor, residual: Tensor | None, read: Tensor, scale: Tensor, act_range: float, squared_relu: bool,
+    votes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (..., out), the rows of x (T, in), X int8 (T, in) and 1 / rms (T, 1); `read`: the weight as it is read.
+
+    With `votes`, X as votes read it fastest.
+    """
     dtype = x.dtype if x.dtype in HALVES else torch.float32
     flat = x.reshape(-1, read.shape[1]).to(dtype).contiguous()
-    x_int8, inv_rms = rmsnorm_quantize(flat, act_range, squared_relu)
+    if votes:
+        x_int8, inv_rms, kept = rmsnorm_quantize_twice(flat, act_range, squared_relu)
+    else:
+        x_int8, inv_rms = rmsnorm_quantize(flat, act_range, squared_relu)
+        kept = x_int8
     if residual is not None:
         residual = residual.reshape(-1, read.shape[0]).to(dtype)
     y = int8_matmul(x_int8, read, scale, residual, dtype, act_range / 127.0, inv_rms)
-    return y.view(*x.shape[:-1], read.shape[0]), flat, x_int8, inv_rms
+    return y.view(*x.shape[:-1], read.shape[0]), flat, kept, inv_rms
 
 
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, fork, tap, weight, act_range, squared_relu, *voting):
-        scale, reading = voting[2][0], voting[-1]
-        y, *kept = _linear(x, residual, read_weight(weight, *reading), scale, act_range, squared_relu)
+        _, votes, (scale, *_), learning, *_, reading = voting
+        votes = votes is not None or learning is not None
+        y, *kept = _linear(x, residual, read_weight(weight, *reading), scale, act_range, squared_relu, votes)
         ctx.save_for_backward(*kept)
         ctx.weight, ctx.squared_relu, ctx.voting = weight, squared_relu, voting
         ctx.shape, ctx.dtype = x.shape, x.dtype

@@ -8,7 +8,11 @@ squares overflow has 1 / rms = NaN, which `int8_matmul` and the backward pass ha
 
 Memory, for x of b bytes an element: b T n bytes read, T n + 4 T written; about 10 operations an element, two of them
 fp64. A program holds whole rows in its registers, so x is read once; that limits a row to `MAX_COLUMNS`.
+
+Votes read X by columns on a GPU (kernels/transpose.py), so `rmsnorm_quantize_twice` writes it that way too: T n more.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +81,23 @@ def _nearest(v):
 
 
 @jit
+def _load(pointers, mask, SQUARED_RELU: tl.constexpr):
+    """What is normalised, float32."""
+    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if SQUARED_RELU:
+        value = tl.where(value < 0.0, 0.0, value)  # tl.maximum makes 0 of a NaN
+        value = value * value
+    return value
+
+
+@jit
+def _inverse_rms(mean_square):
+    """1 / rms of rows: 0 for zeros, NaN for what is not finite."""
+    inverse = reciprocal(tl.sqrt_rn(tl.where(mean_square > 1e-30, mean_square, 0.0)), 0.0)
+    return tl.where(mean_square < float("inf"), inverse, float("nan"))
+
+
+@jit
 def _rmsnorm_quantize_kernel(
     x, x_int8, inv_rms, rows, columns, x_row, x_column, steps,
     SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -86,16 +107,39 @@ def _rmsnorm_quantize_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows)[:, None] & (column < columns)
     pointers = x + row[:, None] * x_row + column.to(tl.int64) * x_column
-    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    if SQUARED_RELU:
-        value = tl.where(value < 0.0, 0.0, value)  # tl.maximum makes 0 of a NaN
-        value = value * value
-    mean_square = mean_of(tl.sum((value * value).to(tl.float64), axis=1), columns)
-    inverse = reciprocal(tl.sqrt_rn(tl.where(mean_square > 1e-30, mean_square, 0.0)), 0.0)
-    inverse = tl.where(mean_square < float("inf"), inverse, float("nan"))
+    value = _load(pointers, mask, SQUARED_RELU)
+    inverse = _inverse_rms(mean_of(tl.sum((value * value).to(tl.float64), axis=1), columns))
     tl.store(inv_rms + row, inverse, mask=row < rows)
     nearest = _nearest(value * inverse[:, None] * tl.cast(steps, tl.float32))
     tl.store(x_int8 + row[:, None] * columns + column, nearest, mask=mask)
+
+
+@jit
+def _rmsnorm_quantize_twice_kernel(
+    x, x_int8, x_turned, inv_rms, rows, columns, x_row, x_column, steps,
+    SQUARED_RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same by rows and by columns. ROWS of 32 make pieces of columns as long as memory transfers, and are too many
+    for registers: it goes along them twice, COLUMNS at a time, first to sum, then to round what the cache still has.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    sums = tl.zeros((ROWS, COLUMNS // 8), tl.float64)  # a thread's own, so that threads need not meet in the loop
+    for start in tl.range(0, columns, COLUMNS, loop_unroll_factor=2):  # with the loads of two blocks under way
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        pointers = x + row * x_row + column.to(tl.int64) * x_column
+        value = _load(pointers, (row < rows) & (column < columns), SQUARED_RELU)
+        sums += tl.sum(tl.reshape((value * value).to(tl.float64), (ROWS, COLUMNS // 8, 8)), axis=2)
+    inverse = _inverse_rms(mean_of(tl.sum(sums, axis=1, keep_dims=True), columns))
+    tl.store(inv_rms + row, inverse, mask=row < rows)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        mask = (row < rows) & (column < columns)
+        pointers = x + row * x_row + column.to(tl.int64) * x_column
+        value = _load(pointers, mask, SQUARED_RELU)
+        nearest = _nearest(value * inverse * tl.cast(steps, tl.float32))
+        tl.store(x_int8 + row * columns + column, nearest, mask=mask)
+        turned = x_turned + tl.trans(column).to(tl.int64) * rows + tl.trans(row)
+        tl.store(turned, tl.trans(nearest), mask=tl.trans(mask))
 
 
 # Launching
@@ -108,25 +152,45 @@ def row_blocks(columns: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": width, "num_warps": max(4, rows * width // 1024)}
 
 
+def twice_blocks(columns: int) -> dict[str, int]:
+    """The same where X is written by columns too: 16 elements a thread, so that a processor holds 1,024 threads."""
+    width = 128 if columns <= 512 else 256
+    return {"ROWS": 32, "COLUMNS": width, "num_warps": width // 16}
+
+
+def _arguments(x: Tensor, act_range: float, squared_relu: bool) -> dict[str, Any]:
+    """What both kernels take, with memory for X and 1 / rms."""
+    rows, columns = x.shape
+    return {
+        "x": x,
+        "x_int8": torch.empty((rows, columns), dtype=torch.int8, device=x.device),
+        "inv_rms": torch.empty((rows, 1), dtype=torch.float32, device=x.device),
+        "rows": rows,
+        "columns": columns,
+        "x_row": x.stride(0),
+        "x_column": x.stride(1),
+        "steps": 127.0 / act_range,
+        "SQUARED_RELU": squared_relu,
+    }
+
+
 @operator("rmsnorm_quantize")
 def _rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
-    x_int8 = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
-    inv_rms = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    blocks = row_blocks(columns)
-    wrap_triton(_rmsnorm_quantize_kernel)[(triton.cdiv(rows, blocks["ROWS"]),)](
-        x=x,
-        x_int8=x_int8,
-        inv_rms=inv_rms,
-        rows=rows,
-        columns=columns,
-        x_row=x.stride(0),
-        x_column=x.stride(1),
-        steps=127.0 / act_range,
-        SQUARED_RELU=squared_relu,
-        **blocks,
+    arguments = _arguments(x, act_range, squared_relu)
+    blocks = row_blocks(x.shape[1])
+    wrap_triton(_rmsnorm_quantize_kernel)[(triton.cdiv(x.shape[0], blocks["ROWS"]),)](**arguments, **blocks)
+    return arguments["x_int8"], arguments["inv_rms"]
+
+
+@operator("rmsnorm_quantize_twice")
+def _rmsnorm_quantize_twice(x: Tensor, act_range: float, squared_relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = _arguments(x, act_range, squared_relu)
+    turned = torch.empty((x.shape[1], x.shape[0]), dtype=torch.int8, device=x.device)
+    blocks = twice_blocks(x.shape[1])
+    wrap_triton(_rmsnorm_quantize_twice_kernel)[(triton.cdiv(x.shape[0], blocks["ROWS"]),)](
+        x_turned=turned, **arguments, **blocks
     )
-    return x_int8, inv_rms
+    return arguments["x_int8"], arguments["inv_rms"], turned
 
 
 def check_rows(name: str, t: Tensor) -> None:
@@ -159,20 +223,35 @@ def rmsnorm_quantize(x: Tensor, act_range: float, squared_relu: bool = False) ->
     return _rmsnorm_quantize(x, act_range, squared_relu)
 
 
+def rmsnorm_quantize_twice(x: Tensor, act_range: float, squared_relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`rmsnorm_quantize`, and the same X as `accumulate_votes` reads it fastest: on a GPU a copy by columns."""
+    if not on_triton(x):
+        x_int8, inv_rms = rmsnorm_quantize(x, act_range, squared_relu)
+        return x_int8, inv_rms, x_int8
+    check_rows("rmsnorm_quantize", x)
+    check_width("rmsnorm_quantize", x)
+    x_int8, inv_rms, turned = _rmsnorm_quantize_twice(x, act_range, squared_relu)
+    return x_int8, inv_rms, turned.t()
+
+
 def launch_configs() -> list[LaunchConfig]:
-    """Row-contiguous inputs of each type, short and long rows, both activations."""
+    """Row-contiguous inputs of each type, short and long rows, both activations, X once and twice."""
     found = []
     for dtype, columns, squared_relu in (
         (torch.float32, 384, False), (torch.float16, 768, False), (torch.bfloat16, 3072, True),
         (torch.float32, MAX_COLUMNS, True),
     ):  # fmt: skip
-        blocks = row_blocks(columns)
-        warps, float_ = blocks.pop("num_warps"), FLOATS[dtype]
+        float_ = FLOATS[dtype]
         signature = {
             "x": f"*{float_}", "x_int8": "*i8", "inv_rms": "*fp32", "rows": "i32", "columns": "i32", "x_row": "i32",
             "steps": "fp32",
         }  # fmt: skip
         name = f"rmsnorm_quantize {float_} {columns}{' squared_relu' * squared_relu}"
-        constants = {"x_column": 1, "SQUARED_RELU": squared_relu} | blocks
-        found.append(LaunchConfig(name, _rmsnorm_quantize_kernel, signature, constants, warps, exact=True))
+        for kernel, blocks, also, times in (
+            (_rmsnorm_quantize_kernel, row_blocks(columns), {}, ""),
+            (_rmsnorm_quantize_twice_kernel, twice_blocks(columns), {"x_turned": "*i8"}, " twice"),
+        ):
+            constants = {"x_column": 1, "SQUARED_RELU": squared_relu} | blocks
+            warps = constants.pop("num_warps")
+            found.append(LaunchConfig(name + times, kernel, signature | also, constants, warps, exact=True))
     return found

@@ -53,6 +53,10 @@ def seen(monkeypatch):
         found.grids.append(x_int8)
         return x_int8, inv_rms
 
+    def on_grid_twice(*given):
+        x_int8, inv_rms = on_grid(*given)
+        return x_int8, inv_rms, x_int8
+
     def quantized_twice(*given):
         d = quantized(*given)
         return d, d
@@ -60,6 +64,7 @@ def seen(monkeypatch):
     monkeypatch.setattr(layers, "quantize_delta", quantized)
     monkeypatch.setattr(layers, "quantize_delta_twice", quantized_twice)
     monkeypatch.setattr(layers, "rmsnorm_quantize", on_grid)
+    monkeypatch.setattr(layers, "rmsnorm_quantize_twice", on_grid_twice)
     return found
 
 

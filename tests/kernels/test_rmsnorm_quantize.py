@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import fuse
-from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
+from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch, rmsnorm_quantize_twice
 from tests.kernels.inputs import (
     FLOATS,
     equal,
@@ -168,11 +168,48 @@ def test_nothing_outside_is_touched(device, monkeypatch):
     x = inner_block(floats(37, 63, device))
     whole = x._base
     before = whole.clone()
-    expected = rmsnorm_quantize_torch(x, 6.0)
+    x_int8, inv_rms = rmsnorm_quantize_torch(x, 6.0)
     bands = guard(monkeypatch)
-    found = rmsnorm_quantize(x, 6.0)
+    found = *rmsnorm_quantize(x, 6.0), *rmsnorm_quantize_twice(x, 6.0)
+    expected = x_int8, inv_rms, x_int8, inv_rms, x_int8
     assert untouched(bands) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(whole.view(torch.int32), before.view(torch.int32))
+
+
+def assert_twice_like_the_reference(found, x, act_range=6.0, squared_relu=False):
+    assert_like_the_reference(found[:2], x, act_range, squared_relu)
+    assert found[2].t().is_contiguous() and torch.equal(found[2], found[0])
+
+
+@kernel_test
+@typed_shapes
+@squared
+def test_kernel_by_columns_too(shape, dtype, squared_relu, device):
+    x = floats(*shape, device, dtype)
+    assert_twice_like_the_reference(rmsnorm_quantize_twice(x, 6.0, squared_relu), x, 6.0, squared_relu)
+
+
+@kernel_test
+@pytest.mark.parametrize("shape", SHORT, ids=readable)
+@layouts
+def test_kernel_by_columns_too_with_any_layout(shape, layout, device):
+    x = floats(*shape, device)
+    assert_twice_like_the_reference(rmsnorm_quantize_twice(layout(x), 6.0), x)
+
+
+@kernel_test
+@pytest.mark.parametrize("rows, n", [(64, 512), (5, 513), (33, 768), (3, MAX_COLUMNS)], ids=str)
+def test_kernel_by_columns_too_with_long_rows(rows, n, device):
+    x = floats(rows, n, device, torch.bfloat16)
+    x[0, -1] = float("nan")
+    found, expected = rmsnorm_quantize_twice(x, 6.0), rmsnorm_quantize_torch(x, 6.0)
+    assert found[1][0].isnan() and torch.equal(found[1][1:], expected[1][1:])
+    assert torch.equal(found[0][1:], expected[0][1:]) and torch.equal(found[2], found[0])
+
+
+def test_the_reference_needs_no_copy():
+    x_int8, _, again = rmsnorm_quantize_twice(floats(7, 37), 6.0)
+    assert again is x_int8
 
 
 @kernel_test
@@ -183,12 +220,14 @@ def test_twice_is_the_same(device):
 
 @kernel_test
 def test_as_a_torch_operator(device):
-    torch.library.opcheck(torch.ops.nanogft.rmsnorm_quantize, (floats(13, 37, device), 6.0, False))
-    traced = opaque(lambda x: rmsnorm_quantize(x, 6.0, True))
-    for rows in (13, 20):  # the second with sizes that are symbols
-        x = floats(rows, 37, device)
-        for found, expected in zip(traced(x), rmsnorm_quantize(x, 6.0, True), strict=True):
-            assert equal(found, expected) and found.stride() == expected.stride()
+    for operator in (torch.ops.nanogft.rmsnorm_quantize, torch.ops.nanogft.rmsnorm_quantize_twice):
+        torch.library.opcheck(operator, (floats(13, 37, device), 6.0, False))
+    for function in (rmsnorm_quantize, rmsnorm_quantize_twice):
+        traced = opaque(lambda x, function=function: function(x, 6.0, True))
+        for rows in (13, 20):  # the second with sizes that are symbols
+            x = floats(rows, 37, device)
+            for found, expected in zip(traced(x), function(x, 6.0, True), strict=True):
+                assert equal(found, expected) and found.stride() == expected.stride()
 
 
 @kernel_test
@@ -201,3 +240,5 @@ def test_refusals(device):
         rmsnorm_quantize(x.double(), 6.0)
     with pytest.raises(ValueError, match=f"rows of {MAX_COLUMNS + 1}.*use the torch backend"):
         rmsnorm_quantize(torch.ones(1, MAX_COLUMNS + 1, device=device), 6.0)
+    with pytest.raises(ValueError, match=f"rows of {MAX_COLUMNS + 1}"):
+        rmsnorm_quantize_twice(torch.ones(1, MAX_COLUMNS + 1, device=device), 6.0)

@@ -154,6 +154,20 @@ def test_settings_the_kernels_do_not_have_take_the_torch_way(update, device):
 
 
 @kernel_test
+@pytest.mark.parametrize("update", [None, "step", "backward"])
+def test_a_layer_keeps_its_input_once(update, device):
+    """By columns if votes will read it so, else by rows: int8 (T, in) is all that is kept of it."""
+    layer = IntLinear(16, 12).to(device)
+    if update:
+        FlipOptimizer(layer.parameters(), update=update)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(5, 16, device=device))
+    (x_int8,) = (t for t in kept if t.dtype == torch.int8)
+    assert x_int8.shape == (5, 16) and x_int8.stride() == ((1, 5) if update else (16, 1))
+
+
+@kernel_test
 def test_a_layer_used_twice_is_refused_where_flips_are_in_the_backward_pass(device):
     layer = IntLinear(16, 16).to(device)
     FlipOptimizer(layer.parameters(), update="backward")
