@@ -43,6 +43,7 @@ from kernels.flip import flip
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn
 from kernels.measure_delta import measure_delta
+from kernels.philox import noise_from
 from kernels.quantize_delta import quantize_delta
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize
@@ -216,7 +217,7 @@ def row_cases(t: Timer, sizes: Sizes) -> list[Case]:
              lambda: (t.floats(tokens, width), scale, t.number(1e6), t.integers(1, 2, largest=0, dtype=torch.int32)),
              measure_delta, {"abs().amax()": Usual(lambda x, *_: x.abs().amax())}),
         Case("quantize_delta", sizes.rows, 0, 5 * area,
-             lambda: (t.floats(tokens, width), sigma, t.rng(), 0), quantize_delta),
+             lambda: (t.floats(tokens, width), sigma, noise_from(t.rng(), tokens, 0, width)), quantize_delta),
         Case("rmsnorm_backward", sizes.rows, 0, 12 * area + 4 * tokens,
              lambda: (t.integers(tokens, width, largest=9999, dtype=torch.int32), scale, t.floats(tokens, width),
                       t.floats(tokens, 1).abs()),

@@ -27,8 +27,8 @@ from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
 from kernels.limits import kept_bits, threshold_of, weight_limit
-from kernels.measure_delta import absmax, largest_noted, measure_delta, note_as
-from kernels.philox import make_rng
+from kernels.measure_delta import absmax, largest_noted, note_as, prepare_delta
+from kernels.philox import make_rng, noise_from
 from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_twice
 from kernels.rmsnorm_backward import rmsnorm_backward
 from kernels.rmsnorm_quantize import rmsnorm_quantize, rmsnorm_quantize_twice
@@ -77,7 +77,7 @@ class IntLayer(nn.Module):
     rng             int64 (3,): seed, step, and rows seen in this step; the noise that rounds delta is a function of it
     votes           int32 or int64 (out, in), None until an optimizer is made for the weight
     votes_scale     float32 (): the largest sigma of this step's passes, not finite if one was not
-    scratch         int32 (2,): of measure_delta
+    scratch         int32 (2,): of prepare_delta
     delta_history   float32 (1 + DELAY,): largest |delta| of this step so far and of the last ones; for a delayed scale
     delta_width     columns of this layer's delta, whose noise the optimizer gives a place of its own
     learning        what `learn_in_backward` wants besides the operands; None with update = "step"
@@ -289,16 +289,17 @@ def _to_int8(
     quantize = quantize_delta_twice if by_columns else _quantize_once
     if place is not None:
         rng = noise_rng(rng, delta.shape[0], place)
+    about_noise = rng, delta.shape[0], first_column, delta.shape[1]
     if delta_history is None:
         # The largest of each part, or of each rank, has the same scale as the whole.
         whole = delta if noted is None else noted[None]
         whole = whole if place is None else max_over_ranks(absmax(whole), place.handle).view(1, 1)
-        measured = measure_delta(whole, scale, votes_scale, scratch, largest_of_bits(bits))
-        d, voter = quantize(delta, measured[0], rng, first_column, bits)
+        measured, noise = prepare_delta(whole, scale, votes_scale, scratch, largest_of_bits(bits), *about_noise)
+        d, voter = quantize(delta, measured[0], noise, bits)
         scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
     else:
         sigma = delayed_sigma(delta, delta_history, largest_of_bits(bits))
-        d, voter = quantize(delta, sigma, rng, first_column, bits)
+        d, voter = quantize(delta, sigma, noise_from(*about_noise), bits)
         scaled, ratios = scale * sigma, ()
     voter = torch.sign(delta).to(torch.int8) if kind == "sign" else voter
     if delta_history is not None:  # the first step only measures

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
 from kernels.measure_delta import grid_of, largest_of, load_block, with_largest
-from kernels.philox import Stream, dither, dither_at, dither_word, noise
+from kernels.philox import Stream, check_rng, dither, dither_at, dither_word, noise_torch
 from kernels.rmsnorm_quantize import FLOATS, check_rows
 
 BLOCK = {"ROWS": 32, "COLUMNS": 256, "num_warps": 8}
@@ -33,11 +33,10 @@ def _dropped(x: Tensor, row_noise: Tensor, col_noise: Tensor, p: float, group: i
 
 def dropout_torch(x: Tensor, p: float, rng: Tensor, first_column: int, group: int) -> Tensor:
     """`dropped` in torch."""
-    columns = x.shape[1] // group
-    row_noise, col_noise = noise(
-        rng, x.shape[0], first_column, columns, Stream.DROPOUT_ROWS, Stream.DROPOUT_COLUMNS
-    )
-    return _dropped(x, row_noise, col_noise, p, group)
+    rows, columns = x.shape[0], x.shape[1] // group
+    noise = noise_torch(rng, rows, first_column, columns, Stream.DROPOUT_ROWS, Stream.DROPOUT_COLUMNS)
+    row_noise, col_noise = noise.split((rows, columns))
+    return _dropped(x, row_noise[:, None], col_noise, p, group)
 
 
 # The kernel
@@ -100,8 +99,7 @@ def dropped(x: Tensor, p: float, rng: Tensor, first_column: int = 0, group: int 
     if not 0 <= p < 1 or x.shape[1] % group:
         raise ValueError(f"dropout: got p {p} and groups of {group} columns for x {tuple(x.shape)}; p is at least 0 "
                          "and below 1, and columns are whole groups")  # fmt: skip
-    if rng.shape != (3,) or rng.dtype != torch.int64:
-        raise ValueError(f"dropout: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
+    check_rng("dropout", rng)
     if not on_triton(x):
         return dropout_torch(x, p, rng, first_column, group)
     return with_largest(*_dropout(x, p, rng, first_column, group))

@@ -3,9 +3,11 @@
     sigma = max|delta| / levels
 
 A kernel that writes delta can note the largest |delta| of each part that it writes (`with_largest`). Whoever puts delta
-on a grid then measures the note, which has the same largest value, and need not read delta for it.
+on a grid then measures the note, which has the same largest value, and need not read delta for it. The noise that
+rounds delta needs none of this, so that `prepare_delta` draws it in the same launch.
 
-Memory, for delta (T, n) of b bytes an element: b T n read, 16 bytes written; 2 operations an element.
+Memory, for delta (T, n) of b bytes an element: b T n read, 16 bytes written; 2 operations an element. For noise 4
+bytes written and 100 operations for each row and each column.
 """
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
 from kernels.fuse import fused
+from kernels.philox import NOISE_PART, check_rng, draw_noise, noise_torch
 from kernels.rmsnorm_quantize import check_rows
 
 TINY = torch.finfo(torch.float32).tiny
@@ -62,17 +65,18 @@ def largest_of(value):
 
 
 @jit
-def _measure_delta_kernel(
-    delta, scale, votes_scale, scratch, measured, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
+def _measure(
+    delta, scale, votes_scale, scratch, measured, blocks, rows, columns, delta_row, delta_column, LEVELS: tl.constexpr,
     TINY: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
     One that is ALONE does so at once: each of the others' atomic operations takes as long as all else."""
+    before, own = tl.load(votes_scale), tl.load(scale)  # first, so that they come while delta does
     value, _, _, _ = load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
     largest, last = largest_of(value), True
     if not ALONE:
         tl.atomic_max(scratch, largest.to(tl.int32, bitcast=True))
-        last = tl.atomic_add(scratch + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
+        last = tl.atomic_add(scratch + 1, 1) == blocks - 1
     if last:
         if not ALONE:
             largest = tl.atomic_xchg(scratch, 0).to(tl.float32, bitcast=True)  # both are 0 again, for the next launch
@@ -80,13 +84,31 @@ def _measure_delta_kernel(
         place = tl.arange(0, 4)
         none = tl.zeros((4,), tl.float32)
         sigma = tl.div_rn(none + largest, none + LEVELS)
-        before = tl.load(votes_scale)
         top = tl.maximum(tl.maximum(none + before, sigma, tl.PropagateNan.ALL), TINY, tl.PropagateNan.ALL)
         tl.debug_barrier()  # every thread has read votes_scale
         tl.store(votes_scale + none.to(tl.int32), top, mask=place == 0)
         ratio = tl.div_rn(tl.where(place == 1, before, sigma), top)
-        result = tl.where(place == 0, sigma, tl.where(place == 3, sigma * tl.load(scale), ratio))
-        tl.store(measured + place, result)
+        tl.store(measured + place, tl.where(place == 0, sigma, tl.where(place == 3, sigma * own, ratio)))
+
+
+@jit
+def _measure_delta_kernel(
+    delta, scale, votes_scale, scratch, measured, noise, rng, rows, columns, delta_row, delta_column, noise_rows,
+    noise_columns, first_column, LEVELS: tl.constexpr, TINY: tl.constexpr, ALONE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The first programs measure a block of delta each. If there is `noise`, those after them draw a part of it each:
+    so small are both that most of a launch of its own would be its beginning and its end."""
+    bands = tl.cdiv(rows, ROWS)
+    if tl.program_id(0) < bands:
+        _measure(
+            delta, scale, votes_scale, scratch, measured, bands * tl.num_programs(1), rows, columns, delta_row,
+            delta_column, LEVELS, TINY, ALONE, ROWS, COLUMNS,
+        )  # fmt: skip
+    if noise is not None:
+        if tl.program_id(0) >= bands:
+            part = (tl.program_id(0) - bands) * tl.num_programs(1) + tl.program_id(1)
+            draw_noise(noise, rng, noise_rows, noise_columns, first_column, part, PART)
 
 
 # Launching
@@ -101,27 +123,52 @@ def _row_of(columns: int) -> dict[str, int]:
     return {"ROWS": 1, "COLUMNS": min(16384, max(128, triton.next_power_of_2(columns))), "num_warps": 8}
 
 
-@operator("measure_delta", mutates_args=("votes_scale", "scratch"))
-def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
+def _launch_measure_delta(
+    delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int, noise: Tensor | None = None,
+    rng: Tensor | None = None, noise_rows: int = 0, first_column: int = 0, noise_columns: int = 0,
+) -> Tensor:  # fmt: skip
     rows, columns = delta.shape
     measured = torch.empty((4,), dtype=torch.float32, device=delta.device)
     block = BLOCK if rows > 1 else _row_of(columns)
-    wrap_triton(_measure_delta_kernel)[grid_of(rows, columns, block)](
+    bands, across = grid_of(rows, columns, block)
+    drawing = triton.cdiv(triton.cdiv(noise_rows + noise_columns, NOISE_PART), across)
+    wrap_triton(_measure_delta_kernel)[(bands + drawing, across)](
         delta=delta,
         scale=scale,
         votes_scale=votes_scale,
         scratch=scratch,
         measured=measured,
+        noise=noise,
+        rng=rng,
         rows=rows,
         columns=columns,
         delta_row=delta.stride(0),
         delta_column=delta.stride(1),
+        noise_rows=noise_rows,
+        noise_columns=noise_columns,
+        first_column=first_column,
         LEVELS=levels,
         TINY=TINY,
-        ALONE=grid_of(rows, columns, block) == (1, 1),
+        ALONE=(bands, across) == (1, 1),
+        PART=NOISE_PART,
         **block,
     )
     return measured
+
+
+@operator("measure_delta", mutates_args=("votes_scale", "scratch"))
+def _measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int) -> Tensor:
+    return _launch_measure_delta(delta, scale, votes_scale, scratch, levels)
+
+
+@operator("prepare_delta", mutates_args=("votes_scale", "scratch"))
+def _prepare_delta(
+    delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int, rng: Tensor, rows: int,
+    first_column: int, columns: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    noise = torch.empty((rows + columns,), dtype=torch.int32, device=delta.device)
+    about_noise = (noise, rng, rows, first_column, columns)
+    return _launch_measure_delta(delta, scale, votes_scale, scratch, levels, *about_noise), noise
 
 
 def with_largest(delta: Tensor, largest: Tensor) -> Tensor:
@@ -180,13 +227,35 @@ def measure_delta(delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Te
     return _measure_delta(delta, scale, votes_scale, scratch, levels)
 
 
+def prepare_delta(
+    delta: Tensor, scale: Tensor, votes_scale: Tensor, scratch: Tensor, levels: int, rng: Tensor, rows: int,
+    first_column: int, columns: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`measure_delta`, and `noise_from` for rounding: all that delta waits for on its way to the grid, in one launch.
+
+    `rows` and `columns` are those to be rounded: delta (T, n) may be a note about them. Raises ValueError as they do.
+    """
+    check_rows("prepare_delta", delta)
+    check_rng("prepare_delta", rng)
+    if not on_triton(delta):
+        noise = noise_torch(rng, rows, first_column, columns)
+        return measure_delta_torch(delta, scale, votes_scale, levels), noise
+    return _prepare_delta(delta, scale, votes_scale, scratch, levels, rng, rows, first_column, columns)
+
+
 def launch_configs() -> list[LaunchConfig]:
-    """Row-contiguous inputs of 32 and of 16 bits, and a note."""
+    """Row-contiguous inputs of 32 and of 16 bits, and a note; each also with noise."""
     found = []
     pointers = {"scratch": "*i32"} | dict.fromkeys(("scale", "votes_scale", "measured"), "*fp32")
     shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
+    noise = {"noise": "*i32", "rng": "*i64"} | dict.fromkeys(("noise_rows", "noise_columns", "first_column"), "i32")
     for name, float_, block in (("fp32", "fp32", BLOCK), ("bf16", "bf16", BLOCK), ("note", "fp32", _row_of(16384))):
-        constants = {"delta_column": 1, "LEVELS": 127, "TINY": TINY, "ALONE": name == "note"} | block
-        warps, signature = constants.pop("num_warps"), {"delta": f"*{float_}"} | pointers | shape
-        found.append(LaunchConfig(name, _measure_delta_kernel, signature, constants, warps, exact=True))
+        constants = {"delta_column": 1, "LEVELS": 127, "TINY": TINY, "ALONE": name == "note", "PART": NOISE_PART}
+        warps, signature = block["num_warps"], {"delta": f"*{float_}"} | pointers | shape
+        constants |= {key: value for key, value in block.items() if key != "num_warps"}
+        for about, given, left in (("", {}, noise), (" and noise", noise, {})):
+            found.append(LaunchConfig(
+                name + about, _measure_delta_kernel, signature | given, constants | dict.fromkeys(left), warps,
+                exact=True,
+            ))  # fmt: skip
     return found

@@ -15,8 +15,8 @@ rows + columns draws instead of rows x columns.
 
 Training reads `rng`, an int64 tensor (3,) = [seed, step, rows seen in this step] on the layer's device, so that a step
 can be captured in a CUDA graph: kernels load it (`philox_words`, `dither_word` and `dither_at` below are called by
-every kernel that is random), `words_from`, `uniform_from` and `noise` are for torch. `_words_kernel` fills a tensor on
-the GPU: 8 bytes written, 10 rounds (about 80 integer operations) for each word.
+every kernel that is random), `words_from`, `uniform_from` and `noise_from` are for torch. `_words_kernel` and
+`_noise_kernel` fill a tensor on the GPU: 8 or 4 bytes written, 10 rounds (about 80 integer operations) for each word.
 """
 
 import functools
@@ -31,6 +31,7 @@ from kernels.philox_words import Stream, words
 DITHER_BITS = 23  # a + b then fits 24 bits, which fp32 holds exactly
 NOISE_BLOCK = 8192  # elements of noise that torch draws, and keeps, at once
 WORDS_BLOCK = 1024  # words of a program
+NOISE_PART = 256  # numbers of noise that a program draws
 
 
 def uniform(seed: int, step: int, stream: int, n: int, start: int = 0) -> Tensor:
@@ -48,6 +49,12 @@ def dither(row_noise: Tensor, col_noise: Tensor) -> Tensor:
     return (row_noise + col_noise).bitwise_and_(2**DITHER_BITS - 1).to(torch.float32).mul_(2.0**-DITHER_BITS)
 
 
+def check_rng(name: str, rng: Tensor) -> None:
+    """Raises ValueError where rng has not the shape and the type of `make_rng`'s."""
+    if rng.shape != (3,) or rng.dtype != torch.int64:
+        raise ValueError(f"{name}: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
+
+
 def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
     """int64 (3,): the seed's low 64 bits, step 0, no rows seen."""
     low = seed & (2**64 - 1)
@@ -56,6 +63,8 @@ def make_rng(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 # In kernels
 
+ROWS_STREAM = tl.constexpr(Stream.ROWS) if triton else None
+COLUMNS_STREAM = tl.constexpr(Stream.COLUMNS) if triton else None
 TOPK_STREAM = tl.constexpr(Stream.TOPK) if triton else None
 MOMENTUM_ROWS_STREAM = tl.constexpr(Stream.MOMENTUM_ROWS) if triton else None
 MOMENTUM_COLUMNS_STREAM = tl.constexpr(Stream.MOMENTUM_COLUMNS) if triton else None
@@ -75,8 +84,19 @@ def philox_words(seed, step, stream, element):
 
 @jit
 def dither_word(seed, step, stream, element):
-    """`noise` in a kernel: the int32 noise in [0, 2^23) of each element, int64 as for `philox_words`."""
+    """`noise_from` in a kernel: the int32 noise in [0, 2^23) of each element, int64 as for `philox_words`."""
     return (philox_words(seed, step, stream, element) >> 9).to(tl.int32)
+
+
+@jit
+def draw_noise(noise, rng, rows, columns, first_column, part, PART: tl.constexpr):
+    """Numbers part * PART and on of `noise_from`, to noise int32 (rows + columns,)."""
+    place = part.to(tl.int64) * PART + tl.arange(0, PART)
+    seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
+    of_row = place < rows
+    stream = tl.where(of_row, ROWS_STREAM, COLUMNS_STREAM)
+    element = tl.where(of_row, rows_seen + place, first_column + place - rows)
+    tl.store(noise + place, dither_word(seed, step, stream, element), mask=place < rows + columns)
 
 
 @jit
@@ -93,6 +113,11 @@ def _words_kernel(out, rng, layers, stream_id, start, count, BLOCK: tl.constexpr
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = philox_words(tl.load(rng), tl.load(rng + 1), stream_id, start + place)
     tl.store(out + row * count + place, word.to(tl.int64), mask=place < count)
+
+
+@jit
+def _noise_kernel(noise, rng, rows, columns, first_column, PART: tl.constexpr):
+    draw_noise(noise, rng, rows, columns, first_column, tl.program_id(0), PART)
 
 
 # For torch
@@ -159,25 +184,51 @@ def _noise(seed: int, step: int, stream: int, start: int, count: int) -> Tensor:
 
 def _empty_noise(
     rng: Tensor, rows: int, first_column: int, columns: int, row_stream: int = 0, col_stream: int = 0
-) -> tuple[Tensor, Tensor]:
-    return rng.new_empty((rows, 1), dtype=torch.int32), rng.new_empty((columns,), dtype=torch.int32)
+) -> Tensor:
+    return rng.new_empty((rows + columns,), dtype=torch.int32)
 
 
-@opaque_operator("noise", fake=_empty_noise)
-def noise(
+@opaque_operator("noise_torch", fake=_empty_noise)
+def noise_torch(
     rng: Tensor, rows: int, first_column: int, columns: int, row_stream: int = Stream.ROWS,
     col_stream: int = Stream.COLUMNS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `dither` wants for the next `rows` tokens and for `columns` columns from `first_column` on.
-
-    int32 (rows, 1) and (columns,) in [0, 2^23), on rng's device. For the torch reference: it reads `rng` on the host.
-    """
+) -> Tensor:  # fmt: skip
+    """`noise_from` in torch. It reads `rng` on the host."""
     seed, step, row = rng.tolist()
-    row_noise = _noise(seed, step, row_stream, row, rows)[:, None]
-    return row_noise.to(rng.device), _noise(seed, step, col_stream, first_column, columns).to(rng.device)
+    of_rows = _noise(seed, step, row_stream, row, rows)
+    return torch.cat([of_rows, _noise(seed, step, col_stream, first_column, columns)]).to(rng.device)
+
+
+@operator("noise")
+def noise_triton(rng: Tensor, rows: int, first_column: int, columns: int) -> Tensor:
+    """`noise_from` on a GPU."""
+    noise = torch.empty((rows + columns,), dtype=torch.int32, device=rng.device)
+    wrap_triton(_noise_kernel)[(triton.cdiv(rows + columns, NOISE_PART),)](
+        noise=noise,
+        rng=rng,
+        rows=rows,
+        columns=columns,
+        first_column=first_column,
+        PART=NOISE_PART,
+    )
+    return noise
+
+
+def noise_from(rng: Tensor, rows: int, first_column: int, columns: int) -> Tensor:
+    """What `dither` wants for the next `rows` tokens, then for `columns` columns from `first_column` on.
+
+    int32 (rows + columns,) in [0, 2^23), on rng's device. Drawn once, not by each block of delta that needs it. Raises
+    ValueError on another shape or type of rng.
+    """
+    check_rng("noise_from", rng)
+    return (noise_triton if on_triton(rng) else noise_torch)(rng, rows, first_column, columns)
 
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check philox` compiles."""
     signature = {"out": "*i64", "rng": "*i64", "layers": "*i64", "stream_id": "i32", "start": "i32", "count": "i32"}
-    return [LaunchConfig("words", _words_kernel, signature, {"BLOCK": WORDS_BLOCK})]
+    noise = {"noise": "*i32", "rng": "*i64", "rows": "i32", "columns": "i32", "first_column": "i32"}
+    return [
+        LaunchConfig("words", _words_kernel, signature, {"BLOCK": WORDS_BLOCK}),
+        LaunchConfig("noise", _noise_kernel, noise, {"PART": NOISE_PART}),
+    ]

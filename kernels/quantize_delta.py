@@ -6,24 +6,24 @@ With 8 bits L is 127 and t 1. With fewer, each `GROUP` values of a row share t, 
 2^(8 - bits) with which they fit: bits and a quarter of a bit each, kept in a byte, so that D is exact in int8 products.
 
 u in [0, 1) is `philox.dither` of one word for the row and one for the column: word rng[2] + t of stream ROWS for row t,
-word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], step = rng[1]).
+word first_column + c of stream COLUMNS for column c, of Philox(seed = rng[0], step = rng[1]). They come as `noise`,
+from `prepare_delta` (kernels/measure_delta.py) or `noise_from` (kernels/philox.py).
 
-Memory, for delta of b bytes an element: b T n read, T n written; 10 operations an element, and 100 for each row and
-each column. Votes read D by columns on a GPU (kernels/transpose.py), so `quantize_delta_twice` writes it that way too.
+Memory, for delta of b bytes an element: b T n read, T n written; 10 operations an element. Votes read D by columns on
+a GPU (kernels/transpose.py), so `quantize_delta_twice` writes it that way too.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, wrap_triton
 from kernels.fuse import fused
 from kernels.measure_delta import BLOCK, grid_of, load_block
-from kernels.philox import Stream, dither, dither_at, dither_word, noise
+from kernels.philox import dither, dither_at
 from kernels.rmsnorm_quantize import check_rows, reciprocal
 
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 SQUARE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # where D is written by columns too
-NOISE_BLOCK = 256
 GROUP = 32  # values of a row that share a power of two
 
 
@@ -71,18 +71,6 @@ def rounded_down(v, LIMIT: tl.constexpr):
 
 
 @jit
-def _noise_kernel(
-    noise, rng, rows, columns, first_column, ROW_STREAM: tl.constexpr, COLUMN_STREAM: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The noise of `rows` rows, then that of `columns` columns: int32. Drawn once, not by each block that needs it."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
-    row = dither_word(seed, step, ROW_STREAM, rows_seen + place)
-    column = dither_word(seed, step, COLUMN_STREAM, first_column + place - rows)
-    tl.store(noise + place, tl.where(place < rows, row, column), mask=place < rows + columns)
-
-
-@jit
 def _quantize_delta_kernel(
     delta, sigma, noise, d_int8, d_turned, rows, columns, delta_row, delta_column, sigma_row, BITS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -111,22 +99,9 @@ def _quantize_delta_kernel(
 # Launching
 
 
-def _launch_quantize_delta(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int, d_turned: Tensor | None
-) -> Tensor:
+def _launch_quantize_delta(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int, d_turned: Tensor | None) -> Tensor:
     rows, columns = delta.shape
     d_int8 = torch.empty((rows, columns), dtype=torch.int8, device=delta.device)
-    noise = torch.empty((rows + columns,), dtype=torch.int32, device=delta.device)
-    wrap_triton(_noise_kernel)[(triton.cdiv(rows + columns, NOISE_BLOCK),)](
-        noise=noise,
-        rng=rng,
-        rows=rows,
-        columns=columns,
-        first_column=first_column,
-        ROW_STREAM=Stream.ROWS,
-        COLUMN_STREAM=Stream.COLUMNS,
-        BLOCK=NOISE_BLOCK,
-    )
     block = BLOCK if d_turned is None else SQUARE
     wrap_triton(_quantize_delta_kernel)[grid_of(rows, columns, block)](
         delta=delta,
@@ -147,52 +122,51 @@ def _launch_quantize_delta(
 
 
 @operator("quantize_delta")
-def _quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int) -> Tensor:
-    return _launch_quantize_delta(delta, sigma, rng, first_column, bits, None)
+def _quantize_delta(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int) -> Tensor:
+    return _launch_quantize_delta(delta, sigma, noise, bits, None)
 
 
 @operator("quantize_delta_twice")
-def _quantize_delta_twice(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int
-) -> tuple[Tensor, Tensor]:
+def _quantize_delta_twice(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     turned = torch.empty((delta.shape[1], delta.shape[0]), dtype=torch.int8, device=delta.device)
-    return _launch_quantize_delta(delta, sigma, rng, first_column, bits, turned), turned
+    return _launch_quantize_delta(delta, sigma, noise, bits, turned), turned
 
 
-def quantize_delta(delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8) -> Tensor:
+def quantize_delta(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int = 8) -> Tensor:
     """delta / sigma rounded up or down at random.
 
-    delta float (T, n) of any stride, sigma float32 () for the tensor or (T, 1) for each row, rng int64 (3,) = [seed,
-    step, rows seen in this step]; the layer's columns of noise begin at first_column; bits from 2 to 8. Returns D int8
-    (T, n), clipped to `largest_of_bits`, 0 where sigma is 0. Raises ValueError on other shapes or types.
+    delta float (T, n) of any stride, sigma float32 () for the tensor or (T, 1) for each row, noise int32 (T + n,) as
+    `noise_from` draws it; bits from 2 to 8. Returns D int8 (T, n), clipped to `largest_of_bits`, 0 where sigma is 0.
+    Raises ValueError on other shapes or types.
     """
-    _check(delta, sigma, rng, bits)
+    _check(delta, sigma, noise, bits)
     if not on_triton(delta):
-        row_noise, col_noise = noise(rng, delta.shape[0], first_column, delta.shape[1])
-        return quantize_delta_torch(delta, sigma, row_noise, col_noise, bits)
-    return _quantize_delta(delta, sigma, rng, first_column, bits)
+        row_noise, col_noise = noise.split(delta.shape)
+        return quantize_delta_torch(delta, sigma, row_noise[:, None], col_noise, bits)
+    return _quantize_delta(delta, sigma, noise, bits)
 
 
-def quantize_delta_twice(
-    delta: Tensor, sigma: Tensor, rng: Tensor, first_column: int, bits: int = 8
-) -> tuple[Tensor, Tensor]:
+def quantize_delta_twice(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """`quantize_delta`, and the same D as `accumulate_votes` reads it fastest: on a GPU a copy by columns."""
     if not on_triton(delta):
-        d = quantize_delta(delta, sigma, rng, first_column, bits)
+        d = quantize_delta(delta, sigma, noise, bits)
         return d, d
-    _check(delta, sigma, rng, bits)
-    d, turned = _quantize_delta_twice(delta, sigma, rng, first_column, bits)
+    _check(delta, sigma, noise, bits)
+    d, turned = _quantize_delta_twice(delta, sigma, noise, bits)
     return d, turned.t()
 
 
-def _check(delta: Tensor, sigma: Tensor, rng: Tensor, bits: int) -> None:
+def _check(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int) -> None:
     check_rows("quantize_delta", delta)
     if sigma.numel() != 1 and sigma.shape != (delta.shape[0], 1):
         raise ValueError(
             f"quantize_delta: got delta {tuple(delta.shape)} and sigma {tuple(sigma.shape)}; sigma is () or (T, 1)"
         )
-    if rng.shape != (3,) or rng.dtype != torch.int64:
-        raise ValueError(f"quantize_delta: got rng {rng.dtype} {tuple(rng.shape)}; it is torch.int64 (3,)")
+    if noise.shape != (sum(delta.shape),) or noise.dtype != torch.int32 or not noise.is_contiguous():
+        raise ValueError(
+            f"quantize_delta: got delta {tuple(delta.shape)} and noise {noise.dtype} {tuple(noise.shape)}; it is "
+            "torch.int32 (T + n,), contiguous"
+        )
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize_delta: got bits {bits}; they are 2 to 8")
 
@@ -201,9 +175,6 @@ def launch_configs() -> list[LaunchConfig]:
     """Row-contiguous inputs of 32 and of 16 bits."""
     found = []
     shape = {"rows": "i32", "columns": "i32", "delta_row": "i32"}
-    streams = {"ROW_STREAM": Stream.ROWS, "COLUMN_STREAM": Stream.COLUMNS, "BLOCK": NOISE_BLOCK}
-    signature = {"noise": "*i32", "rng": "*i64", "rows": "i32", "columns": "i32", "first_column": "i32"}
-    found.append(LaunchConfig("noise", _noise_kernel, signature, streams))
     for float_ in ("fp32", "bf16"):
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
         for name, block, bits in (("8 bits", BLOCK, 8), ("4 bits", BLOCK, 4), ("8 bits twice", SQUARE, 8)):

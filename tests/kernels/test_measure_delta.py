@@ -14,8 +14,10 @@ from kernels.measure_delta import (
     measure_delta,
     measure_delta_torch,
     note_as,
+    prepare_delta,
     with_largest,
 )
+from kernels.philox import noise_torch
 from tests.kernels.inputs import FLOATS, floats, guard, inner_block, kernel_test, layouts, readable, untouched
 
 SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13), (1, 5000), (1, 17000)]
@@ -73,6 +75,26 @@ def test_measure_delta(shape, dtype, before, device):
         assert torch.equal(given.nan_to_num(-1), wanted.nan_to_num(-1)) and not scratch.any()
 
 
+@kernel_test
+@pytest.mark.parametrize("shape", [(1, 1), (13, 37), (63, 623), (1, 5000), (1, 17000)], ids=readable)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (37, 300), (300, 1700)])
+def test_prepare_delta(shape, rows, columns, device):
+    """What `measure_delta` gives, and the noise of other rows and columns: those that a note is about."""
+    delta, (scale, scratch) = floats(*shape, device), scales_at(device)
+    given, wanted = torch.tensor(1e-3, device=device), torch.tensor(1e-3, device=device)
+    expected = measure_delta_torch(delta, scale, wanted, 127)
+    about_noise = torch.tensor([2**40 + 7, 6, 2**33 + 5], device=device), rows, 1001, columns
+    measured, noise = prepare_delta(delta, scale, given, scratch, 127, *about_noise)
+    assert torch.equal(measured, expected) and torch.equal(given, wanted) and not scratch.any()
+    assert noise.dtype == torch.int32 and torch.equal(noise, noise_torch(*about_noise))
+
+
+def test_prepare_delta_refuses_what_is_no_rng():
+    delta, (scale, scratch) = floats(3, 5), scales_at(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"prepare_delta: .* it is torch.int64 \(3,\)"):
+        prepare_delta(delta, scale, torch.tensor(0.0), scratch, 127, torch.zeros(2, dtype=torch.int64), 3, 0, 5)
+
+
 def test_measure_delta_means_what_it_says():
     scale, scratch = scales_at(torch.device("cpu"))
     votes_scale = torch.tensor(0.0)
@@ -109,9 +131,11 @@ def test_what_is_noted_holds_until_delta_changes():
 def test_nothing_outside_is_touched(device, monkeypatch):
     delta = inner_block(floats(37, 63, device))
     before, largest, (scale, scratch) = delta._base.clone(), absmax_torch(delta), scales_at(device)
+    rng = torch.tensor([1, 2, 3], device=device)
     bands, votes_scale = guard(monkeypatch), torch.tensor(0.0, device=device)
     assert torch.equal(absmax(delta), largest)
     assert torch.equal(measure_delta(delta, scale, votes_scale, scratch)[0], largest / 127)
+    prepare_delta(delta, scale, votes_scale, scratch, 127, rng, 37, 5, 63)
     assert untouched(bands) and torch.equal(delta._base.view(torch.int32), before.view(torch.int32))
 
 
@@ -120,3 +144,4 @@ def test_as_a_torch_operator(device):
     delta, (scale, scratch) = floats(13, 37, device), scales_at(device)
     given = delta, scale, torch.tensor(0.0, device=device), scratch, 127
     torch.library.opcheck(torch.ops.nanogft.measure_delta, given)
+    torch.library.opcheck(torch.ops.nanogft.prepare_delta, (*given, torch.tensor([1, 2, 3], device=device), 13, 5, 37))

@@ -25,7 +25,8 @@ from kernels.philox import (
     dither_at,
     dither_word,
     make_rng,
-    noise,
+    noise_from,
+    noise_torch,
     normal,
     philox_words,
     uniform,
@@ -180,7 +181,7 @@ def test_dither_is_the_sum_modulo_one_exactly(rows, columns):
 
 def test_dither_is_uniform_and_pairwise_independent():
     n = 100_000  # independent 2 x 2 rectangles
-    rows, columns = noise(torch.tensor([5, 0, 0]), 2 * n, 0, 2 * n)
+    rows, columns = noise_torch(torch.tensor([5, 0, 0]), 2 * n, 0, 2 * n).split(2 * n)
     corners = dither(rows.view(n, 2, 1), columns.view(n, 1, 2)).double().flatten(1)
     for corner in corners.unbind(1):
         assert z_mean(corner, 1 / 2, math.sqrt(1 / 12)) < 4
@@ -216,13 +217,18 @@ def test_a_new_rng(seed, stored):
     assert words_torch(rng, 3, 5).tolist() == words(seed, 0, 3, 5).tolist()
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (7, 300), (NOISE_BLOCK, 3), (3, 2 * NOISE_BLOCK + 5)])
-@pytest.mark.parametrize("row, first_column", [(0, 0), (2**33 + 5, 1), (NOISE_BLOCK - 1, NOISE_BLOCK - 2)])
+noises = pytest.mark.parametrize("rows, columns", [(1, 1), (7, 300), (NOISE_BLOCK, 3), (3, 2 * NOISE_BLOCK + 5)])
+places = pytest.mark.parametrize("row, first_column", [(0, 0), (2**33 + 5, 1), (NOISE_BLOCK - 1, NOISE_BLOCK - 2)])
+
+
+@noises
+@places
 def test_noise_is_the_top_bits_of_the_words(rows, columns, row, first_column):
     """In one block of the cache and in several."""
-    row_noise, col_noise = noise(torch.tensor([-9, 8, row]), rows, first_column, columns)
-    assert row_noise.dtype == col_noise.dtype == torch.int32
-    assert torch.equal(row_noise, top_bits(-9, 8, Stream.ROWS, rows, row)[:, None])
+    found = noise_torch(torch.tensor([-9, 8, row]), rows, first_column, columns)
+    row_noise, col_noise = found.split((rows, columns))
+    assert found.dtype == torch.int32
+    assert torch.equal(row_noise, top_bits(-9, 8, Stream.ROWS, rows, row))
     assert torch.equal(col_noise, top_bits(-9, 8, Stream.COLUMNS, columns, first_column))
 
 
@@ -245,6 +251,15 @@ def test_words_and_uniform_numbers(seed, step, stream, start, count, device):
 
 
 @kernel_test
+@noises
+@places
+def test_noise(rows, columns, row, first_column, device):
+    rng = torch.tensor([-9, 8, row], device=device)
+    found = noise_from(rng, rows, first_column, columns)
+    assert torch.equal(found, noise_torch(rng, rows, first_column, columns)) and rng.tolist() == [-9, 8, row]
+
+
+@kernel_test
 def test_no_words(device):
     rng = torch.tensor([1, 2, 0], device=device)
     assert words_from(rng, 3, 0).shape == words_torch(rng, 3, 0).shape == (0,)
@@ -255,7 +270,8 @@ def test_as_torch_operators(device):
     rng = torch.tensor([1, 2, 3], device=device)
     for operator in (torch.ops.nanogft.words, torch.ops.nanogft.words_torch):
         torch.library.opcheck(operator, (rng, 3, 37, 4))
-    torch.library.opcheck(torch.ops.nanogft.noise, (rng, 3, 4, 5))
+    for operator in (torch.ops.nanogft.noise, torch.ops.nanogft.noise_torch):
+        torch.library.opcheck(operator, (rng, 3, 4, 5))
 
     def draw(rng: torch.Tensor) -> torch.Tensor:
         return words_from(rng, 3, 37)
