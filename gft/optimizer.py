@@ -8,7 +8,7 @@
 but their number. Float parameters belong to a torch optimizer beside it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -61,6 +61,7 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was
     not finite; `stopped`, float32 () on the device, is then not 0 until the next step.
+    Weights of one shape move to one buffer when the optimizer is made, so that no step must copy them.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 
@@ -116,10 +117,11 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.exchange.adopt(layers)
             alike = {kind: own for kind, ns in alike.items() if (own := [n for n in ns if self.exchange.owns(n)])}
         for numbers in alike.values():
-            if self.exchange is None and not in_backward:
-                _share_votes([self.layers[i] for i in numbers])
-            flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
             members = [self.layers[i] for i in numbers]
+            if self.exchange is None and not in_backward:
+                _share_votes(members)
+                _share_weights(members)
+            flips = torch.zeros(len(numbers), dtype=torch.int64, device=device)
             self.stacks.append(Stack(number, members, torch.tensor(numbers, device=device), flips))
         self.settings_changed()
 
@@ -145,12 +147,14 @@ class FlipOptimizer(torch.optim.Optimizer):
     def _match_momentum(self) -> None:
         """An empty momentum for each weight that needs one, none for others: a group's `momentum` may change later."""
         for stack in self.stacks:
-            for layer in stack.layers:
-                state, wanted = self.state[layer.weight], bool(self.param_groups[stack.group]["momentum"])
-                if wanted and "momentum" not in state:
-                    state["momentum"], state["momentum_scale"] = empty_momentum(layer.weight)
-                elif not wanted:
+            states = [self.state[layer.weight] for layer in stack.layers]
+            if not self.param_groups[stack.group]["momentum"]:
+                for state in states:
                     state.pop("momentum", None), state.pop("momentum_scale", None)
+            elif any("momentum" not in state for state in states):
+                momenta, scales = zip(*(empty_momentum(layer.weight) for layer in stack.layers), strict=True)
+                for state, momentum, scale in zip(states, _together(momenta), _together(scales), strict=True):
+                    state.setdefault("momentum", momentum), state.setdefault("momentum_scale", scale)
 
     def _rule(self, stack: Stack) -> UpdateRule:
         group = self.param_groups[stack.group]
@@ -232,8 +236,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         votes, stacked = _stacked([layer.votes for layer in layers]), [_stacked(tensors) for tensors in changing]
         weight, *momentum = stacked if rule.momentum else (*stacked, None, None)
         flip(votes, weight, k, layers[0].rng, stack.numbers, stop, rule, *momentum, stack.flips)
-        if len(layers) > 1:  # the stacks of what changes are copies
-            for tensors, changed in zip(changing, stacked, strict=True):
+        for tensors, changed in zip(changing, stacked, strict=True):
+            if changed.data_ptr() != tensors[0].data_ptr():  # it is a copy
                 torch._foreach_copy_(tensors, list(changed.unbind()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -314,16 +318,24 @@ class FlipOptimizer(torch.optim.Optimizer):
             self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """(L, ...): a view of one tensor, or of several that are one buffer's rows, else a copy."""
-    first, base = tensors[0], tensors[0]._base
-    if len(tensors) == 1:
-        return first[None]
-    places = [i * first.numel() for i in range(len(tensors))]
-    rows = base is not None and len(base) == len(tensors) and all(t._base is base for t in tensors)
-    if rows and [t.storage_offset() for t in tensors] == places:
-        return base
-    return torch.stack(tensors)
+    first = tensors[0]
+    if not _are_together(tensors):
+        return torch.stack(tensors)
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def _are_together(tensors: Sequence[Tensor]) -> bool:
+    """Whether these tensors of one shape are one buffer's rows."""
+    first, buffers = tensors[0], {t.untyped_storage().data_ptr() for t in tensors}
+    rows = [first.storage_offset() + i * first.numel() for i in range(len(tensors))]
+    return len(buffers) == 1 and [t.storage_offset() for t in tensors] == rows and first.is_contiguous()
+
+
+def _together(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors of one shape as the rows of one buffer, so that no step must gather them."""
+    return tensors if _are_together(tensors) else torch.stack(tensors).unbind()
 
 
 def _share_votes(layers: list[IntLayer]) -> None:
@@ -332,6 +344,13 @@ def _share_votes(layers: list[IntLayer]) -> None:
     votes = torch.zeros((len(layers), *first.shape), dtype=first.dtype, device=first.device)
     for layer, rows in zip(layers, votes.unbind(), strict=True):
         layer.votes = rows
+
+
+def _share_weights(layers: list[IntLayer]) -> None:
+    """As `_share_votes`, but where a weight would not begin on 16 bytes, as products read it faster."""
+    if layers[0].weight.nbytes % 16 == 0:
+        for layer, rows in zip(layers, _together([layer.weight.data for layer in layers]), strict=True):
+            layer.weight.data = rows
 
 
 def _clear(layers: list[IntLayer]) -> None:

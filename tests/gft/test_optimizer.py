@@ -819,3 +819,23 @@ def test_two_optimizers_may_share_layers():
     older.step()
     changed = [not torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True)]
     assert changed == [True, True, False]
+
+
+def test_layers_of_one_shape_move_as_one_wherever_they_lie(monkeypatch):
+    """In one buffer from the start, without a copy, and gathered for the step where somebody has moved one away."""
+    nets = [nn.Sequential(*(IntLinear(64, 64, seed=i, index=0) for i in range(3))) for _ in range(2)]
+    optimizers = [FlipOptimizer(net.parameters(), rule="gain", momentum=0.9) for net in nets]
+    assert same(weights(nets[0]), [IntLinear(64, 64, seed=i, index=0).weight for i in range(3)]), "values stay"
+    for layer in nets[1]:
+        layer.weight.data = layer.weight.data.clone()
+        state = optimizers[1].state[layer.weight]
+        state["momentum"] = state["momentum"].clone()
+    copied, copy_ = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, values: copied.append(to) or copy_(to, values))
+    for net, opt, copies in zip(nets, optimizers, (0, 4), strict=True):
+        for step in range(2):
+            net(torch.randn(32, 64, generator=generator(step))).sum().backward()
+            opt.step()
+        assert len(copied) == copies
+    assert optimizers[0].flips() == optimizers[1].flips() > 0 and same(weights(nets[0]), weights(nets[1]))
+    assert same(*([state["momentum"] for state in opt.state.values()] for opt in optimizers))
