@@ -5,10 +5,10 @@
     m                  floor(k n + u) for a tile of n weights, u uniform from Philox, in 32-bit fixed point
 
 `rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
-the float ones. On a GPU a tile stays in registers: one search, bit by bit, finds the m-th largest rank, and where too
-many are equal to it another finds the last index that still gets a place (`choose`): about 20 passes over registers, or
-44. (Two bits a pass take more instructions than they save passes. One search over 64-bit keys with the index in the low
-bits needs twice the registers, and spills.)
+the float ones. On a GPU a tile stays in registers: a search guesses numbers and counts the ranks that reach them until
+just m do (`choose`), and where too many are equal to the m-th another finds the last index that still gets a place.
+A search takes 7 to 10 passes over registers, where one bit by bit took 17 to 31. (One search over 64-bit keys with the
+index in the low bits needs twice the registers, and spills.)
 """
 
 import numpy as np
@@ -114,30 +114,57 @@ def keys_of(s, w, Q: tl.constexpr, UNIT: tl.constexpr):
 
 
 @jit
-def choose(keys, m, BITS: tl.constexpr):
-    """`select` for a tile in registers: its m of largest rank, keys (M, N) being those of `keys_of` with ranks below
-    2^BITS, M N a power of two up to 2^15. Returns bool (M, N); a rank of 0 is never chosen."""
-    n: tl.constexpr = keys.shape[0] * keys.shape[1]
-    one = tl.full((), 1, keys.dtype)
-    # Bit by bit twice the m-th largest rank: the largest even number that at least m keys reach. Where just m keys
-    # reach what is found so far, they are the ones, and no further bit matters.
-    threshold, bit, reached = one - one, one << BITS, m - m + n
-    while (bit > 1) & (reached != m):
-        count = tl.sum((keys >= threshold + bit).to(tl.int32))
-        threshold = tl.where(count >= m, threshold + bit, threshold)
-        reached = tl.where(count >= m, count, reached)
-        bit = bit >> 1
-    above, tied = (keys >> 1) > (threshold >> 1), (keys >> 1) == (threshold >> 1)
-    index = tl.arange(0, keys.shape[0])[:, None] * keys.shape[1] + tl.arange(0, keys.shape[1])[None, :]
-    end = m - m + n  # the largest index that at most so many tied ranks lie below as there are places left
-    if reached != m:
-        places = m - tl.sum(above.to(tl.int32))
-        end, step = m - m, m - m + n
-        while step > 0:
-            fits = tl.sum((tied & (index < end + step)).to(tl.int32)) <= places
-            end = tl.where(fits & (end + step <= n), end + step, end)
-            step = step // 2
-    return (above | (tied & (index < end))) & (keys > 1)
+def _search(keys, m, FLOAT: tl.constexpr):
+    """A number that just m ranks of a tile reach, or if there is none the m-th largest rank, and how many reach it.
+
+    keys (M, N) are those of `keys_of`; FLOAT says that ranks are bits of floats, whose values are then interpolated. If
+    fewer than m ranks are positive the number is 0, which all reach; if m is 0 it is the largest rank, the count 0.
+    """
+    size: tl.constexpr = keys.shape[0] * keys.shape[1]
+    top = tl.max(keys) >> 1
+    # At least m ranks reach `low`, fewer reach `high` + 1. `over` and `under` are the distances of those two counts
+    # from m, as |count - m| / (count + m): about log(count / m) / 2, as a tail falls exponentially.
+    low, high, reached = tl.where(m > 0, top - top, top), top, tl.where(m > 0, size, 0)
+    over, under = tl.abs(m - size).to(tl.float32) / (m + size).to(tl.float32), tl.full((), 1.0, tl.float32)
+    passes = tl.full((), 0, tl.int32)
+    while (low < high) & (reached != m):
+        share = over / (over + under)
+        if FLOAT:
+            first, last = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+            guess = (first + (last - first) * share).to(keys.dtype, bitcast=True)
+        else:
+            guess = low + ((high - low + 1).to(tl.float32) * share).to(keys.dtype)
+        # Every sixth guess lies in the middle, which bounds the passes whatever the ranks are.
+        guess = tl.where(passes % 6 == 5, low + (high - low + 1) // 2, guess)
+        guess = tl.minimum(tl.maximum(guess, low + 1), high)
+        count = tl.sum((keys >= (guess << 1)).to(tl.int32))
+        enough, distance = count >= m, tl.abs(count - m).to(tl.float32) / (count + m).to(tl.float32)
+        # The end that stays counts for less each time: it would else hardly move where the tail is curved.
+        over, under = tl.where(enough, distance, over * 0.8), tl.where(enough, under * 0.8, distance)
+        low, high = tl.where(enough, guess, low), tl.where(enough, high, guess - 1)
+        reached = tl.where(enough, count, reached)
+        passes += 1
+    return low, reached
+
+
+@jit
+def choose(keys, m, FLOAT: tl.constexpr):
+    """`select` for a tile in registers: its m of largest rank. Returns bool (M, N); a rank of 0 is never chosen.
+
+    keys (M, N) are those of `keys_of`, with ranks below 2^31 or, of int64, 2^61; M N is a power of two up to 2^15.
+    FLOAT: scores are float32.
+    """
+    threshold, reached = _search(keys, m, FLOAT)
+    if (reached != m) & (threshold > 0):
+        # More ranks at the threshold than places left: the lower indices have them.
+        size: tl.constexpr = keys.shape[0] * keys.shape[1]
+        index = tl.arange(0, keys.shape[0])[:, None] * keys.shape[1] + tl.arange(0, keys.shape[1])[None, :]
+        above = (keys >> 1) > threshold
+        turn = tl.where((keys >> 1) == threshold, (index - size) * -2, 0)  # keys of ranks size - index
+        last, _ = _search(turn, m - tl.sum(above.to(tl.int32)), False)
+        keys = tl.where(above | (turn >= (last << 1)), keys, 0)
+    # An odd number below the keys chosen: an even one above all keys might not fit.
+    return keys > tl.where(m > 0, (tl.maximum(threshold, 1) << 1) - 1, (threshold << 1) + 1)
 
 
 @jit
@@ -154,5 +181,4 @@ def topk_block(s, w, row, column, out, inner, k, rng, layer, Q: tl.constexpr, UN
     share = tl.floor(tl.load(k) * 4294967296.0 + 0.5).to(tl.int64)
     m = tl.minimum((share * size + word) >> 32, size).to(tl.int32)
     keys = keys_of(s, w, Q, UNIT)
-    BITS: tl.constexpr = 62 if s.dtype == tl.int64 else 31
-    return tl.where(choose(keys, m, BITS), tl.where((keys & 1) != 0, -1, 1), 0).to(tl.int8)
+    return tl.where(choose(keys, m, s.dtype == tl.float32), tl.where((keys & 1) != 0, -1, 1), 0).to(tl.int8)

@@ -202,21 +202,21 @@ def test_flip_probability(gamma):
 
 
 @jit
-def _choose_kernel(ranks, m, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+def _choose_kernel(ranks, m, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLOAT: tl.constexpr):
     tile = tl.program_id(0)
     place = tile * ROWS * COLUMNS + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     keys = tl.load(ranks + place)
-    if BITS == 31:
+    if keys.dtype == tl.int32:
         keys = keys.to(tl.uint32, bitcast=True)
     keys = (keys << 1) + (place % 3 == 0).to(keys.dtype)  # the direction of a move does not count
-    tl.store(out + place, choose(keys, tl.load(m + tile), BITS).to(tl.int8))
+    tl.store(out + place, choose(keys, tl.load(m + tile), FLOAT).to(tl.int8))
 
 
-def chosen_in_a_kernel(ranks: Tensor, m: Tensor) -> Tensor:
+def chosen_in_a_kernel(ranks: Tensor, m: Tensor, floats: bool = False) -> Tensor:
     out = torch.empty(ranks.shape, dtype=torch.int8, device=ranks.device)
     tiles, n = ranks.shape
-    bits, rows = 31 if ranks.dtype == torch.int32 else 62, max(1, 2 ** (n.bit_length() // 2))
-    _choose_kernel[(tiles,)](ranks, m.to(torch.int32), out, ROWS=rows, COLUMNS=n // rows, BITS=bits)
+    rows = max(1, 2 ** (n.bit_length() // 2))
+    _choose_kernel[(tiles,)](ranks, m.to(torch.int32), out, ROWS=rows, COLUMNS=n // rows, FLOAT=floats)
     return out.bool()
 
 
@@ -233,6 +233,55 @@ def test_selection_in_a_kernel(n, levels, dtype, device):
     assert m[0] == 0 and m[-1] == n
     found = chosen_in_a_kernel(ranks, m)
     assert torch.equal(found, select_reference(ranks, m)) and not found[5].any()
+
+
+def hard_ranks(n: int) -> dict[str, Tensor]:
+    """Ranks int32 (n,) on which a search that interpolates goes wrong or takes long."""
+    g, place, top = generator(n), torch.arange(n), 2**31 - 1
+    return {
+        "all equal": torch.full((n,), 7),
+        "all the largest": torch.full((n,), top),
+        "two values": torch.where(torch.rand(n, generator=g) < 0.3, top, 1),
+        "spread exponentially": (2.0 ** (31 * torch.rand(n, generator=g, dtype=torch.float64))).long().clamp_max(top),
+        "next to each other, at the top": top - place,
+        "three large ones": torch.where(place % (n // 3) == 1, top - place, place),
+        "few legal": torch.where(place % 50 == 9, place + 1000, 0),
+        "one legal": torch.where(place == n - 1, 1, 0),
+    }
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=readable)
+@pytest.mark.parametrize("case", hard_ranks(64))
+def test_selection_among_hard_ranks(case, dtype, device):
+    """From no move to all, with the ranks as integers and as the bits of floats."""
+    n = 1024
+    ranks = hard_ranks(n)[case].to(dtype)
+    if dtype == torch.int64:
+        ranks = ranks << 29  # the low 32 bits alone do not tell them apart
+    m = torch.tensor([0, 1, 3, n // 5, n // 2, n - 1, n], device=device)
+    tiles = ranks.expand(len(m), n).contiguous().to(device)
+    assert torch.equal(chosen_in_a_kernel(tiles, m), select_reference(tiles, m))
+    if dtype == torch.int32:
+        tiles = tiles.clamp_max(0x7F7FFFFF)  # the bits of the largest float
+        assert torch.equal(chosen_in_a_kernel(tiles, m, floats=True), select_reference(tiles, m))
+
+
+@kernel_test
+@pytest.mark.parametrize("kind", ["normal", "powers", "subnormal", "equal"])
+def test_selection_of_floats_in_a_kernel(kind, device):
+    n = 4096
+    normal = torch.randn(n, generator=generator(3))
+    scores = {
+        "normal": normal,
+        "powers": 10 ** (12 * normal),
+        "subnormal": normal * 1e-42,
+        "equal": normal.sign() * (normal.abs() > 0.5) * 0.1,
+    }[kind]
+    ranks = rank(scores[None, :], torch.zeros(1, n, dtype=torch.int8), 31, 1)
+    m = torch.tensor([0, 1, 13, n // 5, n // 2, n - 1, n], device=device)
+    tiles = ranks.expand(len(m), n).contiguous().to(device)
+    assert torch.equal(chosen_in_a_kernel(tiles, m, floats=True), select_reference(tiles, m))
 
 
 @kernel_test
