@@ -120,11 +120,24 @@ def _from_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 @jit
+def quotient(x, divisor):
+    """x / divisor, rounded once: float32 numbers x and one divisor that is at least 1e-20 and at least |x|.
+
+    The steps are those of a GPU's division, which forms the inverse of each divisor anew and branches to look for
+    numbers near the ends of float32. Of such x, below 1e-30, the last bit may differ, which fp16 does not see.
+    """
+    inverse = tl.div_rn(tl.full((), 1.0, tl.float32), divisor)
+    q = x * inverse
+    q = tl.fma(tl.fma(-q, divisor, x), inverse, q)
+    return tl.fma(tl.fma(-q, divisor, x), inverse, q)
+
+
+@jit
 def orthogonalise_tile(v):
     """`orthogonalise` of one square tile in registers, rounded to fp16 where torch's is: float32 (n, n) to float32."""
     wide = v.to(tl.float64)
     norm = tl.sqrt(tl.sum(wide * wide)).to(tl.float32)
-    x = tl.div_rn(v, tl.full(v.shape, 0.0, tl.float32) + tl.maximum(norm, 1e-20)).to(tl.float16)
+    x = quotient(v, tl.maximum(norm, 1e-20)).to(tl.float16)
     for _ in range(4):
         gram = tl.dot(x, tl.trans(x)).to(tl.float16)
         polynomial = (tl.dot(gram, gram) * 2.0315 + gram.to(tl.float32) * -4.775).to(tl.float16)

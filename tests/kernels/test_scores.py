@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels import scores as module
-from kernels.backend import jit, tl
+from kernels.backend import INTERPRETED, jit, tl, triton
 from kernels.limits import RULES
-from kernels.scores import balanced, contribution, dot_dtype, gain, orthogonalise, score, score_block
+from kernels.scores import balanced, contribution, dot_dtype, gain, orthogonalise, quotient, score, score_block
 from kernels.tiles import to_tiles
 from kernels.topk import rank
 from tests.kernels.inputs import generator, kernel_test, readable
@@ -194,6 +194,34 @@ def test_integer_rules_in_a_kernel(bits, device):
         assert torch.equal(in_a_kernel("gain", v, weight, v.dtype), v)
         expected = contribution(v, weight)
         assert torch.equal(in_a_kernel("contribution", v, weight, expected.dtype), expected)
+
+
+@jit
+def _quotient_kernel(x, divisors, out, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + place, quotient(tl.load(x + place), tl.load(divisors + tl.program_id(0))))
+
+
+@kernel_test
+def test_quotients_are_those_of_a_division(device):
+    """Of norms of every size that occurs, and of numbers up to them."""
+    g, tiles, size = generator(5), 60, 4096
+    norms = torch.rand(tiles, generator=g) + 1
+    norms[:6] = torch.tensor([1.0, 2 - 2**-23, 1 + 2**-23, 1.5, 2 - 2**-22, 1 + 2**-22])
+    norms *= 2.0 ** torch.randint(0, 40, (tiles,), generator=g)
+    norms[-1] = 1e-20
+    x = norms[:, None] * (2 * torch.rand(tiles, size, generator=g) - 1) * torch.rand(tiles, size, generator=g) ** 8
+    x[:, 0], x[:, 1], x[:, 2] = 0, norms, -norms
+    x[6:30] = x[6:30].round()
+    x[x.abs() < 1e-30] = 0
+    x, norms, out = x.to(device), norms.to(device), torch.empty(tiles, size, device=device)
+    _quotient_kernel[(tiles,)](x, norms, out, SIZE=size)
+    expected = x / norms[:, None]
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if INTERPRETED and version < (3, 9):  # its fma rounds twice
+        torch.testing.assert_close(out, expected, rtol=3e-7, atol=0)
+    else:
+        assert torch.equal(out, expected)
 
 
 @kernel_test
