@@ -81,6 +81,10 @@ VIT = (
     vit(BASELINE, {"method": "adamw"}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}),
     vit("6 bits, no momentum", GFT | {"bits": 6}, {"k": 0.5}, {"k": 0.3}),
     vit("6 bits, momentum", MOMENTUM | {"bits": 6}, {"k": 0.2}, {"k": 0.3}),
+    vit("ternary read, momentum", MOMENTUM | {"bits": 2}, {"k": 0.2}, {"k": 0.3}),
+    vit("ternary read, no momentum", GFT | {"bits": 2}, {"k": 0.3}),
+    vit("binary read, momentum", MOMENTUM | {"bits": 1}, {"k": 0.3}),
+    vit("4 bits read, momentum", MOMENTUM | {"bits": 4}, {"k": 0.3}),
 )
 GROUPS = {"MNIST, MLP 784-256-10": MNIST, "Imagenette, 64 x 64 pixels, ViT of 0.8 M weights": VIT}
 
