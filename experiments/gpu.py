@@ -46,8 +46,9 @@ TRAININGS = {
     "GFT, no momentum": ("shakespeare_char", "--steps", "300", "--k", "0.5", *SHORT),
     "GFT, ternary read, momentum": ("shakespeare_char_momentum", "--steps", "250", "--k", "0.3", "--bits", "2", *SHORT),
     "GFT, binary read, momentum": ("shakespeare_char_momentum", "--steps", "1000", "--k", "0.3", "--bits", "1", *SHORT),
-    "GFT, ternary read, momentum, dropout": ("shakespeare_char_momentum", "--steps", "2000", "--k", "0.3", "--bits", "2",
-                                             "--dropout", "0.2", *SHORT),
+    "GFT, ternary read, momentum, dropout": (
+        "shakespeare_char_momentum", "--steps", "2000", "--k", "0.3", "--bits", "2", "--dropout", "0.2", *SHORT
+    ),
 }
 TIMED = [name for name in TRAININGS if "read" not in name]  # fewer bits cost a pass over the weights, which reads them
 GPT2_BATCH = ("--batch_size", "4")

@@ -13,7 +13,7 @@ of a program's block.
 import torch
 from torch import Tensor
 
-from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, triton, wrap_triton
+from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, wrap_triton
 from kernels.fuse import fused
 from kernels.measure_delta import grid_of, largest_of, load_block, with_largest
 from kernels.philox import Stream, check_rng, dither, dither_at, dither_word, noise_torch
@@ -131,7 +131,8 @@ def launch_configs() -> list[LaunchConfig]:
     found = []
     for float_ in FLOATS.values():
         signature = {"x": f"*{float_}", "out": f"*{float_}", "largest": "*fp32", "rng": "*i64"}
-        signature |= dict.fromkeys(("rows", "columns", "x_row", "first_column"), "i32") | {"p": "fp32", "factor": "fp32"}
+        signature |= dict.fromkeys(("rows", "columns", "x_row", "first_column"), "i32")
+        signature |= {"p": "fp32", "factor": "fp32"}
         found.append(LaunchConfig(
             f"dropout {float_}", _dropout_kernel, signature, constants, BLOCK["num_warps"], exact=True
         ))  # fmt: skip

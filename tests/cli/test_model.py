@@ -1,12 +1,14 @@
 """model.py and the layers in it: attention, cache, baselines, micro-batches, torch.compile, and nets that learn."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import model
 from gft.baselines import FloatEmbedding, FloatLinear, fake_quantize
 from gft.layers import Delta, IntEmbedding, IntLinear, int_layers
 from gft.optimizer import FlipOptimizer
@@ -331,3 +333,49 @@ def test_a_repeated_pattern_is_learnt(method, settings):
         opt.step()
         schedule.step()
     assert losses[0] > 2 and losses[-1] < 0.5
+
+
+def rng_at(row: int = 0, step: int = 3) -> torch.Tensor:
+    return torch.tensor([5, step, row])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_is_at_work_with_an_rng_alone_and_a_function_of_the_row(method):
+    x = sequences(4, 12)
+    net, without = tiny(method, dropout=0.3), tiny(method)
+    assert torch.equal(net(x), without(x))
+    whole = net(x, rng=rng_at())
+    parts = [net(x[:1], rng=rng_at()), net(x[1:], rng=rng_at(row=12))]
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(net(x, rng=rng_at()), whole)
+    assert not any(torch.allclose(other, whole, atol=1e-3) for other in (net(x), net(x, rng=rng_at(step=4))))
+
+
+def test_each_place_drops_by_noise_of_its_own(monkeypatch):
+    """What a branch adds, by elements, and the values, by heads: six places in two blocks, and no two alike."""
+    masks, real = [], model.dropout
+
+    def recorded(x, *settings):
+        masks.append(real(torch.ones_like(x), *settings) != 0)
+        return real(x, *settings)
+
+    monkeypatch.setattr(model, "dropout", recorded)
+    tiny(dropout=0.3)(sequences(4, 12), rng=rng_at())
+    assert len(masks) == 6 and all(0.5 < mask.float().mean() < 0.9 for mask in masks)
+    assert all((a != b).any() for i, a in enumerate(masks) for b in masks[:i])
+    values = masks[0].view(-1, 2, 8)
+    assert torch.equal(values.amin(dim=2), values.amax(dim=2)), "a head's value of a token is dropped whole"
+    assert not torch.equal(masks[1].view(-1, 2, 8).amin(dim=2), masks[1].view(-1, 2, 8).amax(dim=2))
+
+
+def test_on_a_gpu_no_net_with_kernels_of_ours_is_compiled():
+    class OnGpu(nn.Module):
+        def __init__(self, method, **settings):
+            super().__init__()
+            self.config, self.net = ModelConfig(VOCAB, method=method, **settings), tiny(method, **settings)
+
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(dtype=p.dtype, is_cuda=True) for p in self.net.parameters()])
+
+    nets = (("adamw", {}), ("adamw", {"dropout": 0.1}), ("gft", {}), ("gft", {"int_layers": ("mlp",)}))
+    assert [model.compiled_whole(OnGpu(method, **settings)) for method, settings in nets] == [True, False, False, False]
+    assert model.compiled_whole(tiny()) and model.compiled_whole(tiny("adamw", dropout=0.1))
