@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, wrap_triton
 from kernels.fuse import fused
-from kernels.measure_delta import grid_of, largest_of, load_block, with_largest
+from kernels.measure_delta import block_of, grid_of, largest_of, with_largest
 from kernels.philox import Stream, check_rng, dither, dither_at, dither_word, noise_torch
 from kernels.rmsnorm_quantize import FLOATS, check_rows
 
@@ -48,7 +48,8 @@ def _dropout_kernel(
     ROW_STREAM: tl.constexpr, COLUMN_STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS elements, and the largest of what is written."""
-    value, row, column, mask = load_block(x, rows, columns, x_row, x_column, ROWS, COLUMNS)
+    row, column, mask = block_of(rows, columns, ROWS, COLUMNS)
+    value = tl.load(x + row * x_row + column * x_column, mask=mask, other=0.0).to(tl.float32)
     seed, step, rows_seen = tl.load(rng), tl.load(rng + 1), tl.load(rng + 2)
     row_noise = dither_word(seed, step, ROW_STREAM, rows_seen + row)
     col_noise = dither_word(seed, step, COLUMN_STREAM, first_column + column // GROUP)

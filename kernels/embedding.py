@@ -40,19 +40,13 @@ def accumulate_embedding_votes_torch(d: Tensor, tokens: Tensor, votes: Tensor) -
 
 
 @jit
-def _load_tokens(tokens, T, rows, BLOCK_T: tl.constexpr):
-    """A program's places in the batch (BLOCK_T,), their tokens, and which of these are in the table: int64."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = tl.load(tokens + t, mask=t < T, other=-1)
-    return t, token, (token >= 0) & (token < rows)
-
-
-@jit
 def _embedding_kernel(
     tokens, weight, scale, out, T, rows, n, weight_row, weight_column, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """out[t, c] = weight[tokens[t], c] * scale for a block of tokens and columns."""
-    t, token, known = _load_tokens(tokens, T, rows, BLOCK_T)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(tokens + t, mask=t < T, other=-1)
+    known = (token >= 0) & (token < rows)  # is in the table
     c = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (t < T)[:, None] & (c < n)[None, :]
     address = weight + token[:, None] * weight_row + c[None, :] * weight_column
@@ -67,7 +61,9 @@ def _embedding_votes_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """votes[tokens[t], c] += d[t, c] for a block of tokens and columns; to `new` instead if an old ratio is not 0."""
-    t, token, known = _load_tokens(tokens, T, rows, BLOCK_T)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.load(tokens + t, mask=t < T, other=-1)
+    known = (token >= 0) & (token < rows)  # is in the table
     c = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = known[:, None] & (c < n)[None, :]
     values = tl.load(d + t[:, None] * d_row + c[None, :] * d_column, mask=inside, other=0)

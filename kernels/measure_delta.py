@@ -46,13 +46,15 @@ def measure_delta_torch(delta: Tensor, scale: Tensor, votes_scale: Tensor, level
 
 
 @jit
-def load_block(delta, rows, columns, delta_row, delta_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's block of delta float32, its rows (ROWS, 1) and columns (1, COLUMNS), int64, and its mask."""
+def block_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's block: its rows (ROWS, 1) and columns (1, COLUMNS), int64, and its mask.
+
+    It takes no pointer: torch.compile believes that a kernel writes to every pointer that a function got from whose
+    results it makes the address of a store.
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    mask = (row < rows) & (column < columns)
-    value = tl.load(delta + row * delta_row + column * delta_column, mask=mask, other=0.0)
-    return value.to(tl.float32), row, column, mask
+    return row, column, (row < rows) & (column < columns)
 
 
 @jit
@@ -72,7 +74,8 @@ def _measure(
     """A block's largest |delta| to scratch[0]; the program that comes last, by scratch[1], writes what follows from it.
     One that is ALONE does so at once: each of the others' atomic operations takes as long as all else."""
     before, own = tl.load(votes_scale), tl.load(scale)  # first, so that they come while delta does
-    value, _, _, _ = load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
+    row, column, mask = block_of(rows, columns, ROWS, COLUMNS)
+    value = tl.load(delta + row * delta_row + column * delta_column, mask=mask, other=0.0).to(tl.float32)
     largest, last = largest_of(value), True
     if not ALONE:
         tl.atomic_max(scratch, largest.to(tl.int32, bitcast=True))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, jit, mul_rn, on_triton, operator, tl, wrap_triton
 from kernels.fuse import fused
-from kernels.measure_delta import BLOCK, grid_of, load_block
+from kernels.measure_delta import BLOCK, block_of, grid_of
 from kernels.philox import dither, dither_at
 from kernels.rmsnorm_quantize import check_rows, reciprocal
 
@@ -76,7 +76,8 @@ def _quantize_delta_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLUMNS elements, by rows and, if there is a d_turned, to that by columns."""
-    value, row, column, mask = load_block(delta, rows, columns, delta_row, delta_column, ROWS, COLUMNS)
+    row, column, mask = block_of(rows, columns, ROWS, COLUMNS)
+    value = tl.load(delta + row * delta_row + column * delta_column, mask=mask, other=0.0).to(tl.float32)
     inverse = reciprocal(tl.load(sigma + row * sigma_row, mask=row < rows, other=0.0), 1e-36)
     row_noise = tl.load(noise + row, mask=row < rows, other=0)
     col_noise = tl.load(noise + rows + column, mask=column < columns, other=0)
