@@ -330,7 +330,9 @@ def _are_together(tensors: Sequence[Tensor]) -> bool:
     """Whether these tensors of one shape are one buffer's rows."""
     first, buffers = tensors[0], {t.untyped_storage().data_ptr() for t in tensors}
     rows = [first.storage_offset() + i * first.numel() for i in range(len(tensors))]
-    return len(buffers) == 1 and [t.storage_offset() for t in tensors] == rows and first.is_contiguous()
+    return len(buffers) == 1 and [t.storage_offset() for t in tensors] == rows and all(
+        t.is_contiguous() for t in tensors
+    )
 
 
 def _together(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
