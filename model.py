@@ -219,7 +219,7 @@ class Block(nn.Module):
         split = split_heads if on_triton(qkv) and not torch.compiler.is_compiling() else heads
         # (B, H, T, hd) for attention; in memory they stay as they are, so that its output is already a row a token.
         q, k, v = split(qkv, table, self.n_head)
-        if rng is not None:  # whole values, which no query finds then: torch's attention takes no mask of its weights
+        if rng is not None:  # values in place of attention's weights, for which torch's kernels take no mask of ours
             v = self._drop(v.flatten(2), 3 * layer, rng, group=v.shape[-1]).view(v.shape)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
@@ -313,11 +313,10 @@ def make_net(config: ModelConfig, seed: int = 1) -> Transformer | MLP:
     return MLP(config, seed) if config.model == "mlp" else Transformer(config, seed)
 
 
-def compiled_whole(net: Transformer | MLP) -> bool:
-    """Whether torch.compile gets the whole net. On a GPU it does not get one with kernels of ours: a CUDA graph
-    launches those as fast, and the one such net that was compiled there ended in an illegal memory access (LOG.md)."""
-    own_kernels = net.config.dropout > 0 or any(p.dtype == torch.int8 for p in net.parameters())
-    return not (own_kernels and next(net.parameters()).is_cuda)
+def compiled_whole(net: nn.Module) -> bool:
+    """Whether torch.compile gets the whole net. On a GPU a net of integer layers consists of kernels but for its
+    attention; a CUDA graph does what else a compiler would: it launches them."""
+    return any(p.is_floating_point() or not p.is_cuda for p in net.parameters())
 
 
 def load_net(

@@ -74,7 +74,7 @@ def compile_here(kernel: str, only: str = "") -> Iterator[Compiled]:
         yield from pool.map(functools.partial(_compile_number, kernel, only), range(count))
 
 
-def _environment(**changes: str) -> dict[str, str]:
+def environment(**changes: str) -> dict[str, str]:
     """This process's environment without the choice of the interpreter, and with `changes`."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | changes
 
@@ -86,7 +86,7 @@ def compiled(kernel: str, only: str = "") -> list[Compiled]:
     A configuration that the process did not live to report has the end of its error output as its problem.
     """
     command = [sys.executable, "-W", "ignore", "-m", "kernels.check", kernel, "--json", "--only", only]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment())
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     results = {}
     for line in ran.stdout.splitlines():
         result = Compiled(**json.loads(line))
@@ -135,7 +135,7 @@ def run_tests(file: Path, interpreted: bool) -> tuple[bool, str]:
         return False, f"{file.relative_to(ROOT)} does not exist: a kernel has tests"
     choice = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpreted else {}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--color=no", str(file)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(**choice))
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(**choice))
     lines = (ran.stdout.strip() or ran.stderr.strip() or f"pytest ended with status {ran.returncode}").splitlines()
     return ran.returncode == 0, "\n".join(lines[-1:] if ran.returncode == 0 else lines[-30:])
 

@@ -7,8 +7,8 @@
 `rank` turns scores into integers that compare as |S| does, so that one integer selection serves the exact rules and
 the float ones. On a GPU a tile stays in registers: a search guesses numbers and counts the ranks that reach them until
 just m do (`choose`), and where too many are equal to the m-th another finds the last index that still gets a place.
-A search takes 7 to 10 passes over registers, where one bit by bit took 17 to 31. (One search over 64-bit keys with the
-index in the low bits needs twice the registers, and spills.)
+A search takes 7 to 10 passes over registers as a rule, where one bit by bit took 17 to 31. (One search over 64-bit keys
+with the index in the low bits needs twice the registers, and spills.)
 """
 
 import numpy as np
@@ -134,12 +134,13 @@ def _search(keys, m, FLOAT: tl.constexpr):
             guess = (first + (last - first) * share).to(keys.dtype, bitcast=True)
         else:
             guess = low + ((high - low + 1).to(tl.float32) * share).to(keys.dtype)
-        # Every sixth guess lies in the middle, which bounds the passes whatever the ranks are.
+        # Every sixth guess lies in the middle, which bounds the passes whatever the ranks are: some 200 at the worst.
         guess = tl.where(passes % 6 == 5, low + (high - low + 1) // 2, guess)
         guess = tl.minimum(tl.maximum(guess, low + 1), high)
         count = tl.sum((keys >= (guess << 1)).to(tl.int32))
         enough, distance = count >= m, tl.abs(count - m).to(tl.float32) / (count + m).to(tl.float32)
-        # The end that stays counts for less each time: it would else hardly move where the tail is curved.
+        # As in the Illinois variant of regula falsi, the end that stays counts for less each time: it would else hardly
+        # move where the tail is curved.
         over, under = tl.where(enough, distance, over * 0.8), tl.where(enough, under * 0.8, distance)
         low, high = tl.where(enough, guess, low), tl.where(enough, high, guess - 1)
         reached = tl.where(enough, count, reached)

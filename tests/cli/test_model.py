@@ -1,7 +1,6 @@
 """model.py and the layers in it: attention, cache, baselines, micro-batches, torch.compile, and nets that learn."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,17 +364,3 @@ def test_each_place_drops_by_noise_of_its_own(monkeypatch):
     values = masks[0].view(-1, 2, 8)
     assert torch.equal(values.amin(dim=2), values.amax(dim=2)), "a head's value of a token is dropped whole"
     assert not torch.equal(masks[1].view(-1, 2, 8).amin(dim=2), masks[1].view(-1, 2, 8).amax(dim=2))
-
-
-def test_on_a_gpu_no_net_with_kernels_of_ours_is_compiled():
-    class OnGpu(nn.Module):
-        def __init__(self, method, **settings):
-            super().__init__()
-            self.config, self.net = ModelConfig(VOCAB, method=method, **settings), tiny(method, **settings)
-
-        def parameters(self, recurse=True):
-            return iter([SimpleNamespace(dtype=p.dtype, is_cuda=True) for p in self.net.parameters()])
-
-    nets = (("adamw", {}), ("adamw", {"dropout": 0.1}), ("gft", {}), ("gft", {"int_layers": ("mlp",)}))
-    assert [model.compiled_whole(OnGpu(method, **settings)) for method, settings in nets] == [True, False, False, False]
-    assert model.compiled_whole(tiny()) and model.compiled_whole(tiny("adamw", dropout=0.1))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernels.backend import triton
-from kernels.check import ROOT, _environment, known
+from kernels.check import ROOT, environment, known
 
 WRITTEN = {
     "_columns_kernel": "c", "_scale_kernel": "scores", "_rows_kernel": "r squares",
@@ -66,7 +66,7 @@ def found_by_torch(kernel: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("kernel", known())
 def test_torch_finds_no_writes_to_what_is_only_read(kernel):
     code = f"import json; from tests.kernels.test_tracing import *; print(json.dumps(found_by_torch({kernel!r})))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=_environment())
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
     assert not ran.returncode, ran.stderr
     for name, written in json.loads(ran.stdout.splitlines()[-1]):
         assert name in NEVER_TRACED or set(written) <= set(WRITTEN[name].split()), (name, written)
