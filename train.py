@@ -268,7 +268,8 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
 
     def mask_rng(part: int) -> dict[str, torch.Tensor]:
         """What dropout's masks are functions of."""
-        return {"rng": torch.cat([rng, rng.new_full((1,), task.first_row(part))])} if cfg.dropout else {}
+        drops = cfg.dropout and cfg.model == "transformer"
+        return {"rng": torch.cat([rng, rng.new_full((1,), task.first_row(part))])} if drops else {}
 
     def step() -> None:
         """All that the device does in a step; what is left lies in tensors that were there before."""

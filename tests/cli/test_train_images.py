@@ -52,9 +52,9 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3", "--model mlp --d_model 24",
-                                  "--method adamw --lr 3e-3"],
-                         ids=["all integer", "hybrid", "mlp", "adamw"])  # fmt: skip
+@pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3 --dropout 0.05",
+                                  "--model mlp --d_model 24 --dropout 0.05", "--method adamw --lr 3e-3"],
+                         ids=["all integer", "hybrid, dropout", "mlp", "adamw"])  # fmt: skip
 def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypatch):
     """From a third right to nearly all, and half of the way in another process' place gives the same weights."""
     monkeypatch.setattr("data.image_task.load_images", lambda *_: data(240))
