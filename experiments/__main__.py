@@ -7,6 +7,9 @@
     hybrid        which layers are integer, the others fp32 (about 40 minutes)
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
+    few_bits      other thresholds and grids for few bits of six, held out, one seed (an hour)
+    scaling       loss against size, widths of 64 to 384 (two hours)
+    vocabulary    8,192 tokens: tied weights, another k for the embedding (an hour)
     scale_out     seconds of a step on 1 to 1,024 GPUs, predicted; --check compares gloo ranks here
     inspect       what happened in one run, as a picture: `python -m experiments inspect out/NAME`
     report        redraw RESULTS.md and docs/figures from the results that are there
@@ -20,14 +23,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments import ablations, alternatives, gpu, grid, hybrid, images, inspect_run, scale_out, small, speed
+from experiments import (
+    ablations,
+    alternatives,
+    few_bits,
+    gpu,
+    grid,
+    hybrid,
+    images,
+    inspect_run,
+    scale_out,
+    scaling,
+    small,
+    speed,
+    vocabulary,
+)
 from experiments.sweep import ROOT, Store
 from run.errors import UserError
 
 RESULTS = ROOT / "results" / "cpu"
 EXPERIMENTS = {
     "small": small, "speed": speed, "images": images, "hybrid": hybrid, "ablations": ablations,
-    "alternatives": alternatives,
+    "alternatives": alternatives, "few_bits": few_bits, "scaling": scaling, "vocabulary": vocabulary,
 }  # fmt: skip
 
 

@@ -40,11 +40,15 @@ def exact(bits: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it."""
+    """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it.
+
+    `variant` names a change of the code (experiments/variants.py), "" none.
+    """
 
     label: str
     config: str
     overrides: tuple[tuple[str, Any], ...] = ()
+    variant: str = ""
 
     def with_(self, **more: Any) -> "Cell":
         """The cell with further overrides."""
@@ -71,7 +75,7 @@ class Cell:
             found["int_layers"] = ",".join(cfg.integer_kinds)
         if Path(cfg.data).is_file():
             found["data_sha256"] = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
-        return found
+        return found | ({"variant": self.variant} if self.variant else {})
 
     def key(self) -> str:
         """Hash of the settings."""
@@ -142,7 +146,7 @@ def run_cell(cell: Cell, worker: Worker | None = None) -> dict:
     Returns its final JSON and "curve": [step, loss (of images: accuracy)] of every evaluation. A run whose loss became
     infinite has a result too, the worst there is.
     """
-    own = worker or Worker(cell.resolved().threads)
+    own = worker or Worker(cell.resolved().threads, cell.variant)
     with tempfile.TemporaryDirectory(prefix="nanogft-") as folder:
         # The best checkpoint, samples and frequent saves are for people; a cell is judged by its last step.
         config, *overrides = cell.arguments()
@@ -178,12 +182,12 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
     cells = list(cells)
     waiting = list({cell.key(): cell for cell in cells if store.get(cell) is None}.values())
     begun = time.monotonic()
-    workers: dict[tuple[int, int], Worker] = {}  # by thread, and the threads it has itself
+    workers: dict[tuple[int, int, str], Worker] = {}  # by thread, the threads it has itself, and variant
 
     def work(numbered: tuple[int, Cell]) -> None:
         number, cell = numbered
-        place = threading.get_ident(), cell.resolved().threads
-        worker = None if apart else workers.setdefault(place, Worker(cell.resolved().threads))
+        own = cell.resolved().threads, cell.variant
+        worker = None if apart else workers.setdefault((threading.get_ident(), *own), Worker(*own))
         store.add(cell, run_cell(cell, worker) | {"jobs": jobs})
         print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  "
               f"{cell.label}: {' '.join(cell.arguments())}", flush=True)  # fmt: skip

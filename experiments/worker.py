@@ -24,9 +24,13 @@ GRAPHS = 256  # of one function, before torch.compile gives up on it: runs of a 
 
 
 class Worker:
-    """The parent's end: a process of `threads` CPU threads, 0 for torch's choice. It is started when it has work."""
+    """The parent's end: a process of `threads` CPU threads, 0 for torch's choice. It is started when it has work.
 
-    def __init__(self, threads: int = 0):
+    `variant` names a change of the code (experiments/variants.py) that holds for all of its runs, "" none.
+    """
+
+    def __init__(self, threads: int = 0, variant: str = ""):
+        self.command = [sys.executable, "-m", "experiments.worker", *([variant] if variant else [])]
         self.environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.process: subprocess.Popen | None = None
 
@@ -35,9 +39,8 @@ class Worker:
         run."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.worker"], cwd=ROOT, env=self.environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                self.command, cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
         try:
             self.process.stdin.write(json.dumps(list(arguments)) + "\n")
             self.process.stdin.flush()
@@ -59,14 +62,20 @@ class Worker:
 
 
 def main() -> int:
-    """The worker's end: a run for every line of JSON on stdin, its outcome as a line on stdout."""
+    """The worker's end: a run for every line of JSON on stdin, its outcome as a line on stdout.
+
+    An argument names a variant.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints past sys.stdout
 
     import torch._dynamo
 
     import train
+    from experiments import variants
 
+    if sys.argv[1:]:
+        variants.use(sys.argv[1])
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not on, uncompiled, to other last digits
     # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop.

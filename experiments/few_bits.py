@@ -1,0 +1,80 @@
+"""Few bits of six that are kept: other thresholds, grids and ways to change what is read.
+
+The small transformer of the main table, 1,000 steps of 24 windows with the k that won there, on the part held out of
+the training text, one seed: differences below 0.01 nats are noise. What a row changes is a function of
+experiments/variants.py, or the key that it names. Products take any int8 values, so no grid needs another kernel. Two
+bits are read as three levels unless a row says otherwise.
+"""
+
+from collections.abc import Iterator
+
+from experiments.rows import NOTHING_YET, QUICK, markdown
+from experiments.sweep import Cell, Store, run_cells
+
+COMMON = {"eval_on": "tune", "seed": 1, "steps": 1000, "batch_size": 24, "method": "gft", "eval_every": 1000}
+KEPT = {"keep_bits 5": {"keep_bits": 5}, "keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
+        "keep_bits 8, moves of 4": {"keep_bits": 8, "step_size": 4}}  # fmt: skip
+SAME = "as it is"
+TERNARY = (
+    "threshold 0.2", "threshold 0.7", "threshold 1.0", "threshold half of mean |w|", "scale mean |w|", "two scales",
+    "four levels", "quantiles, 4 levels", "hysteresis 1", "hysteresis 2", "hysteresis 4",
+)  # fmt: skip
+# bits -> momentum -> k, and what is changed
+PLANS = {
+    2: ({0.0: 0.9, 0.9: 0.2}, (SAME, *TERNARY, *KEPT)),
+    1: ({0.0: 0.9, 0.9: 0.4}, (SAME, "scale mean |w|", "hysteresis 1", "hysteresis 2", *KEPT)),
+    3: ({0.9: 0.3}, (SAME, "powers of two, 7 levels", "quantiles, 7 levels")),
+    4: ({0.9: 0.3}, (SAME, "powers of two, 13 levels", "quantiles, 15 levels", *KEPT)),
+}
+ANNEALED = {0.0: "annealed, k / 60", 0.9: "annealed, k / 20"}  # of two bits
+
+
+def cell(bits: int, momentum: float, change: str, **common) -> Cell:
+    """One run: `bits` read, `momentum`, and what `change` names."""
+    settings = COMMON | {"bits": bits, "k": PLANS[bits][0][momentum]} | KEPT.get(change, {}) | common
+    settings |= {"momentum": momentum} if momentum else {}
+    variant = "" if change == SAME or change in KEPT else change
+    return Cell(f"{bits} bits, {change}", "shakespeare_char_small", variant=variant).with_(**settings)
+
+
+def changes(bits: int) -> Iterator[tuple[str, dict[float, str]]]:
+    """Every line of the table of `bits`: its name, and the change by momentum."""
+    ks, names = PLANS[bits]
+    for name in names:
+        yield name, dict.fromkeys(ks, name)
+    if bits == 2:
+        yield "keep_bits 6, for the last fifth 2", ANNEALED
+
+
+def cells(**common) -> list[Cell]:
+    """All runs, in the order of their tables."""
+    return [cell(bits, *pair, **common) for bits in PLANS for _, by in changes(bits) for pair in by.items()]
+
+
+def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+    """Run every cell; `quick` a few steps of one of each kind."""
+    few = [cell(2, 0.9, name, **QUICK, **common) for name in ("two scales", "hysteresis 1", ANNEALED[0.9])]
+    run_cells(few if quick else cells(**common), store, jobs)
+
+
+def table(store: Store, threads: int = 1) -> str:
+    """A table for each number of bits, as markdown, of the runs that are in the store."""
+    lines: list[str] = []
+    for bits, (ks, _) in PLANS.items():
+        usual = {m: store.get(cell(bits, m, SAME, threads=threads)) for m in ks}
+        rows = []
+        for name, by in changes(bits):
+            found = {m: store.get(cell(bits, m, change, threads=threads)) for m, change in by.items()}
+            if any(found.values()):
+                rows.append((name, *(_shown(found[m], usual[m]) for m in ks)))
+        if rows:
+            heads = ("changed", *("no momentum" if not m else "momentum" for m in ks))
+            lines += ["", f"### {bits} bit{'s' * (bits > 1)} read", "", *markdown(heads, rows)]
+    return "\n".join(lines).strip() or NOTHING_YET
+
+
+def _shown(record: dict | None, usual: dict | None) -> str:
+    if record is None:
+        return ""
+    against = f" ({record['val_loss'] - usual['val_loss']:+.3f})" if usual is not None and usual is not record else ""
+    return f"{record['val_loss']:.4f}{against}"
