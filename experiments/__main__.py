@@ -8,8 +8,8 @@
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
     few_bits      other thresholds and grids for few bits of six, held out, one seed (an hour)
-    scaling       loss against size, widths of 64 to 384 (two hours)
-    vocabulary    8,192 tokens: tied weights, another k for the embedding (an hour)
+    scaling       loss against size, widths of 64 to 256 (an hour)
+    vocabulary    8,192 tokens: tied weights, another k for the embedding (half an hour)
     scale_out     seconds of a step on 1 to 1,024 GPUs, predicted; --check compares gloo ranks here
     inspect       what happened in one run, as a picture: `python -m experiments inspect out/NAME`
     report        redraw RESULTS.md and docs/figures from the results that are there

