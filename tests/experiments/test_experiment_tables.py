@@ -1,9 +1,9 @@
-"""images, hybrid, ablations, alternatives: what they run, and the tables and figures drawn from results."""
+"""Experiments that are more than the main table: what they run, and the tables and figures drawn from results."""
 
 import pytest
 
 from experiments import __main__ as program
-from experiments import ablations, alternatives, hybrid, images, small, sweep
+from experiments import ablations, alternatives, few_bits, hybrid, images, scaling, small, sweep, vocabulary
 from experiments.plots import spaced_by_logarithm
 from experiments.rows import finals, make_row, shortened, to_tune, winner
 from experiments.sweep import Cell, Store
@@ -182,6 +182,34 @@ def test_a_figure_has_what_there_is(ran, tmp_path):
 def test_quick_is_a_few_short_runs(module, ran, run_quietly, tmp_path):
     run_quietly(module, Store(tmp_path / "r.jsonl"), quick=True)
     assert 10 < len(ran) <= 26 and all(c.resolved().steps <= 8 for c in ran)
+
+
+@pytest.mark.parametrize("module", [few_bits, scaling, vocabulary], ids=lambda m: m.__name__)
+def test_quick_is_one_run_of_each_kind(module, ran, run_quietly, tmp_path):
+    run_quietly(module, Store(tmp_path / "r.jsonl"), quick=True)
+    assert 3 <= len(ran) <= 4 and all(c.resolved().steps <= 8 for c in ran)
+
+
+def test_few_bits_are_compared_with_what_nothing_changed(ran, run_quietly, tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    text = run_quietly(few_bits, store)
+    assert text.count("###") == len(few_bits.PLANS) and all(c.resolved().eval_on == "tune" for c in ran)
+    assert "| as it is | 0.0300 | 0.1000 |" in text and "| threshold 0.2 | 0.0300 (+0.000) | 0.1000 (+0.000) |" in text
+    assert "| two scales | 0.0300 (+0.000) |  |" in text
+
+
+def test_points_of_the_scaling_figure_are_the_best_of_their_grid(ran, run_quietly, tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    text = run_quietly(scaling, store)
+    assert "| 64 | 262,144 | 17,100 | 0.0108 (lr 0.008) |" in text, "least lr, k: least loss of these made-up runs"
+    assert "0.0300 (+0.019; k 0.2) |" in text
+    points = scaling.points(store, 1)
+    assert {method: list(by) for method, by in points.items()} == dict.fromkeys(scaling.METHODS, [64, 128, 256])
+    tokens = {c.resolved().d_model: c.resolved().steps * 12 * 64 for c in ran}
+    assert all(abs(t / scaling.weights(width) - 0.5) < 0.002 for width, t in tokens.items())
+    scaling.draw(store, tmp_path)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert scaling.table(Store(tmp_path / "none.jsonl")) == "Nothing is finished yet."
 
 
 def test_only_what_has_results_is_in_the_report(ran, tmp_path, monkeypatch, capsys):
