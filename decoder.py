@@ -38,7 +38,9 @@ def read_weight(weight: NDArray[np.int8], cfg: Config) -> NDArray[np.int8]:
     if cfg.bits == 1:
         return (weight >> 7) | 1
     if cfg.bits == 2:
-        threshold = threshold_of(cfg.kept_bits, cfg.init_std)
+        threshold = threshold_of(cfg.kept_bits, cfg.init_std, cfg.levels)
+        if cfg.levels == 4:
+            return ((weight >> 7) | 1) * np.where(np.abs(weight) > threshold, np.int8(3), np.int8(1))
         return (weight > threshold).astype(np.int8) - (weight < -threshold)
     ratio = np.float32(weight_limit(cfg.bits)[0] / weight_limit(cfg.kept_bits)[0])
     return np.rint(weight.astype(np.float32) * ratio).astype(np.int8)
@@ -50,7 +52,7 @@ class Layer:
     def __init__(self, weight: NDArray[np.int8], scale: np.float32, cfg: Config):
         out, inner = weight.shape
         # Floats hold these integers: fp32 as long as no sum can pass 2^24, the largest up to which it has them all.
-        exact = np.float32 if inner * 127 * weight_limit(cfg.bits)[0] < 2**24 else np.float64
+        exact = np.float32 if inner * 127 * weight_limit(cfg.bits, cfg.levels)[0] < 2**24 else np.float64
         self.weight = np.ascontiguousarray(read_weight(weight, cfg).T, dtype=exact)
         self.grid, self.scale = np.float32(127 / cfg.act_range), scale * np.float32(cfg.act_range / 127)
 

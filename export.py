@@ -70,13 +70,14 @@ class Graph:
         self.constants.setdefault(name, numpy_helper.from_array(value, name))
         return name
 
-    def integers(self, name: str, weight: np.ndarray, bits: int) -> str:
-        """An int8 weight of `bits` bits, packed (run/packed.py) where asked and of use; a session unpacks it once."""
+    def integers(self, name: str, weight: np.ndarray, bits: int, levels: int) -> str:
+        """An int8 weight of `bits` bits (two have 3 `levels` or 4), packed (run/packed.py) where asked and of use; a
+        session unpacks it once."""
         if not self.packed or bits == 8:
             return self.constant(weight, name)
 
-        q, unit = weight_limit(bits)
-        planes = self.constant(pack(weight, bits)[:, :, None], name)  # (bits, bytes, 1)
+        q, unit = weight_limit(bits, levels)
+        planes = self.constant(pack(weight, bits, levels)[:, :, None], name)  # (bits, bytes, 1)
         eight = self("BitShift", planes, np.arange(8, dtype=np.uint8), direction="RIGHT")  # (bits, bytes, 8)
         ones = self("Cast", self("BitwiseAnd", eight, np.uint8([1])), to=TYPES["int32"])
         rows = self("Mul", self("Reshape", ones, np.int64([bits, -1])), np.int32([[unit << p] for p in range(bits)]))
@@ -123,7 +124,7 @@ def linear(g: Graph, name: str, layer: nn.Module, x: str, residual: str = "") ->
     # X + 128 as uint8: onnxruntime multiplies int8 by int8 forty times as slowly on x86.
     clipped = g("Clip", rounded, np.float32(-127), np.float32(127))
     x_uint8 = g("Cast", g("Add", clipped, np.float32(128)), to=TYPES["uint8"])
-    weight = g.integers(f"{name}.weight", np.ascontiguousarray(layer.read().numpy().T), layer.bits)
+    weight = g.integers(f"{name}.weight", np.ascontiguousarray(layer.read().numpy().T), layer.bits, layer.levels)
     scale = (layer.scale * (layer.act_range / 127.0)).numpy()
     y = g("Mul", g("Cast", g("MatMulInteger", x_uint8, weight, np.uint8(128)), to=TYPES["float32"]), scale)
     return g("Add", y, residual) if residual else y
@@ -134,7 +135,7 @@ def embedding(g: Graph, layer: nn.Module, tokens: str) -> str:
     if not isinstance(layer, IntEmbedding):
         table = fake_quantize(layer.weight, layer.bits).detach().numpy()
         return g("Gather", g.constant(table, "embedding.weight"), tokens)
-    rows = g("Gather", g.integers("embedding.weight", layer.read().numpy(), layer.bits), tokens)
+    rows = g("Gather", g.integers("embedding.weight", layer.read().numpy(), layer.bits, layer.levels), tokens)
     return g("Mul", g("Cast", rows, to=TYPES["float32"]), layer.scale.numpy())
 
 

@@ -47,6 +47,7 @@ class ModelConfig:
     method: str = "gft"
     bits: int = 6
     keep_bits: int = 0
+    levels: int = 3
     init_std: float = 0.33
     act_range: float = 6.0
     delta: str = "int8"
@@ -99,7 +100,7 @@ class LayerFactory:
         if self._integer(kind):
             return IntLinear(
                 in_features, out_features, c.bits, gain, squared_relu, c.init_std, c.act_range, self.seed,
-                self._next(), self.delta, c.keep_bits,
+                self._next(), self.delta, c.keep_bits, c.levels,
             )  # fmt: skip
         return FloatLinear(in_features, out_features, gain, squared_relu, self._latent_bits, self.seed, self._next())
 
@@ -109,7 +110,7 @@ class LayerFactory:
         if self._integer("embedding"):
             return IntEmbedding(
                 rows, width, c.bits, 1.0, c.init_std, self.seed, self._next(), c.activations, self.delta,
-                c.keep_bits,
+                c.keep_bits, c.levels,
             )
         return FloatEmbedding(rows, width, self._latent_bits, self.seed, self._next())
 

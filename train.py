@@ -237,7 +237,8 @@ class Run:
 
 def bits_of(cfg: Config) -> str:
     """In words, the bits of a weight that are read, and that it keeps."""
-    return f"{cfg.bits} bits" + (f" read of {cfg.kept_bits} kept" if cfg.bits < cfg.kept_bits else "")
+    levels = " of four levels" if cfg.bits == 2 and cfg.levels == 4 else ""
+    return f"{cfg.bits} bits{levels}" + (f" read of {cfg.kept_bits} kept" if cfg.bits < cfg.kept_bits else "")
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:

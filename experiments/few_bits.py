@@ -3,22 +3,22 @@
 The small transformer of the main table, 1,000 steps of 24 windows with the k that won there, on the part held out of
 the training text, one seed: differences below 0.01 nats are noise. What a row changes is a function of
 experiments/variants.py, or the key that it names. Products take any int8 values, so no grid needs another kernel. Two
-bits are read as three levels unless a row says otherwise.
+bits are read as -1, 0 and 1 unless a row says otherwise.
 """
 
 from experiments.rows import NOTHING_YET, QUICK, markdown
 from experiments.sweep import Cell, Store, run_cells
 
 COMMON = {"eval_on": "tune", "seed": 1, "steps": 1000, "batch_size": 24, "method": "gft", "eval_every": 1000}
-KEPT = {"keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
+KEYS = {"levels 4": {"levels": 4}, "keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
         "keep_bits 8, moves of 4": {"keep_bits": 8, "step_size": 4}}  # fmt: skip
 SAME = "as it is"
 # bits -> momentum -> k, and what is changed
 PLANS = {
     2: {0.9: (0.2, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "scale mean |w|",
-                    "two scales", "four levels", "hysteresis 1", "hysteresis 2", "keep_bits 7, moves of 2",
+                    "two scales", "levels 4", "hysteresis 1", "hysteresis 2", "keep_bits 7, moves of 2",
                     "keep_bits 8, moves of 4", "keep_bits 2 in the last fifth, k / 20")),
-        0.0: (0.9, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "four levels",
+        0.0: (0.9, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "levels 4",
                     "hysteresis 1", "keep_bits 2 in the last fifth, k / 60"))},
     1: {0.9: (0.4, (SAME, "scale mean |w|", "hysteresis 1", "keep_bits 8, moves of 4")), 0.0: (0.9, (SAME,))},
     3: {0.9: (0.3, (SAME, "powers of two, 7 levels", "quantiles, 7 levels"))},
@@ -28,9 +28,9 @@ PLANS = {
 
 def cell(bits: int, momentum: float, change: str, **common) -> Cell:
     """One run: `bits` read, `momentum`, and what `change` names."""
-    settings = COMMON | {"bits": bits, "k": PLANS[bits][momentum][0]} | KEPT.get(change, {}) | common
+    settings = COMMON | {"bits": bits, "k": PLANS[bits][momentum][0]} | KEYS.get(change, {}) | common
     settings |= {"momentum": momentum} if momentum else {}
-    variant = "" if change == SAME or change in KEPT else change
+    variant = "" if change == SAME or change in KEYS else change
     return Cell(f"{bits} bits, {change}", "shakespeare_char_small", variant=variant).with_(**settings)
 
 

@@ -34,7 +34,7 @@ def each(key: str, *values: float, **more: float) -> list[dict]:
 
 
 TWELVE, HALF = {"batch_size": 12, "steps": 2000}, {"batch_size": 24, "steps": 1000}
-GFT = {"method": "gft"}
+GFT, FOUR = {"method": "gft"}, {"bits": 2, "levels": 4}
 MOMENTUM = GFT | {"momentum": 0.9}
 ADAMW = {"warmup": 50, "weight_decay": 0.1, "lr_end": 0.0}
 MUON = {"warmup": 0, "lr": 8e-3, "lr_end": 0.0}
@@ -59,6 +59,8 @@ ROWS = (
         *each("k", 0.2, 0.3, 0.4, 0.5, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
     *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, 0.7, 0.9, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
+    row("GFT, 2 bits of four levels", GFT | FOUR, *each("k", 0.5, 0.7, 0.9, **HALF)),
+    row("GFT, 2 bits of four levels, momentum", MOMENTUM | FOUR, *each("k", 0.2, 0.3, **HALF)),
     *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", *shares, **HALF))
       for name, bits, *shares in (
           ("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4))),

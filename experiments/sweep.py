@@ -182,12 +182,19 @@ def run_cells(cells: Iterable[Cell], store: Store, jobs: int, apart: bool = Fals
     cells = list(cells)
     waiting = list({cell.key(): cell for cell in cells if store.get(cell) is None}.values())
     begun = time.monotonic()
-    workers: dict[tuple[int, int, str], Worker] = {}  # by thread, the threads it has itself, and variant
+    workers: dict[int, Worker] = {}  # one a thread, that of its last cell
+
+    def worker_for(cell: Cell) -> Worker:
+        threads, thread = cell.resolved().threads, threading.get_ident()
+        if (worker := workers.get(thread)) is None or (worker.threads, worker.variant) != (threads, cell.variant):
+            if worker is not None:
+                worker.close()
+            workers[thread] = Worker(threads, cell.variant)
+        return workers[thread]
 
     def work(numbered: tuple[int, Cell]) -> None:
         number, cell = numbered
-        own = cell.resolved().threads, cell.variant
-        worker = None if apart else workers.setdefault((threading.get_ident(), *own), Worker(*own))
+        worker = None if apart else worker_for(cell)
         store.add(cell, run_cell(cell, worker) | {"jobs": jobs})
         print(f"[{number}/{len(waiting)}, {time.monotonic() - begun:.0f} s] {quality(store.get(cell)):.4f}  "
               f"{cell.label}: {' '.join(cell.arguments())}", flush=True)  # fmt: skip

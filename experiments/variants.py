@@ -15,16 +15,16 @@ from torch import Tensor
 import gft.layers
 from gft.optimizer import FlipOptimizer
 from gft.weight_grid import read_weight
-from kernels.limits import TERNARY_THRESHOLD, weight_limit
+from kernels.limits import THRESHOLDS, weight_limit
 
-Read = Callable[[Tensor, int, int, int], Tensor]  # as gft.weight_grid.read_weight
+Read = Callable[[Tensor, int, int, int], Tensor]  # as gft.weight_grid.read_weight, without levels
 STD = 0.33 * weight_limit(6)[0]  # of first weights in units of the kept grid
 
 
 def threshold(stds: float) -> Read:
     """At two bits, 0 up to another number of standard deviations."""
     def read(weight: Tensor, bits: int, keep_bits: int, usual: int) -> Tensor:
-        return read_weight(weight, bits, keep_bits, round(usual * stds / TERNARY_THRESHOLD))
+        return read_weight(weight, bits, keep_bits, round(usual * stds / THRESHOLDS[3]))
 
     return read
 
@@ -50,27 +50,27 @@ def two_scales(weight: Tensor, bits: int, keep_bits: int, usual: int) -> Tensor:
     return (below * level(below) + above * level(above)).to(torch.int8)
 
 
-def table(edges: Sequence[float], levels: Sequence[int], zero: bool = True) -> Read:
-    """Of |w|: levels[i] below edges[i], the last one beyond all edges; without `zero` 0 counts as positive."""
+def table(edges: Sequence[float], levels: Sequence[int]) -> Read:
+    """Of |w|: levels[i] below edges[i], the last one beyond all edges."""
     def read(weight: Tensor, bits: int, keep_bits: int, usual: int) -> Tensor:
         size = weight.abs().float()
         level = torch.full_like(weight, levels[0])
         for edge, here in zip(edges, levels[1:], strict=True):
             level = torch.where(size >= edge, here, level)
-        return (level * (torch.sign(weight) if zero else (weight >> 7) | 1)).to(torch.int8)
+        return (level * torch.sign(weight)).to(torch.int8)
 
     return read
 
 
 def quantiles(count: int) -> Read:
-    """`count` levels, each the mean of as many first weights as every other."""
-    normal, odd = NormalDist(0, STD), count % 2
+    """`count` levels, an odd number, each the mean of as many first weights as every other."""
+    normal = NormalDist(0, STD)
     ends = [normal.inv_cdf(n / count) for n in range(1, count)]
     density = [0.0, *(normal.pdf(end) * STD**2 for end in ends), 0.0]
     means = [count * (low - high) for low, high in zip(density, density[1:], strict=False)]
     unit = 127 / means[-1] / 2  # room for nothing: the largest level is read as 64
     half = means[count // 2 :]
-    return table([end for end in ends if end > 1e-9], [round(unit * mean) for mean in half], zero=bool(odd))
+    return table(ends[count // 2 :], [round(unit * mean) for mean in half])
 
 
 def hysteresis(jump: int) -> Callable[[], None]:
@@ -174,7 +174,6 @@ READS: dict[str, Read] = {
     "threshold half of mean |w|": half_of_mean,
     "scale mean |w|": scaled_by_mean,
     "two scales": two_scales,
-    "four levels": table([STD], [1, 3], zero=False),
     "powers of two, 7 levels": table([3, 9, 18], [0, 1, 2, 4]),
     "powers of two, 13 levels": table([0.5, 1.5, 3, 6, 12, 24], [0, 1, 2, 4, 8, 16, 32]),
     **{f"quantiles, {count} levels": quantiles(count) for count in (7, 15)},
@@ -190,6 +189,6 @@ OTHERS: dict[str, Callable[[], None]] = {
 def use(name: str) -> None:
     """Make the change that `name` says. Raises KeyError on an unknown name."""
     if name in READS:
-        gft.layers.read_weight = READS[name]
+        gft.layers.read_weight = lambda *arguments: READS[name](*arguments[:4])
     else:
         OTHERS[name]()

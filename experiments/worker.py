@@ -30,6 +30,7 @@ class Worker:
     """
 
     def __init__(self, threads: int = 0, variant: str = ""):
+        self.threads, self.variant = threads, variant
         self.command = [sys.executable, "-m", "experiments.worker", *([variant] if variant else [])]
         self.environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.process: subprocess.Popen | None = None

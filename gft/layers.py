@@ -26,7 +26,7 @@ from gft.weight_grid import initial_weight, read_weight
 from kernels.embedding import accumulate_embedding_votes, embedding
 from kernels.int8_matmul import int8_matmul, int8_product
 from kernels.learn import learn_in_backward
-from kernels.limits import kept_bits, threshold_of, weight_limit
+from kernels.limits import THRESHOLDS, kept_bits, threshold_of, weight_limit
 from kernels.measure_delta import absmax, largest_noted, note_as, prepare_delta
 from kernels.philox import make_rng, noise_from
 from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_twice
@@ -90,7 +90,7 @@ class IntLayer(nn.Module):
 
     def __init__(
         self, shape: tuple[int, int], bits: int, keep_bits: int, fan_in: int, gain: float, init_std: float,
-        seed: int, index: int | None, delta: Delta,
+        seed: int, index: int | None, delta: Delta, levels: int,
     ):  # fmt: skip
         super().__init__()
         index = next(_made) if index is None else index
@@ -100,7 +100,13 @@ class IntLayer(nn.Module):
                 f"{type(self).__name__}: got bits {bits} and keep_bits {keep_bits}; a weight has 1 to 8 bits, and "
                 "keeps at least those that are read"
             )
-        self.threshold = threshold_of(self.keep_bits, init_std)
+        if levels not in THRESHOLDS or (levels == 4 and self.keep_bits == 2):
+            raise ValueError(
+                f"{type(self).__name__}: got levels {levels} and keep_bits {keep_bits}; two bits are read as 3 levels "
+                "or, of a weight that keeps more, as 4"
+            )
+        self.levels = levels if bits == 2 else 3
+        self.threshold = threshold_of(self.keep_bits, init_std, self.levels)
         weight = initial_weight(shape, self.keep_bits, init_std, seed, index)
         std = self.read(weight).to(torch.float64).std(correction=0).item()
         if std == 0:
@@ -160,10 +166,12 @@ class IntLayer(nn.Module):
 
     def read(self, weight: Tensor | None = None) -> Tensor:
         """What the products read of this layer's weight, or of another one kept as it is: int8."""
-        return read_weight(self.weight if weight is None else weight, self.bits, self.keep_bits, self.threshold)
+        kept = self.weight if weight is None else weight
+        return read_weight(kept, self.bits, self.keep_bits, self.threshold, self.levels)
 
     def _bits(self) -> str:
-        return f"bits={self.bits}" + (f", keep_bits={self.keep_bits}" if self.keep_bits != self.bits else "")
+        kept = f", keep_bits={self.keep_bits}" if self.keep_bits != self.bits else ""
+        return f"bits={self.bits}{kept}" + (", levels=4" if self.levels == 4 else "")
 
     def start_voting(self, dtype: torch.dtype | None) -> None:
         """Allocate the votes buffer, int32 or int64; None means that votes are not stored."""
@@ -178,7 +186,7 @@ class IntLayer(nn.Module):
     def _voting(self) -> tuple:
         """What a backward pass needs of this layer to vote: tensors that it changes, then settings."""
         about_delta = (self.delta.kind, self.delta.bits, self.first_column)
-        reading = (self.bits, self.keep_bits, self.threshold)
+        reading = (self.bits, self.keep_bits, self.threshold, self.levels)
         scales = self.scale, self.votes_scale, self.scratch, self.delta_history
         return self.rng, self.votes, scales, self.learning, about_delta, self.place, reading
 
@@ -187,7 +195,8 @@ class IntLinear(IntLayer):
     """y = RMSNorm(x) W^T with integer W, int8 products and no bias. Input (..., in), output (..., out).
 
     The output is float32, or as the input if that has 16 bits; norms, scales and sums are fp32 either way.
-    `bits` are those of a weight as the products read it, `keep_bits` those it keeps, of which 0 makes at least six.
+    `bits` are those of a weight as the products read it, `keep_bits` those it keeps, of which 0 makes at least six;
+    two bits have 3 `levels`, -1, 0, 1, or 4, -3, -1, 1, 3.
     `gain` scales the output, `squared_relu` puts relu(x)^2 in front of the norm, `init_std` is the standard
     deviation of the initial weights in units of Q, `act_range` the A of the activation grid. With `seed`, `index` fixes
     the initial weights; without one, layers made one after another differ.
@@ -196,9 +205,10 @@ class IntLinear(IntLayer):
     def __init__(
         self, in_features: int, out_features: int, bits: int = 6, gain: float = 1.0, squared_relu: bool = False,
         init_std: float = 0.33, act_range: float = 6.0, seed: int = 1, index: int | None = None, delta: Delta = Delta(),
-        keep_bits: int = 0,
+        keep_bits: int = 0, levels: int = 3,
     ):  # fmt: skip
-        super().__init__((out_features, in_features), bits, keep_bits, in_features, gain, init_std, seed, index, delta)
+        shape = out_features, in_features
+        super().__init__(shape, bits, keep_bits, in_features, gain, init_std, seed, index, delta, levels)
         self.in_features, self.out_features = in_features, out_features
         self.delta_width = out_features
         self.squared_relu, self.act_range = squared_relu, act_range
@@ -234,9 +244,9 @@ class IntEmbedding(IntLayer):
     def __init__(
         self, rows: int, width: int, bits: int = 6, gain: float = 1.0, init_std: float = 0.33, seed: int = 1,
         index: int | None = None, dtype: torch.dtype = torch.float32, delta: Delta = Delta(),
-        keep_bits: int = 0,
+        keep_bits: int = 0, levels: int = 3,
     ):  # fmt: skip
-        super().__init__((rows, width), bits, keep_bits, 1, gain, init_std, seed, index, delta)
+        super().__init__((rows, width), bits, keep_bits, 1, gain, init_std, seed, index, delta, levels)
         self.rows, self.width, self.dtype = rows, width, dtype
         self.delta_width = width
 

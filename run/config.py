@@ -52,6 +52,7 @@ CONFLICTS = {  # what must hold where all its keys have an effect: the rule and 
     "k_warmup <= steps": "the warm-up must fit into the run; lower k_warmup or raise steps",
     "k_end <= k": "k falls to k_end, which must not be larger; lower k_end, or keep k with k_schedule = constant",
     "keep_bits in (0, *range(bits, 9))": "a weight keeps at least the bits that are read; raise keep_bits, or give 0",
+    "levels == 3 or keep_bits != 2": "weights that keep two bits have 3 levels; use levels = 3, or keep more bits",
     "step_size <= max(1, 2**kept_bits(bits, keep_bits) - 2)":
         "no weight has room for such a move; lower step_size or raise keep_bits",
     # One and two bits are read by a weight's sign and a threshold, more by rounding.
@@ -95,6 +96,7 @@ class Config:
     method: str = key("gft", "integer flips, or a baseline", METHODS, also="optimizer", group="method")
     bits: int = key(6, "bits of a weight as it is read; 2: ternary, 1: -1/+1", (1, 8), needs="method in ('gft', 'ste')")
     keep_bits: int = key(0, "bits a weight keeps; 0: those that are read, at least 6", (0, 8), needs=GFT)
+    levels: int = key(3, "of two bits: 3 reads -1, 0, 1 and 4 reads -3, -1, 1, 3", (3, 4), needs=f"{GFT} and bits == 2")
     int_layers: str = key("all", f"integer layers: all, or some of {','.join(LAYER_KINDS)}; others are fp32", needs=GFT)
     rule: str = key("spectral", "how votes become scores", RULES, needs=GFT)
     embedding_rule: str = key("balanced", "the same for the embedding", RULES, needs=GFT)

@@ -8,7 +8,7 @@
 The model, the same for all methods (docs/energy.md gives the formulas and their reasons):
 
 operations   The algorithm is priced on a machine that has a unit for each type; what a backend without int8 units does
-             instead is not. A product is one multiply and one add, with a weight of one or two bits the add alone;
+             instead is not. A product is one multiply and one add, with a weight of -1, 0 or 1 the add alone;
              int8 products are summed in int32, 16-bit ones in fp32. Comparing is adding; sign, absolute value, bit
              moves and conversions are free. exp, log, division and square root are one `special` each. Padding of
              tiles is computed, masked attention is not.
@@ -131,7 +131,8 @@ def _linear(c: Counts, la: Layer, r: Recipe) -> None:
     """The norm, the product with W and the product with its transpose."""
     read, written, n = la.rows * la.inputs, la.rows * la.outputs, la.rows * la.inputs * la.outputs
     kind, operand, value = _formats(la, r)
-    weights, signs = operand * la.size * r.grad_accum, r.bits <= 2 and (la.integer or r.method == "ste")
+    weights = operand * la.size * r.grad_accum
+    signs = (r.bits == 1 or (r.bits == 2 and r.levels == 3)) and (la.integer or r.method == "ste")
 
     # x * x, its sum, x / rms; the mean, a root and a reciprocal for each row.
     c.add("norms", fp32_mul=2 * read + la.rows, fp32_add=read, special=2 * la.rows,

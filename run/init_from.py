@@ -89,7 +89,9 @@ def _take(layer: nn.Module, source: nn.Module, rows: tuple[list[int], list[int]]
     """Give `layer` the weights of `source`; only some rows, (here, there), if these are named."""
     here, there = rows or (slice(None), slice(None))
     integers = isinstance(layer, IntLayer) and isinstance(source, IntLayer)
-    same = integers and (layer.bits, layer.threshold) == (source.bits, source.threshold)
+    same = integers and all(
+        getattr(layer, name) == getattr(source, name) for name in ("bits", "threshold", "levels")
+    )
     if integers and layer.keep_bits == source.keep_bits and layer.bits <= source.bits:
         layer.weight[here] = source.weight[there].to(layer.weight.device)
         sizes = source.read()[there].float().norm().cpu(), layer.read()[here].float().norm().cpu()

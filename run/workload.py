@@ -26,6 +26,7 @@ class Recipe:
     method: str = "gft"
     bits: int = 6
     keep_bits: int = 0
+    levels: int = 3
     rule: str = "spectral"
     embedding_rule: str = "balanced"
     ortho_tile: int = 128

@@ -71,12 +71,14 @@ def test_texts_go_on_from_one_prompt_each_as_if_alone():
         assert np.array_equal(together.feed(tokens[:, None]), np.stack([single[step] for single in singles]))
 
 
-@pytest.mark.parametrize("bits, keep", [(b, k) for k in (2, 3, 6, 8) for b in range(1, k + 1)])
-def test_what_is_read_of_a_weight_is_what_the_layers_read(bits, keep):
-    cfg = Config(bits=bits, keep_bits=keep, init_std=1.0)
+@pytest.mark.parametrize("bits, keep, levels", [
+    *((b, k, 3) for k in (2, 3, 6, 8) for b in range(1, k + 1)), (2, 3, 4), (2, 6, 4),
+])  # fmt: skip
+def test_what_is_read_of_a_weight_is_what_the_layers_read(bits, keep, levels):
+    cfg = Config(bits=bits, keep_bits=keep, init_std=0.4, levels=levels)
     q = 2 ** (keep - 1) - 1
     weight = np.arange(-q, q + 1, dtype=np.int8)
-    wanted = weight_grid.read_weight(torch.from_numpy(weight), bits, keep, threshold_of(keep, 1.0))
+    wanted = weight_grid.read_weight(torch.from_numpy(weight), bits, keep, threshold_of(keep, 0.4, levels), levels)
     assert np.array_equal(read_weight(weight, cfg), wanted.numpy())
 
 

@@ -78,8 +78,8 @@ def tokens_of(shape: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
 @pytest.mark.parametrize("settings", [
-    {}, {"bits": 2}, {"bits": 1}, {"bits": 8}, {"bits": 3, "keep_bits": 5}, {"int_layers": "mlp"}, {"method": "adamw"},
-    {"method": "ste", "bits": 2},
+    {}, {"bits": 2}, {"bits": 2, "levels": 4}, {"bits": 1}, {"bits": 8}, {"bits": 3, "keep_bits": 5},
+    {"int_layers": "mlp"}, {"method": "adamw"}, {"method": "ste", "bits": 2},
 ], ids=lambda settings: "-".join(map(str, settings.values())) or "6")  # fmt: skip
 def test_text_logits(tmp_path, onnx_session, settings, packed):
     net, meta, _ = export.load_net(text_run(tmp_path, **settings))

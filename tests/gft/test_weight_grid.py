@@ -40,15 +40,31 @@ def test_what_is_read(bits, keep_bits):
     assert read.dtype == torch.int8 and sorted(set(read.tolist())) == every(bits).tolist()
 
 
+@pytest.mark.parametrize("keep_bits", range(3, 9))
+def test_two_bits_may_have_four_levels(keep_bits):
+    kept, (most, _), threshold = every(keep_bits), weight_limit(keep_bits), threshold_of(keep_bits, 0.33, 4)
+    assert threshold <= 0.33 * most < threshold + 1
+    read = read_weight(kept, 2, keep_bits, threshold, 4)
+    assert read.dtype == torch.int8
+    assert read.tolist() == [(3 if abs(w) > threshold else 1) * (1 if w >= 0 else -1) for w in kept.tolist()]
+
+
+def test_levels_that_cannot_be():
+    for wrong in ({"levels": 5}, {"levels": 4, "keep_bits": 2}):
+        with pytest.raises(ValueError, match="two bits are read as 3 levels"):
+            IntLinear(8, 4, 2, **wrong)
+    assert IntLinear(8, 4, 6, levels=4).levels == 3, "levels are of two bits"
+
+
 def test_six_bits_are_kept_unless_more_are_read():
     assert [kept_bits(bits) for bits in range(1, 9)] == [6, 6, 6, 6, 6, 6, 7, 8]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_a_layer_reads_what_its_products_use(bits):
+@pytest.mark.parametrize("bits, levels", [(1, 3), (2, 3), (2, 4), (4, 3)])
+def test_a_layer_reads_what_its_products_use(bits, levels):
     """Output, delta and scale are those of a layer that keeps what this one reads; votes move what is kept."""
-    fine = IntLinear(24, 16, bits, seed=3)
-    coarse = IntLinear(24, 16, bits, keep_bits=bits, seed=3)
+    fine = IntLinear(24, 16, bits, seed=3, levels=levels)
+    coarse = IntLinear(24, 16, bits + (levels == 4), keep_bits=bits + (levels == 4), seed=3)
     coarse.load_state_dict({"weight": fine.read(), "scale": fine.scale})
     read = fine.read().double()
     assert fine.scale.item() == pytest.approx(1 / (24**0.5 * read.std(correction=0).item()))

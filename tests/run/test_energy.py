@@ -52,6 +52,7 @@ def test_integer_matrix_products():
 
 
 def test_a_product_with_a_weight_of_one_or_two_bits_is_an_add():
+    assert ops(only(LINEAR, bits=2, levels=4), "forward") != ops(only(LINEAR, bits=2), "forward"), "-3 and 3 multiply"
     for few in (only(LINEAR, bits=2), only(LINEAR, bits=1)):
         assert ops(few, "forward") == {"int32_add": 30, "fp32_mul": 10, "bytes": 15 + 6 + 40}
         assert ops(few, "delta") == {"int32_add": 30, "fp32_mul": 15, "bytes": 10 + 6 + 60}

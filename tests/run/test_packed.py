@@ -29,6 +29,12 @@ def test_packing_loses_nothing(bits, shape):
     assert np.array_equal(unpack(packed, shape), weight)
 
 
+def test_four_levels_take_two_bits():
+    weight = np.array([[-3, -1, 1], [3, 3, -3]], np.int8)
+    packed = pack(weight, 2, levels=4)
+    assert packed.tolist() == [[0b011010], [0b011100]] and np.array_equal(unpack(packed, (2, 3), levels=4), weight)
+
+
 def run_of(folder, **settings):
     cfg = Config(n_layer=1, n_head=2, d_model=16, context=8, **settings)
     net = make_net(ModelConfig.from_config(cfg, len(CHARS)), 3)
@@ -39,7 +45,8 @@ def run_of(folder, **settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"bits": 2}, {"bits": 2, "init_std": 0.04}, {"bits": 1}, {"int_layers": "mlp"}, {"method": "adamw"},
+    {}, {"bits": 2}, {"bits": 2, "levels": 4}, {"bits": 2, "init_std": 0.04}, {"bits": 1}, {"int_layers": "mlp"},
+    {"method": "adamw"},
 ], ids=str)  # fmt: skip
 def test_a_packed_file_is_the_same_net(tmp_path, settings, capsys):
     net, file = run_of(tmp_path / "run", **settings), tmp_path / "net.safetensors"
