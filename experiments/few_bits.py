@@ -13,14 +13,15 @@ COMMON = {"eval_on": "tune", "seed": 1, "steps": 1000, "batch_size": 24, "method
 KEYS = {"levels 4": {"levels": 4}, "keep_bits 7, moves of 2": {"keep_bits": 7, "step_size": 2},
         "keep_bits 8, moves of 4": {"keep_bits": 8, "step_size": 4}}  # fmt: skip
 SAME = "as it is"
+FOLLOWS, SCALED = "threshold half of the mean size", "scale the mean size"
 # bits -> momentum -> k, and what is changed
 PLANS = {
-    2: {0.9: (0.2, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "scale mean |w|",
-                    "two scales", "levels 4", "hysteresis 1", "hysteresis 2", "keep_bits 7, moves of 2",
-                    "keep_bits 8, moves of 4", "keep_bits 2 in the last fifth, k / 20")),
-        0.0: (0.9, (SAME, "threshold 0.2", "threshold 0.7", "threshold half of mean |w|", "levels 4",
-                    "hysteresis 1", "keep_bits 2 in the last fifth, k / 60"))},
-    1: {0.9: (0.4, (SAME, "scale mean |w|", "hysteresis 1", "keep_bits 8, moves of 4")), 0.0: (0.9, (SAME,))},
+    2: {0.9: (0.2, (SAME, "levels 4", "threshold 0.2", "threshold 0.7", FOLLOWS, SCALED, "two scales", "hysteresis 1",
+                    "hysteresis 2", "keep_bits 7, moves of 2", "keep_bits 8, moves of 4",
+                    "keep_bits 2 in the last fifth, k / 20")),
+        0.0: (0.9, (SAME, "levels 4", "threshold 0.2", "threshold 0.7", FOLLOWS, "hysteresis 1",
+                    "keep_bits 2 in the last fifth, k / 60"))},
+    1: {0.9: (0.4, (SAME, SCALED, "hysteresis 1", "keep_bits 8, moves of 4")), 0.0: (0.9, (SAME,))},
     3: {0.9: (0.3, (SAME, "powers of two, 7 levels", "quantiles, 7 levels"))},
     4: {0.9: (0.3, (SAME, "powers of two, 13 levels", "quantiles, 15 levels", "keep_bits 8, moves of 4"))},
 }  # fmt: skip

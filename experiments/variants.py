@@ -171,8 +171,8 @@ def tied() -> None:
 
 READS: dict[str, Read] = {
     **{f"threshold {stds}": threshold(stds) for stds in (0.2, 0.7)},
-    "threshold half of mean |w|": half_of_mean,
-    "scale mean |w|": scaled_by_mean,
+    "threshold half of the mean size": half_of_mean,
+    "scale the mean size": scaled_by_mean,
     "two scales": two_scales,
     "powers of two, 7 levels": table([3, 9, 18], [0, 1, 2, 4]),
     "powers of two, 13 levels": table([0.5, 1.5, 3, 6, 12, 24], [0, 1, 2, 4, 8, 16, 32]),
