@@ -35,14 +35,14 @@ class ConvertedLinear(nn.Module):
 @torch.no_grad()
 def convert(
     net: nn.Module, bits: int = 6, keep_bits: int = 0, start: str = "round", keep: str | tuple[str, ...] = (),
-    seed: int = 1,
+    seed: int = 1, levels: int = 3,
 ) -> nn.Module:  # fmt: skip
     """Replace every nn.Linear inside `net`, in place, by a `ConvertedLinear`; returns net.
 
-    `bits` and `keep_bits` are IntLinear's. `start` is "round" (weights rounded to the grid) or "new" (drawn afresh by
-    `seed`; for a matrix of zeros, as wide as nn.Linear begins). `keep` names a layer or several that stay as they are,
-    as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as the
-    projection inside nn.MultiheadAttention, stay too.
+    `bits`, `keep_bits` and `levels` are IntLinear's. `start` is "round" (weights rounded to the grid) or "new" (drawn
+    afresh by `seed`; for a matrix of zeros, as wide as nn.Linear begins). `keep` names a layer or several that stay as
+    they are, as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as
+    the projection inside nn.MultiheadAttention, stay too.
     Raises ValueError for an unknown `start` or name, where nothing is to be converted, for a weight that two modules
     share and for a layer that cannot be converted; `net` is then as it was.
     """
@@ -67,7 +67,10 @@ def convert(
     converted = {}
     for index, (name, layer) in enumerate(chosen.items()):
         try:
-            converted[name] = _converted(layer, bits, keep_bits, start, seed, index)
+            integer = IntLinear(
+                layer.in_features, layer.out_features, bits, keep_bits=keep_bits, seed=seed, index=index, levels=levels
+            )
+            converted[name] = _converted(layer, integer, start)
         except ValueError as error:
             raise ValueError(f"convert: {name}: {error}; keep=({name!r},) leaves the layer as it is") from None
     for name, layer in converted.items():
@@ -81,9 +84,9 @@ def convert(
     return net
 
 
-def _converted(layer: nn.Linear, bits: int, keep_bits: int, start: str, seed: int, index: int) -> ConvertedLinear:
+def _converted(layer: nn.Linear, integer: IntLinear, start: str) -> ConvertedLinear:
+    """`layer` with the weights of `integer`, which take its own."""
     matrix = layer.weight.detach().float().cpu()
-    integer = IntLinear(layer.in_features, layer.out_features, bits, keep_bits=keep_bits, seed=seed, index=index)
     norm = matrix.norm()
     if not norm.isfinite():
         raise ValueError("its weight has values that are not finite")

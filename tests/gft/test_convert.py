@@ -34,6 +34,17 @@ def test_rounded_nets_compute_nearly_the_same(bits, error):
     assert len(gft.int_layers(net)) == 3
 
 
+def test_four_levels_are_nearer_than_three():
+    x, errors = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)), []
+    for levels in (3, 4):
+        torch.manual_seed(1)
+        layer = nn.Linear(32, 48, bias=False)
+        wanted = layer(x).detach()
+        found = gft.convert(nn.Sequential(layer), bits=2, levels=levels)(x)
+        errors.append(((found - wanted).norm() / wanted.norm()).item())
+    assert errors[1] < errors[0] < 0.7
+
+
 def test_new_weights_have_products_of_the_old_size():
     net, x = net_of(), torch.randn(500, 24)
     layer = net[0]
