@@ -24,8 +24,10 @@ ADAMW = {"method": "adamw", "warmup": 50, "weight_decay": 0.1, "lr_end": 0.0}
 MUON = {"method": "muon", "warmup": 0, "lr": 8e-3, "lr_end": 0.0}
 # width -> method -> the key that is tuned, and its values
 CHOICES = {
-    64: {"AdamW": (8e-3, 16e-3, 32e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5), "GFT, momentum": (0.2, 0.4)},
-    128: {"AdamW": (4e-3, 8e-3, 16e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5), "GFT, momentum": (0.2, 0.4)},
+    64: {"AdamW": (8e-3, 16e-3, 32e-3, 64e-3), "Muon": (24e-3, 48e-3, 96e-3), "GFT": (0.3, 0.5, 0.7, 0.9),
+         "GFT, momentum": (0.2, 0.4, 0.6, 0.8)},
+    128: {"AdamW": (4e-3, 8e-3, 16e-3, 32e-3), "Muon": (24e-3, 48e-3, 96e-3), "GFT": (0.3, 0.5, 0.7),
+          "GFT, momentum": (0.2, 0.4, 0.6)},
     256: {"AdamW": (4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5), "GFT, momentum": (0.2, 0.4)},
 }
 METHODS = {"AdamW": (ADAMW, "lr"), "Muon": (MUON, "muon_lr"), "GFT": (GFT, "k"), "GFT, momentum": (MOMENTUM, "k")}
