@@ -2,10 +2,13 @@
 which must be chosen before they are imported and is watched by tests/addresses.py."""
 
 import os
+import signal
 
 import pytest
 import torch
 
+if hasattr(signal, "SIGHUP"):  # which a suite started by nohup, and with it every run it starts, would ignore
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
