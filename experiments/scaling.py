@@ -95,7 +95,7 @@ def _shown(record: dict | None, base: dict | None, key: str) -> str:
 def draw(store: Store, folder: Path, threads: int = 1) -> None:
     """scaling.png in `folder`: held-out loss against weights."""
     lines = {
-        method: [(str(weights(width) / 1e6), [record["val_loss"]]) for width, record in by.items()]
+        method: [(f"{weights(width) / 1e6:.2f}", [record["val_loss"]]) for width, record in by.items()]
         for method, by in points(store, threads).items()
     }
     if lines:
