@@ -20,6 +20,26 @@ if backend.INTERPRETED:
     addresses.watch()
 
 
+class FailuresAtOnce:
+    """Names a failure, and why, when it happens: a run that is cut off has no list of them at its end."""
+
+    def __init__(self, terminal) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"FAILED {report.nodeid} ({report.when})")
+            self.terminal.write_line("\n".join(report.longreprtext.splitlines()[-20:]))
+
+
+@pytest.hookimpl(trylast=True)  # once there is a terminal, which processes that are given tests have not
+def pytest_configure(config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and config.getoption("numprocesses", None):
+        config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where Triton kernels run here."""

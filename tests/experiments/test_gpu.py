@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -159,3 +160,11 @@ def test_the_report_compares_with_adamw(tmp_path):
 def test_the_profile_shows_where_time_goes(capsys):
     assert steps.main(["--profile", "shakespeare_char_small", *steps.TINY, "--compile", "false"]) == 0
     assert "aten::" in capsys.readouterr().out
+
+
+def test_failures_of_parallel_tests_are_named_when_they_happen(tmp_path):
+    """So that a run that is cut off has them."""
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert 1 == 2\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "tests.conftest", "--no-summary", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
+    assert "FAILED" in ran.stdout and "test_it.py::test_it (call)" in ran.stdout and "assert 1 == 2" in ran.stdout
