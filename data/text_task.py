@@ -17,6 +17,7 @@ from data.task import Task
 from data.text import TextData, load_text
 from kernels.cross_entropy import cross_entropy
 from kernels.philox import Stream, uniform_from
+from kernels.tiles import joined, parts_of
 from run.config import Config
 from run.errors import UserError
 
@@ -132,8 +133,11 @@ class TextTask(Task):
         pieces = list(zip(*(t.split(cfg.batch_size // self.parts) for t in (starts, losses)), strict=True))
         for piece, found in pieces[self.ranks.rank :: self.ranks.size]:
             x, y = windows(tokens, piece, cfg.context)
-            logits = net(x.to(device)).float().transpose(1, 2)  # (B, V, T)
-            found.copy_(F.cross_entropy(logits, y.to(device), reduction="none").sum(1))
+            logits, y = net(x.to(device)), y.to(device)
+            found.copy_(joined([
+                F.cross_entropy(logits[:, part].float().transpose(1, 2), y[:, part], reduction="none")  # of (B, V, T)
+                for _, part in parts_of((1, cfg.context, logits[:, 0].numel()), 16)
+            ], dim=1).sum(1))  # fmt: skip
         return self.measures(sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context), starts)
 
     def measures(self, val_loss: float, starts: Tensor) -> dict[str, float]:

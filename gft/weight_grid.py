@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.limits import weight_limit
 from kernels.philox import Stream, normal
+from kernels.tiles import PART
 
 
 def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int, index: int) -> Tensor:
@@ -24,10 +25,11 @@ def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int
     if not 1 <= bits <= 8:
         raise ValueError(f"bits: got {bits}; weights have 1 to 8 bits")
     q, _ = weight_limit(bits)
-    z = normal(seed, 0, Stream.INIT + 16 * index, shape[0] * shape[1]).view(shape)
-    if bits == 1:
-        return torch.where(z < 0, -1, 1).to(torch.int8)
-    return torch.round(z * (init_std * q)).clamp(-q, q).to(torch.int8)
+    weight = torch.empty(shape[0] * shape[1], dtype=torch.int8)
+    for number, part in enumerate(weight.split(PART)):
+        z = normal(seed, 0, Stream.INIT + 16 * index, len(part), number * PART)
+        part.copy_(torch.where(z < 0, -1, 1) if bits == 1 else torch.round(z * (init_std * q)).clamp(-q, q))
+    return weight.view(shape)
 
 
 def read_weight(weight: Tensor, bits: int, keep_bits: int, threshold: int, levels: int = 3) -> Tensor:

@@ -31,10 +31,10 @@ SUMS = {"STRIPS": 256, "COLUMNS": 16, "num_warps": 8}  # a block of the strips' 
 @fused
 def balanced_torch(votes: Tensor) -> Tensor:
     """`balanced` in torch."""
-    s = votes.to(torch.float32)
+    s = votes.to(torch.float32, copy=True)
     for _ in range(SINKHORN_ROUNDS):
-        s = s / s.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        s = s / s.norm(dim=-2, keepdim=True).clamp_min(TINY)
+        s /= s.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        s /= s.norm(dim=-2, keepdim=True).clamp_min(TINY)
     return s
 
 

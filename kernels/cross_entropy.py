@@ -20,11 +20,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
 from kernels.measure_delta import with_largest
 from kernels.rmsnorm_quantize import FLOATS
+from kernels.tiles import PART, joined, parts_of
 
 PIECE, SHORT, WARPS = 4096, 2048, 8  # elements a program holds at a time: of a long row, of several short ones
 
@@ -32,6 +34,33 @@ PIECE, SHORT, WARPS = 4096, 2048, 8  # elements a program holds at a time: of a 
 def cross_entropy_torch(logits: Tensor, targets: Tensor) -> Tensor:
     """`cross_entropy` in torch, its gradient a tensor of its own."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+class _InParts(torch.autograd.Function):
+    """`cross_entropy_torch` of logits (N, V) and targets (N,), some rows at a time: in fp32 they would take twice the
+    memory of 16 bits, and what torch keeps of them and forms in its backward pass several times that."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        found = [
+            F.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
+            for _, rows in parts_of((1, *logits.shape), 1)
+        ]
+        # Summed as torch sums losses, so that parts change no bit.
+        return F.nll_loss(-joined(found)[:, None], torch.zeros_like(targets), reduction="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, targets = ctx.saved_tensors
+        delta = torch.empty_like(logits)
+        for _, rows in parts_of((1, *logits.shape), 1):
+            with torch.enable_grad():
+                part = logits[rows].detach().requires_grad_()
+                loss = cross_entropy_torch(part, targets[rows])
+            (delta[rows],) = torch.autograd.grad(loss, part, grad)
+        return delta, None
 
 
 # The kernels
@@ -208,8 +237,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype not in FLOATS or targets.dtype != torch.int64:
         raise ValueError(f"cross_entropy: got logits {logits.dtype} and targets {targets.dtype}; logits are float32, "
                          "float16 or bfloat16, targets int64")  # fmt: skip
-    if torch.compiler.is_compiling() or not on_triton(logits) or not _made_by_a_layer(logits):
+    if torch.compiler.is_compiling():
         return cross_entropy_torch(logits, targets)
+    if not on_triton(logits) or not _made_by_a_layer(logits):
+        if logits.numel() <= PART:
+            return cross_entropy_torch(logits, targets)
+        return _InParts.apply(logits.flatten(0, -2), targets.flatten())
     return _CrossEntropyFunction.apply(logits.contiguous(), targets.flatten())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.backend import LaunchConfig, jit, on_triton, opaque_operator, operator, tl, triton, wrap_triton
 from kernels.int8_matmul import OUTPUT_TYPES
 from kernels.limits import MAX_REDUCTION
-from kernels.votes import rescale_
+from kernels.votes import rescale_torch_, rescale_triton_
 
 MOST_ROWS = MAX_REDUCTION * 127  # 127 * T still fits int32
 BLOCK = {"BLOCK_T": 8, "BLOCK_N": 256}  # tokens and columns of a program
@@ -31,9 +31,14 @@ def embedding_torch(tokens: Tensor, weight: Tensor, scale: Tensor, dtype: torch.
 
 
 @opaque_operator("accumulate_embedding_votes_torch", fake=lambda *_: None, mutates_args=("votes",))
-def accumulate_embedding_votes_torch(d: Tensor, tokens: Tensor, votes: Tensor) -> None:
+def accumulate_embedding_votes_torch(
+    d: Tensor, tokens: Tensor, votes: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
+) -> None:
     """`accumulate_embedding_votes` in torch."""
-    votes.index_add_(0, tokens, d.to(votes.dtype))
+    only = old_ratio is None or old_ratio.item() == 0  # the first pass of a step: its new ratio is 1
+    new = (votes if only else torch.zeros_like(votes)).index_add_(0, tokens, d.to(votes.dtype))
+    if not only:
+        rescale_torch_(votes, new, old_ratio, new_ratio)
 
 
 # The kernels
@@ -170,13 +175,13 @@ def accumulate_embedding_votes(
         )
     if old_ratio is not None and not votes.is_contiguous():
         raise ValueError("accumulate_embedding_votes: got ratios and votes with gaps; with ratios they are contiguous")
+    if not on_triton(d):
+        accumulate_embedding_votes_torch(d, tokens, votes, old_ratio, new_ratio)
+        return
     new = None if old_ratio is None else torch.zeros_like(votes)
-    if on_triton(d):
-        _accumulate_embedding_votes(d, tokens, votes, new, old_ratio)
-    else:
-        accumulate_embedding_votes_torch(d, tokens, votes if new is None else new)
+    _accumulate_embedding_votes(d, tokens, votes, new, old_ratio)
     if new is not None:
-        rescale_(votes, new, old_ratio, new_ratio)
+        rescale_triton_(votes, new, old_ratio, new_ratio)
 
 
 def launch_configs() -> list[LaunchConfig]:

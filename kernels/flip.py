@@ -9,6 +9,8 @@ and shares every step after them. Rules that look past a tile are scored before 
 takes their scores as it takes votes.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, capability_of, jit, on_triton, tl, triton
 from kernels.limits import weight_limit
-from kernels.momentum import accumulate_momentum_, momentum_block
+from kernels.momentum import MOMENTUM_TILE, accumulate_momentum_, momentum_block
 from kernels.philox import Stream, words_from
-from kernels.scores import score, score_block
-from kernels.tiles import from_tiles, tile_count, tile_sizes, to_tiles
+from kernels.scores import ORTHO_TILES, score, score_block
+from kernels.tiles import first_tile, from_tiles, parts_of, tile_count, tile_sizes, to_tiles
 from kernels.topk import apply_moves, flip_probability, rank, select, topk_block, topk_count
 from kernels.update_rule import (
     UpdateRule,
@@ -36,13 +38,28 @@ def flip_torch(
     votes: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, stop: Tensor, rule: UpdateRule,
     momentum: Tensor | None = None, momentum_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`flip` in torch."""
+    """`flip` in torch, part by part: the tensors in between would be several times as large as all that is kept."""
+    flips = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
     if stop.item():
-        return torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-    if momentum is not None:
-        votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
-    scores = score(rule.rule, votes, weight, rule.ortho_tile)
-    return select_and_move(scores, weight, k, rng, layers, rule)
+        return flips
+    for matrices, rows in _learning_apart(weight, rule):
+        s, w, of = votes[matrices, rows], weight[matrices, rows], layers[matrices]
+        if momentum is not None:
+            kept = momentum[matrices, rows], momentum_scale[matrices]
+            s = accumulate_momentum_(*kept, s, rule.momentum, rng, of, stop, rows.start)
+        s = score(rule.rule, s, w, rule.ortho_tile)
+        flips[matrices] += select_and_move(s, w, k, rng, of, rule, rows.start)
+    return flips
+
+
+def _learning_apart(weight: Tensor, rule: UpdateRule) -> Iterable[tuple[slice, slice]]:
+    """Parts of a stack that learn alone exactly as they do together: slices of matrices and of rows."""
+    spectral = rule.rule == "spectral"
+    if on_triton(weight) or spectral and rule.ortho_tile not in ORTHO_TILES:
+        # There the kernel of momentum takes whole matrices; here a product may be rounded otherwise in a smaller batch.
+        return [(slice(0, weight.shape[0]), slice(0, weight.shape[1]))]
+    sides = [rule.topk_tile] + [rule.ortho_tile] * spectral + [MOMENTUM_TILE] * (rule.momentum > 0)
+    return parts_of(tuple(weight.shape), 0 if rule.rule == "balanced" else math.lcm(*sides))
 
 
 def _tiled(matrices: Tensor, side: int) -> Tensor:
@@ -56,14 +73,29 @@ def _untiled(tiles: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
 
 
 def select_and_move(
-    scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, rule: UpdateRule
+    scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, rule: UpdateRule, first_row: int = 0
 ) -> Tensor:
-    """The last part of `flip_torch`: scores (L, out, in) to moves of weight, in place. Returns the flips int64 (L,)."""
+    """The last step of `flip_torch`: scores (L, out, in) to moves of weight, in place. Returns the flips int64 (L,).
+
+    Both may be a band of whole tiles, from `first_row` of the matrices on.
+    """
+    flips = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+    for matrices, rows in parts_of(tuple(weight.shape), rule.topk_tile):
+        part = scores[matrices, rows], weight[matrices, rows]
+        flips[matrices] += _select_and_move(*part, k, rng, layers[matrices], rule, first_row + rows.start)
+    return flips
+
+
+def _select_and_move(
+    scores: Tensor, weight: Tensor, k: Tensor, rng: Tensor, layers: Tensor, rule: UpdateRule, first_row: int
+) -> Tensor:
+    """`select_and_move` of one part."""
     count, *shape = weight.shape
     side, tiles, area = rule.topk_tile, tile_count(tuple(shape), rule.topk_tile), rule.topk_tile**2 or weight[0].numel()
+    first = first_tile(first_row, shape[1], side)
 
     def draw(stream: int, each: int) -> Tensor:
-        return words_from(rng, stream, tiles * each, layers=layers).flatten()
+        return words_from(rng, stream, tiles * each, first * each, layers).flatten()
 
     w, s, (q, unit) = _tiled(weight, side), _tiled(scores, side), weight_limit(rule.bits)
     ranks = rank(s, w, q, unit)

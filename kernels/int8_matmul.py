@@ -31,10 +31,12 @@ from kernels.backend import (
 )
 from kernels.fuse import fused
 from kernels.limits import MAX_REDUCTION
+from kernels.tiles import joined, parts_of
 from kernels.transpose import by_columns
 
 CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported()
 MAX_FLOAT_REDUCTION = 2**24 // (127 * 127)  # 1,040: the longest sum that fp32 holds exactly
+TORCH_COLUMNS = 4096  # of a product of many outputs at a time, so that its sums in int32 and fp32 stay small
 OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,7 +99,10 @@ def int8_matmul_torch(
     scale = scale * factor
     if inv_rms is not None:
         scale = scale + (inv_rms - inv_rms)  # NaN where inv_rms is
-    return _scaled(int8_product_torch(x, w.t()), scale, residual, dtype)
+    return joined([
+        _scaled(int8_product_torch(x, w[rows].t()), scale, None if residual is None else residual[:, rows], dtype)
+        for _, rows in parts_of((1, len(w), len(x)), TORCH_COLUMNS)
+    ], dim=1)  # fmt: skip
 
 
 # The kernel

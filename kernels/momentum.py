@@ -23,7 +23,17 @@ from kernels.philox import (
     dither_word,
     words_from,
 )
-from kernels.tiles import block_to_tiles, from_tiles, tile_count, tile_grid, tiles_to_block, to_tiles
+from kernels.tiles import (
+    block_to_tiles,
+    first_tile,
+    from_tiles,
+    joined,
+    parts_of,
+    tile_count,
+    tile_grid,
+    tiles_to_block,
+    to_tiles,
+)
 
 MOMENTUM_TILE = 64  # one scale per tile of this side
 SMALLEST_SCALE = 1e-36  # a momentum faded below this is empty; 1 / scale would overflow
@@ -54,28 +64,35 @@ def momentum_step(
     return m.mul_(beta).add_(v), rounded.to(torch.int8), new_scale
 
 
-def momentum_noise(rng: Tensor, layers: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
-    """Rounding noise for stacked momenta of `tiles` tiles each: int32 (L * tiles, n, 1) and (L * tiles, 1, n)."""
+def momentum_noise(rng: Tensor, layers: Tensor, tiles: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Rounding noise for `tiles` tiles, from number `first` on, of each of the stacked momenta: int32 (L * tiles, n, 1)
+    and (L * tiles, 1, n)."""
     n = MOMENTUM_TILE
 
     def draw(stream: int) -> Tensor:
-        return (words_from(rng, stream, tiles * n, layers=layers) >> (32 - DITHER_BITS)).to(torch.int32)
+        return (words_from(rng, stream, tiles * n, first * n, layers) >> (32 - DITHER_BITS)).to(torch.int32)
 
     return draw(Stream.MOMENTUM_ROWS).view(-1, n, 1), draw(Stream.MOMENTUM_COLUMNS).view(-1, 1, n)
 
 
 def accumulate_momentum_torch_(
-    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor, first_row: int = 0
 ) -> Tensor:
-    """`accumulate_momentum_` in torch."""
-    shape = tuple(momentum.shape[1:])
-    evidence, new, new_scale = momentum_step(
-        to_tiles(momentum, MOMENTUM_TILE), scale.view(-1), to_tiles(votes, MOMENTUM_TILE), beta,
-        *momentum_noise(rng, layers, scale.shape[1]),
-    )  # fmt: skip
-    momentum.copy_(from_tiles(new, shape))
-    scale.copy_(new_scale.view_as(scale))
-    return from_tiles(evidence, shape)
+    """`accumulate_momentum_` in torch, part by part."""
+    found = []
+    for matrices, rows in parts_of(tuple(momentum.shape), MOMENTUM_TILE):
+        m, v = momentum[matrices, rows], votes[matrices, rows]
+        shape = tuple(m.shape[1:])
+        first, tiles = first_tile(first_row + rows.start, shape[1], MOMENTUM_TILE), tile_count(shape, MOMENTUM_TILE)
+        of_tiles = scale[matrices, first : first + tiles]
+        evidence, new, new_scale = momentum_step(
+            to_tiles(m, MOMENTUM_TILE), of_tiles.flatten(), to_tiles(v, MOMENTUM_TILE), beta,
+            *momentum_noise(rng, layers[matrices], tiles, first),
+        )  # fmt: skip
+        m.copy_(from_tiles(new, shape))
+        of_tiles.copy_(new_scale.view_as(of_tiles))
+        found.append(from_tiles(evidence, shape))
+    return joined([part.flatten() for part in found]).view(votes.shape)
 
 
 # The kernel
@@ -149,18 +166,20 @@ def _momentum_kernel(
 
 
 def accumulate_momentum_(
-    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor, stop: Tensor
-) -> Tensor:
+    momentum: Tensor, scale: Tensor, votes: Tensor, beta: float, rng: Tensor, layers: Tensor, stop: Tensor,
+    first_row: int = 0,
+) -> Tensor:  # fmt: skip
     """M <- beta M + V for a stack of matrices, in place. Returns the evidence V + beta M, float32 (L, out, in).
 
     momentum int8 (L, out, in), scale float32 (L, tiles), both contiguous; votes integer (L, out, in); rng as in
     kernels.philox; layers int64 (L,) numbers the streams of noise; where stop, float32 (), is not 0 nothing changes,
-    and the evidence is not to be used.
+    and the evidence is not to be used. In torch momentum and votes may be a band of whole tiles, from `first_row` of
+    the matrices on, whose tiles are all in scale.
     """
     if not on_triton(momentum):
         if stop.item():
             return votes.to(torch.float32)
-        return accumulate_momentum_torch_(momentum, scale, votes, beta, rng, layers)
+        return accumulate_momentum_torch_(momentum, scale, votes, beta, rng, layers, first_row)
     count, out, inner = momentum.shape
     down, across = tile_grid((out, inner), MOMENTUM_TILE)
     evidence = torch.zeros(momentum.shape, dtype=torch.float32, device=momentum.device)

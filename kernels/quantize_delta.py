@@ -21,6 +21,7 @@ from kernels.fuse import fused
 from kernels.measure_delta import BLOCK, block_of, grid_of
 from kernels.philox import dither, dither_at
 from kernels.rmsnorm_quantize import check_rows, reciprocal
+from kernels.tiles import joined, parts_of
 
 SMALLEST_SCALE = 1e-36  # a smaller sigma counts as zero; 1 / sigma would overflow
 SQUARE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # where D is written by columns too
@@ -142,8 +143,11 @@ def quantize_delta(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int = 8) -
     """
     _check(delta, sigma, noise, bits)
     if not on_triton(delta):
-        row_noise, col_noise = noise.split(delta.shape)
-        return quantize_delta_torch(delta, sigma, row_noise[:, None], col_noise, bits)
+        (row_noise, col_noise), sigma = noise.split(delta.shape), sigma.expand(len(delta), 1)
+        return joined([
+            quantize_delta_torch(delta[rows], sigma[rows], row_noise[rows, None], col_noise, bits)
+            for _, rows in parts_of((1, *delta.shape), 1)
+        ])
     return _quantize_delta(delta, sigma, noise, bits)
 
 

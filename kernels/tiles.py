@@ -4,12 +4,16 @@ Tiles of a matrix are numbered row by row, and the elements of a tile row by row
 contract of top-k, whose ties go to the lower index. Matrices of one shape are stacked: L is 1 for a single one.
 """
 
+from collections.abc import Iterator
+
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.backend import jit, tl
+
+PART = 2**20  # elements that torch takes at a time where each of them needs many bytes for a moment
 
 
 def tile_grid(shape: tuple[int, int], side: int) -> tuple[int, int]:
@@ -47,6 +51,38 @@ def tile_sizes(shape: tuple[int, int], side: int) -> Tensor:
     heights = [min(side, shape[0] - r * side) for r in range(rows)]
     widths = [min(side, shape[1] - c * side) for c in range(columns)]
     return torch.tensor([h * w for h in heights for w in widths])
+
+
+def first_tile(row: int, inner: int, side: int) -> int:
+    """The number of the tile that begins at `row` of a matrix (out, inner)."""
+    return row // side * tile_grid((0, inner), side)[1] if side else 0
+
+
+def _share(count: int, most: int) -> int:
+    """The size of equal shares of `count`, but for the last, of which none is above `most` or, if that is 0, 1."""
+    return -(-count // -(-count // max(1, most)))
+
+
+def parts_of(shape: tuple[int, int, int], side: int) -> Iterator[tuple[slice, slice]]:
+    """A stack (L, out, in) in parts of about `PART` elements, in the order of memory: slices of matrices and of rows.
+
+    A part is some whole matrices, or of a large one a band whose rows are a multiple of `side`; 0 keeps it whole. For
+    torch.compile, which merges passes over memory itself, all is one part.
+    """
+    count, out, inner = shape
+    together, height = _share(count, PART // (out * inner)), out
+    if torch.compiler.is_compiling():
+        together = count
+    elif side and out * inner > PART:
+        height = _share(-(-out // side), PART // (side * inner)) * side
+    for first in range(0, count, together):
+        for row in range(0, out, height):
+            yield slice(first, first + together), slice(row, row + height)
+
+
+def joined(found: list[Tensor], dim: int = 0) -> Tensor:
+    """What was made part by part as one tensor; a single part as it is."""
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
 @jit

@@ -33,6 +33,7 @@ from kernels.backend import (
 )
 from kernels.int8_matmul import int8_product_torch
 from kernels.limits import MAX_REDUCTION
+from kernels.tiles import parts_of
 from kernels.transpose import by_columns
 
 PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
@@ -57,6 +58,12 @@ def rescaled(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -
     return torch.round(votes.double() * old_ratio + new.double() * new_ratio)
 
 
+def rescale_torch_(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
+    """votes <- `rescaled`, int32 or int64, contiguous: some rows at a time, as each vote takes 40 bytes meanwhile."""
+    for _, rows in parts_of((1, *votes.shape), 1):
+        votes[rows] = rescaled(votes[rows], new[rows], old_ratio, new_ratio)
+
+
 @opaque_operator("accumulate_votes_torch", fake=lambda *_: None, mutates_args=("votes", "rng"))
 def accumulate_votes_torch(
     d: Tensor, x: Tensor, votes: Tensor, rng: Tensor, old_ratio: Tensor | None = None, new_ratio: Tensor | None = None
@@ -70,7 +77,7 @@ def accumulate_votes_torch(
     elif old_ratio is None:
         votes.add_(votes_torch(d, x))
     else:
-        votes.copy_(rescaled(votes, votes_torch(d, x), old_ratio, new_ratio))
+        rescale_torch_(votes, votes_torch(d, x), old_ratio, new_ratio)
     rng[2] += d.shape[0]
 
 
@@ -241,7 +248,8 @@ def accumulate_votes_triton(
 
 
 @operator("rescale_votes", mutates_args=("votes",))
-def _rescale(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
+def rescale_triton_(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
+    """`rescale_torch_` on a GPU; where old_ratio is 0 votes stay as they are."""
     wrap_triton(_rescale_kernel)[(triton.cdiv(votes.numel(), RESCALED),)](
         votes=votes,
         new=new,
@@ -250,14 +258,6 @@ def _rescale(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -
         size=votes.numel(),
         BLOCK=RESCALED,
     )
-
-
-def rescale_(votes: Tensor, new: Tensor, old_ratio: Tensor, new_ratio: Tensor) -> None:
-    """votes <- `rescaled`, int32 or int64, contiguous, unless old_ratio is 0: then a kernel leaves them as they are."""
-    if on_triton(votes):
-        _rescale(votes, new, old_ratio, new_ratio)
-    else:
-        votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
 
 
 def accumulate_votes(

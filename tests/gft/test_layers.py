@@ -363,6 +363,14 @@ def test_initial_weights(bits):
         assert w.double().std().item() == pytest.approx(0.33 * q, rel=0.05)
 
 
+@pytest.mark.parametrize("bits", [1, 6])
+def test_initial_weights_in_parts(bits, monkeypatch):
+    """They are drawn a part at a time, and are those drawn at once."""
+    whole = initial_weight((13, 37), bits, 0.33, 5, 2)
+    monkeypatch.setattr("gft.weight_grid.PART", 100)
+    assert torch.equal(initial_weight((13, 37), bits, 0.33, 5, 2), whole)
+
+
 def test_initial_weights_are_a_function_of_seed_and_index():
     first = initial_weight((13, 7), 6, 0.33, 5, 2)
     assert torch.equal(first, initial_weight((13, 7), 6, 0.33, 5, 2))

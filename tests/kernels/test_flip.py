@@ -174,6 +174,29 @@ def test_reference_of_stacked_matrices_is_that_of_single_ones():
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
+PARTED = [
+    UpdateRule("spectral", ortho_tile=128, momentum=0.9), UpdateRule("spectral", ortho_tile=32, topk_tile=32),
+    UpdateRule("spectral", ortho_tile=0, momentum=0.9), UpdateRule("spectral", ortho_tile=7, topk_tile=64),
+    UpdateRule("balanced", momentum=0.9), UpdateRule("balanced", topk_tile=0),
+    UpdateRule("gain", topk_tile=0, momentum=0.9), UpdateRule("gain", topk_tile=96, momentum=0.9, step_size=3),
+    UpdateRule("contribution", topk_tile=32, flip_prob="score", momentum=0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 65), (3, 257, 20), (3, 33, 130)], ids=readable)
+@pytest.mark.parametrize("rule", PARTED, ids=lambda rule: f"{rule.rule}-{rule.ortho_tile}-{rule.topk_tile}")
+def test_reference_in_parts_is_that_of_the_whole(rule, shape, monkeypatch):
+    """Parts of single rows of tiles, of a few, of one matrix and of two."""
+    whole = case(shape, rule)
+    given = to_device(whole, torch.device("cpu"))
+    flips = flipped(whole, rule, 0.3)
+    for part in (1, 130 * shape[2], shape[1] * shape[2], 2 * shape[1] * shape[2]):
+        monkeypatch.setattr("kernels.tiles.PART", part)
+        mine = to_device(given, torch.device("cpu"))
+        assert torch.equal(flipped(mine, rule, 0.3), flips)
+        assert all(a is None or torch.equal(a, b) for a, b in zip(mine, whole, strict=True))
+
+
 # The kernel
 
 # L, out, in; topk_tile; momentum; step_size; votes' type and levels (0: all sizes). A program owns 32 to 128 rows.

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from kernels.backend import jit, tl
-from kernels.tiles import block_to_tiles, from_tiles, tile_count, tile_grid, tile_sizes, tiles_to_block, to_tiles
+from kernels.tiles import (
+    block_to_tiles,
+    first_tile,
+    from_tiles,
+    parts_of,
+    tile_count,
+    tile_grid,
+    tile_sizes,
+    tiles_to_block,
+    to_tiles,
+)
 from tests.kernels.inputs import generator, kernel_test, readable
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (13, 37), (33, 13), (63, 65), (64, 64), (65, 130), (300, 7)]
@@ -53,6 +63,23 @@ def test_grid_count_and_sizes(shape, side):
     sizes = tile_sizes(shape, side)
     assert down * across == tile_count(shape, side) == len(tiles)
     assert sizes.dtype == torch.int64 and sizes.tolist() == tiles.sum(dim=(1, 2)).tolist()
+
+
+@pytest.mark.parametrize("side", [1, 7, 64, 0])
+@pytest.mark.parametrize("part", [1, 100, 7 * 13 * 37, 10**6])
+def test_parts_cover_a_stack_in_order(part, side, monkeypatch):
+    """Of whole matrices, or bands of whole tiles of one matrix; no larger than they must be."""
+    monkeypatch.setattr("kernels.tiles.PART", part)
+    for count, out, inner in ((1, 1, 1), (5, 13, 37), (3, 300, 7)):
+        stack = torch.arange(count * out * inner).view(count, out, inner)
+        found = [(stack[matrices, rows], rows) for matrices, rows in parts_of((count, out, inner), side)]
+        assert torch.equal(torch.cat([piece.flatten() for piece, _ in found]), stack.flatten())
+        for piece, rows in found:
+            smallest = out * inner if side == 0 else min(side, out) * inner
+            assert piece.numel() <= max(part, smallest) and (len(piece) == 1 or piece.shape[1] == out)
+            if side:
+                tile = to_tiles(stack[:1], side)[first_tile(rows.start, inner, side)]
+                assert tile[0, 0] == stack[0, rows.start, 0]
 
 
 @jit
