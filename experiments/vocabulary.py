@@ -21,7 +21,7 @@ ROWS = (
     *((f"GFT, k 0.3, embedding's k times {f}", GFT | {"k": 0.3}, f"embedding's k times {f}") for f in (0.5, 2.0)),
     ("GFT, tied, k 0.3", GFT | {"k": 0.3}, TIED),
     ("GFT, tied, by spectral, k 0.3", SPECTRAL | {"k": 0.3}, TIED),
-    *((f"AdamW, lr {lr}", ADAMW | {"lr": lr}, "") for lr in (4e-3, 8e-3)),
+    *((f"AdamW, lr {lr}", ADAMW | {"lr": lr}, "") for lr in (4e-3, 8e-3, 16e-3, 32e-3)),
     *((f"AdamW, tied, lr {lr}", ADAMW | {"lr": lr}, TIED) for lr in (8e-3, 16e-3)),
 )  # fmt: skip
 

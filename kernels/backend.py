@@ -46,6 +46,11 @@ except ImportError:  # macOS, Windows: the references are all there is
         return function
 
 
+# MKL's vector functions (torch's exp, cos and others on a CPU) set themselves up in their first call. Where two threads
+# make it at once, one of them now and then computes with low accuracy: in one training of ten half of a rotation's
+# cosines were wrong by 1.5e-4, and so were the weights in the end (LOG.md). So one thread calls first.
+torch.ones(1).exp()
+
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 SMALLEST_CAPABILITY = (8, 0)  # the first with int8 tensor cores that Triton's dot uses
 

@@ -46,7 +46,6 @@ def choose(cfg: Config, ranks: int = 1) -> Runtime:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     keep_freed_memory()
-    initialise_vector_functions()
     device, why_device = _device(cfg.device)
     name, why_backend = _backend(cfg.backend, device)
     compiling, why_compile = _compile(cfg, device)
@@ -150,15 +149,6 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**27)
-
-
-def initialise_vector_functions() -> None:
-    """Call one of MKL's vector functions (exp, cos and others of torch on a CPU) once, from this thread alone.
-
-    Where the first call comes from several threads at once, one of them gets values of low accuracy now and then: in
-    one process of 40 half of a rotation's cosines were wrong by 1.5e-4, and so its weights were others (LOG.md).
-    """
-    torch.ones(1).exp()
 
 
 def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device) -> None:
