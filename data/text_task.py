@@ -136,7 +136,7 @@ class TextTask(Task):
             logits, y = net(x.to(device)), y.to(device)
             found.copy_(joined([
                 F.cross_entropy(logits[:, part].float().transpose(1, 2), y[:, part], reduction="none")  # of (B, V, T)
-                for _, part in parts_of((1, cfg.context, logits[:, 0].numel()), 16)
+                for _, part in parts_of((1, cfg.context, logits[:, 0].numel()), 1)
             ], dim=1).sum(1))  # fmt: skip
         return self.measures(sum(self.ranks.sum(losses).tolist()) / (len(starts) * cfg.context), starts)
 

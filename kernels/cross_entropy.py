@@ -20,7 +20,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from kernels.backend import LaunchConfig, jit, on_triton, operator, tl, triton, wrap_triton
@@ -47,12 +46,14 @@ class _InParts(torch.autograd.Function):
             F.cross_entropy(logits[rows].float(), targets[rows], reduction="none")
             for _, rows in parts_of((1, *logits.shape), 1)
         ]
-        # Summed as torch sums losses, so that parts change no bit.
-        return F.nll_loss(-joined(found)[:, None], torch.zeros_like(targets), reduction="sum")
+        # Summed as torch sums losses, -100 left out, so that parts change no bit.
+        return F.nll_loss(-joined(found)[:, None], targets.clamp(max=0), reduction="sum")
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy: got create_graph=True, but logits this large have a gradient made part by "
+                               "part; use cross_entropy_torch")  # fmt: skip
         logits, targets = ctx.saved_tensors
         delta = torch.empty_like(logits)
         for _, rows in parts_of((1, *logits.shape), 1):
@@ -229,7 +230,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     gradient over the logits*: read nothing from them afterwards. A later backward pass that needs them, a second one of
     this loss, or one with create_graph raises RuntimeError. `with_largest` goes with the gradient. A target outside
     0 .. V - 1 makes the loss NaN there; torch leaves -100 out, and refuses others. Raises ValueError on other shapes or
-    types, or an empty batch.
+    types, or an empty batch. In torch create_graph raises for more than `PART` logits only.
     """
     if logits.dim() < 2 or logits.shape[:-1] != targets.shape or logits.numel() == 0:
         raise ValueError(f"cross_entropy: got logits {tuple(logits.shape)} and targets {tuple(targets.shape)}; "

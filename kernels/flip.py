@@ -53,10 +53,10 @@ def flip_torch(
 
 
 def _learning_apart(weight: Tensor, rule: UpdateRule) -> Iterable[tuple[slice, slice]]:
-    """Parts of a stack that learn alone exactly as they do together: slices of matrices and of rows."""
+    """Parts of a stack that learn apart: slices of matrices and of rows."""
     spectral = rule.rule == "spectral"
-    if on_triton(weight) or spectral and rule.ortho_tile not in ORTHO_TILES:
-        # There the kernel of momentum takes whole matrices; here a product may be rounded otherwise in a smaller batch.
+    if on_triton(weight) or weight.is_cuda or spectral and rule.ortho_tile not in ORTHO_TILES:
+        # The kernel of momentum takes whole matrices, and products of a smaller batch may be rounded otherwise.
         return [(slice(0, weight.shape[0]), slice(0, weight.shape[1]))]
     sides = [rule.topk_tile] + [rule.ortho_tile] * spectral + [MOMENTUM_TILE] * (rule.momentum > 0)
     return parts_of(tuple(weight.shape), 0 if rule.rule == "balanced" else math.lcm(*sides))

@@ -143,7 +143,7 @@ def quantize_delta(delta: Tensor, sigma: Tensor, noise: Tensor, bits: int = 8) -
     """
     _check(delta, sigma, noise, bits)
     if not on_triton(delta):
-        (row_noise, col_noise), sigma = noise.split(delta.shape), sigma.expand(len(delta), 1)
+        (row_noise, col_noise), sigma = noise.split(delta.shape), sigma.view(-1, 1).expand(len(delta), 1)
         return joined([
             quantize_delta_torch(delta[rows], sigma[rows], row_noise[rows, None], col_noise, bits)
             for _, rows in parts_of((1, *delta.shape), 1)

@@ -70,10 +70,11 @@ def parts_of(shape: tuple[int, int, int], side: int) -> Iterator[tuple[slice, sl
     torch.compile, which merges passes over memory itself, all is one part.
     """
     count, out, inner = shape
-    together, height = _share(count, PART // (out * inner)), out
     if torch.compiler.is_compiling():
-        together = count
-    elif side and out * inner > PART:
+        yield slice(0, count), slice(0, out)
+        return
+    together, height = _share(count, PART // (out * inner)), out
+    if side and out * inner > PART:
         height = _share(-(-out // side), PART // (side * inner)) * side
     for first in range(0, count, together):
         for row in range(0, out, height):

@@ -36,7 +36,7 @@ from kernels.limits import MAX_REDUCTION
 from kernels.tiles import parts_of
 from kernels.transpose import by_columns
 
-PART = MAX_REDUCTION // 16 * 16  # tokens of one sum of a long batch
+TOKENS_SUMMED = MAX_REDUCTION // 16 * 16  # at a time, of a long batch
 # Side of a program's block of votes, and the tokens of one step through the operands. RAGGED is for operands that are
 # not loaded in words of 16 bytes, where each byte takes an address.
 ALIGNED = {"BLOCK": 128, "TOKENS": 128, "num_warps": 8}
@@ -49,7 +49,7 @@ def votes_torch(d: Tensor, x: Tensor) -> Tensor:
     """V = D^T X of d int8 (T, out), x int8 (T, in): int32 (out, in), or int64 past `MAX_REDUCTION` rows."""
     if d.shape[0] <= MAX_REDUCTION:
         return int8_product_torch(d.t(), x)
-    parts = zip(d.split(PART), x.split(PART), strict=True)
+    parts = zip(d.split(TOKENS_SUMMED), x.split(TOKENS_SUMMED), strict=True)
     return sum(int8_product_torch(dp.t(), xp).to(torch.int64) for dp, xp in parts)
 
 
@@ -218,7 +218,7 @@ def accumulate_votes_triton(
         votes.copy_(rescaled(votes, new, old_ratio, new_ratio))
         return
     d, x = by_columns(d), by_columns(x)
-    parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(PART), x.split(PART), strict=True)
+    parts = [(d, x)] if rows <= MAX_REDUCTION else zip(d.split(TOKENS_SUMMED), x.split(TOKENS_SUMMED), strict=True)
     aligned = all(size % 16 == 0 for size in (rows, d.stride(1), x.stride(1), d.storage_offset(), x.storage_offset()))
     blocks = ALIGNED if aligned else RAGGED
     described = not INTERPRETED and votes.dtype == torch.int32 and describable(votes)  # the interpreter has no engine

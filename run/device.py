@@ -148,7 +148,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**27)
+        if not mallopt(mmap_threshold, 2**27):
+            mallopt(mmap_threshold, 2**25)  # glibc before 2.35 takes no more
 
 
 def check_memory(cfg: Config, outputs: int, positions: int, device: torch.device) -> None:

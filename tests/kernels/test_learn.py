@@ -192,7 +192,7 @@ def test_longest_sum(value, device, monkeypatch):
 def test_more_tokens_than_int32_holds_vote_in_memory(device, monkeypatch):
     for name in ("kernels.learn", "kernels.votes"):
         monkeypatch.setattr(f"{name}.MAX_REDUCTION", 100)
-    monkeypatch.setattr("kernels.votes.PART", 96)
+    monkeypatch.setattr("kernels.votes.TOKENS_SUMMED", 96)
     rule = UpdateRule("contribution", momentum=0.9)
     for tokens in (100, 101, 200):
         theirs = case(tokens, 7, 33, rule)

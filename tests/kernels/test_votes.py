@@ -194,7 +194,7 @@ def test_kernel_at_the_limit_of_int32(device, monkeypatch):
 def test_kernel_takes_long_batches_in_parts(tokens, device, monkeypatch):
     """With a limit of 100 tokens: within it one sum, past it several into int64 votes, rounded once."""
     monkeypatch.setattr(module, "MAX_REDUCTION", 100)
-    monkeypatch.setattr(module, "PART", 96)
+    monkeypatch.setattr(module, "TOKENS_SUMMED", 96)
     d, x, votes = case((tokens, 7, 33), torch.int64, device)
     for ratios in (None, (1.0, 0.3721), (0.3721, 1.0)):
         assert agrees(d, x, votes, ratios, device)
