@@ -78,6 +78,17 @@ def test_evaluation_is_the_mean_over_windows_spread_over_the_text():
     assert len(torch.cat(seen)) == 91 and len(seen) == 23
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_in_parts_is_that_of_the_whole(dtype, monkeypatch):
+    table = torch.randn(50, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    made = task(largest=50, batch_size=4)
+    whole = made.evaluate(lambda x: table[x], CPU)
+    parts = []
+    monkeypatch.setattr("kernels.tiles.PART", 400)  # logits of 2 tokens of 4 windows
+    monkeypatch.setattr("data.text_task.joined", lambda found, dim: parts.append(len(found)) or torch.cat(found, dim))
+    assert made.evaluate(lambda x: table[x], CPU) == whole and max(parts) == 5
+
+
 def test_usage_begins_with_a_word_of_the_text(tmp_path):
     made = task()
     made.tokenizer = CharTokenizer("\nROMEO: hark")
