@@ -28,7 +28,8 @@ CHOICES = {
          "GFT, momentum": (0.2, 0.4, 0.6, 0.8)},
     128: {"AdamW": (4e-3, 8e-3, 16e-3, 32e-3), "Muon": (24e-3, 48e-3, 96e-3), "GFT": (0.3, 0.5, 0.7),
           "GFT, momentum": (0.2, 0.4, 0.6)},
-    256: {"AdamW": (4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5), "GFT, momentum": (0.2, 0.4)},
+    256: {"AdamW": (4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5),
+          "GFT, momentum": (0.05, 0.1, 0.2, 0.4)},
 }
 METHODS = {"AdamW": (ADAMW, "lr"), "Muon": (MUON, "muon_lr"), "GFT": (GFT, "k"), "GFT, momentum": (MOMENTUM, "k")}
 
