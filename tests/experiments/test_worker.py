@@ -16,9 +16,8 @@ def same(a: dict, b: dict) -> bool:
 
 def test_a_run_ends_as_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path))
-    # Another net before it, then momentum and another seed.
-    others = ({"d_model": 64}, {"momentum": 0.9, "seed": 2}, {"bits": 2})
-    cells = [CELL.with_(compile="true", **more) for more in others]
+    another = {"d_model": 64, "momentum": 0.9, "seed": 2}  # before it
+    cells = [CELL.with_(compile="true", **more) for more in (another, {"bits": 2})]
     worker = Worker(1)
     try:
         after = [run_cell(cell, worker) for cell in cells][-1]
