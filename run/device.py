@@ -38,8 +38,8 @@ class Runtime:
 
 
 def choose(cfg: Config, ranks: int = 1) -> Runtime:
-    """Resolve "auto" and check explicit choices for a run of so many ranks. Sets torch's threads, kernel fusing and
-    malloc for the process.
+    """Resolve "auto" and check explicit choices for a run of so many ranks. Sets torch's threads, kernel fusing,
+    malloc and, where it compiles for a CPU, deterministic algorithms for the process.
 
     Raises UserError for a device or backend that is not there.
     """
@@ -52,6 +52,8 @@ def choose(cfg: Config, ranks: int = 1) -> Runtime:
     fuse.enable(compiling)
     if not compiling:
         leave_compiler_out()
+    elif device.type == "cpu":
+        repeat_sums()
     graph, why_graph = _graph(cfg, device, name, ranks)
     threads = torch.get_num_threads()
     reasons = (
@@ -131,6 +133,16 @@ def leave_compiler_out() -> None:
         plain = getattr(method, "__wrapped__", None)
         if plain is not None and not hasattr(plain, "__dynamo_disable"):
             plain.__dynamo_disable = plain
+
+
+def repeat_sums() -> None:
+    """Have compiled code add floats in the same order in every run, as torch does where nothing is compiled.
+
+    The gradient of a float embedding was added up by all threads at once, as they came, and no two runs of AdamW were
+    equal. Integer layers need none of this: their sums are exact in any order.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def keep_freed_memory() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels import backend, fuse
 from run import device as runtime
@@ -20,10 +21,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """Fusing and the backend, which `choose` sets for the process, as the test found them."""
-    fusing = fuse.enabled()
+    """What `choose` sets for the process, as the test found it."""
+    fusing, threads, exact = fuse.enabled(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     fuse.enable(fusing)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(exact)
     backend.use("auto")
 
 
@@ -156,6 +159,19 @@ def test_nothing_needs_posix(tmp_path):
                           text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "backend: torch, because triton is not installed here (it exists for Linux)\n"
+
+
+def test_a_compiled_gradient_of_a_float_embedding_is_repeated():
+    """Threads that add to the same rows at once gave ten different sums of ten."""
+    if fuse.compiler() is None:
+        pytest.skip("no C++ compiler")
+    chosen("--compile", "true", "--threads", "2")
+    torch.manual_seed(0)
+    tokens, delta = torch.randint(65, (4096,)), torch.randn(4096, 64)
+    table = torch.randn(65, 64, requires_grad=True)
+    loss = torch.compile(lambda tokens, table: (F.embedding(tokens, table) * delta).sum())
+    sums = [torch.autograd.grad(loss(tokens, table), table)[0] for _ in range(10)]
+    assert all(torch.equal(one, sums[0]) for one in sums)
 
 
 def test_a_run_that_compiles_nothing_leaves_the_compiler_out():
