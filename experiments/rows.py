@@ -33,9 +33,9 @@ class Row:
 Finished = Sequence[tuple[Row, list[dict]]]  # rows with the results of their winner, one a seed
 
 
-def make_row(name: str, config: str, common: dict, *choices: dict, **more: Any) -> Row:
-    """A row of `config` with `common` settings and one of `choices` each."""
-    return Row(name, tuple(Cell(name, config).with_(**common | choice) for choice in choices), **more)
+def make_row(name: str, config: str, common: dict, *choices: dict, variant: str = "", **more: Any) -> Row:
+    """A row of `config` with `common` settings and one of `choices` each; `variant` as Cell's."""
+    return Row(name, tuple(Cell(name, config, variant=variant).with_(**common | choice) for choice in choices), **more)
 
 
 def shortened(rows: Sequence[Row]) -> list[Row]:

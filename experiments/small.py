@@ -23,9 +23,9 @@ PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contributio
          "flip_prob": "score"}  # fmt: skip
 
 
-def row(name: str, common: dict, *choices: dict) -> Row:
+def row(name: str, common: dict, *choices: dict, variant: str = "") -> Row:
     """A row of the small transformer, 500 steps unless a choice says otherwise."""
-    return make_row(name, "shakespeare_char_small", {"steps": 500} | common, *choices)
+    return make_row(name, "shakespeare_char_small", {"steps": 500} | common, *choices, variant=variant)
 
 
 def each(key: str, *values: float, **more: float) -> list[dict]:
@@ -69,6 +69,8 @@ ROWS = (
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},
           *each("muon_lr", 32e-3, 48e-3, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
+    row("STE, 2 bits of four levels, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": 2},
+        *each("muon_lr", 32e-3, 48e-3, **HALF), variant="four levels of latent weights"),
     row("GFT, 4 bits kept", GFT | exact(4),
         *each("k", 0.1, 0.15, init_std=0.5), {"k": 0.1, "init_std": 0.7}),
     row("GFT, 4 bits kept, momentum", MOMENTUM | exact(4),

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gft.baselines
 import gft.layers
 import train
-from experiments import few_bits, variants, vocabulary
+from experiments import few_bits, small, variants, vocabulary
+from gft.baselines import FloatLinear, fake_quantize
 from gft.layers import IntEmbedding, IntLinear
 from gft.optimizer import FlipOptimizer
 
@@ -16,7 +18,8 @@ ALL = torch.arange(-31, 32, dtype=torch.int8)
 @pytest.fixture(autouse=True)
 def undone(monkeypatch):
     """Whatever `use` changes is put back."""
-    for where, name in ((gft.layers, "read_weight"), (FlipOptimizer, "step"), (train, "make_net")):
+    for where, name in ((gft.layers, "read_weight"), (gft.baselines, "fake_quantize"), (FlipOptimizer, "step"),
+                        (train, "make_net")):  # fmt: skip
         monkeypatch.setattr(where, name, getattr(where, name))
 
 
@@ -106,8 +109,24 @@ def test_tied_votes_are_the_gradient_of_one_matrix(monkeypatch):
     assert votes.abs().max() == 2**30 and not net.head.votes.any()
 
 
-@pytest.mark.parametrize("module", [few_bits, vocabulary], ids=lambda m: m.__name__)
+def test_four_levels_of_latent_weights():
+    """They lose less of a normal distribution than ternary ones and than levels of any other unit, and pass gradients."""
+    variants.use("four levels of latent weights")
+    layer = FloatLinear(256, 256, 1.0, False, 2, seed=1, index=0)
+    w = layer.weight.data.copy_(torch.randn(256, 256, generator=torch.Generator().manual_seed(1)))
+    read = gft.baselines.fake_quantize(w, 2)
+    unit = read.abs().min()
+    assert torch.equal((read / unit).unique().round(), torch.tensor([-3.0, -1.0, 1.0, 3.0]))
+    loss = (read - w).square().mean()
+    assert loss < 0.7 * (fake_quantize(w, 2) - w).square().mean()
+    assert all(loss < (read * factor - w).square().mean() for factor in (0.95, 1.05))
+    layer(torch.randn(4, 256)).square().sum().backward()
+    assert layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("module", [few_bits, small, vocabulary], ids=lambda m: m.__name__)
 def test_every_variant_is_one_that_there_is(module):
-    used = {cell.variant for cell in module.cells()} - {""}
+    cells = [cell for row in small.ROWS for cell in row.cells] if module is small else module.cells()
+    used = {cell.variant for cell in cells} - {""}
     assert used and used <= {*variants.READS, *variants.OTHERS}
-    assert len({cell.key() for cell in module.cells()}) == len(module.cells())
+    assert len({cell.key() for cell in cells}) == len(cells)
