@@ -17,6 +17,7 @@ from run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(fuse.compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +66,8 @@ def test_the_trial_compiles_for_the_device_in_use(monkeypatch):
     assert tried == ["cuda", "cuda", "cpu"]
 
 
+@needs_compiler
 def test_the_trial_works_here():
-    if fuse.compiler() is None:
-        pytest.skip("no C++ compiler")
     assert fuse.trial(CPU) == ""
 
 
@@ -161,10 +161,9 @@ def test_nothing_needs_posix(tmp_path):
     assert done.stdout == "backend: torch, because triton is not installed here (it exists for Linux)\n"
 
 
+@needs_compiler
 def test_a_compiled_gradient_of_a_float_embedding_is_repeated():
     """Threads that add to the same rows at once gave ten different sums of ten."""
-    if fuse.compiler() is None:
-        pytest.skip("no C++ compiler")
     chosen("--compile", "true", "--threads", "2")
     torch.manual_seed(0)
     tokens, delta = torch.randint(65, (4096,)), torch.randn(4096, 64)
