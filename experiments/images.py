@@ -40,6 +40,7 @@ def vit(name: str, common: dict, *choices: dict) -> Row:
 
 BASELINE = "AdamW, fp32"
 BALANCED = {"rule": "balanced"}
+CONFIG = BALANCED | CROP | {"batch_size": 1024}  # as configs/mnist.toml has it: 80 epochs
 MNIST = (
     mnist(BASELINE, {"method": "adamw"},
           {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 4e-3} | FORTY,
@@ -76,6 +77,16 @@ MNIST = (
           {"k": 0.002, "momentum": 0.95} | EIGHTY, {"k": 0.002, "momentum": 0.95} | LONG,
           CROP | {"k": 0.002, "momentum": 0.95} | LONG, CROP | {"k": 0.002, "momentum": 0.95, "topk_tile": 16} | LONG,
           CROP | {"k": 0.005, "momentum": 0.95, "topk_tile": 16} | LONG),
+    mnist("4 bits read, no momentum", GFT | CONFIG | {"bits": 4}, {"k": 0.3}),
+    mnist("ternary read, no momentum", GFT | CONFIG | {"bits": 2},
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.6}, {"k": 0.3} | LONG, {"k": 0.6} | LONG),
+    mnist("binary read, no momentum", GFT | CONFIG | {"bits": 1},
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.6}, {"k": 0.3} | LONG, {"k": 0.6} | LONG),
+    mnist("4 bits read, momentum", MOMENTUM | CONFIG | {"bits": 4}, {"k": 0.3}),
+    mnist("ternary read, momentum", MOMENTUM | CONFIG | {"bits": 2},
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.1} | LONG, {"k": 0.3} | LONG),
+    mnist("binary read, momentum", MOMENTUM | CONFIG | {"bits": 1},
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.1} | LONG, {"k": 0.3} | LONG),
 )  # fmt: skip
 VIT = (
     vit(BASELINE, {"method": "adamw"}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}),
