@@ -196,9 +196,9 @@ SAID = {
         "Six bits are not sensitive: 0.2 and 0.33 are equal, and wide starts cost 0.1 nats. Ternary weights need 0.5 "
         "or more, because one move is half of their range; from 0.2 they do not recover within the run.",
     "delta":
-        "On the text, 6 or 4 bits of delta cost 0.03 nats without momentum and 0.04 or 0.09 with it in runs this short; "
-        "3 cost 0.1 to 0.15, 2 or the sign alone 0.35 to 0.75. On the digits 3 bits are enough. A delayed scale, which "
-        "makes the sum over micro-batches exact, costs 0.01 to 0.02 nats.",
+        "On the text, 6 or 4 bits of delta cost 0.03 nats without momentum and 0.04 or 0.09 with it in runs this "
+        "short; 3 cost 0.1 to 0.15, 2 or the sign alone 0.35 to 0.75. On the digits 3 bits are enough. A delayed "
+        "scale, which makes the sum over micro-batches exact, costs 0.01 to 0.02 nats.",
     "activations":
         "Activations need fewer bits than delta: ranges of 6, 12 and 24, which leave typical values 8, 7 and 6 bits, "
         "differ by less than 0.01 nats, and 4 bits cost 0.09. Clipping at 3 costs 0.01, at 1.5 0.05.",

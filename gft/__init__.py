@@ -15,8 +15,8 @@ if _place != _ours:
         "Face's package, `pip uninstall kernels` or use a separate environment; if it is your own, rename it"
     )
 
-from gft.convert import convert
-from gft.layers import Delta, IntEmbedding, IntLinear, int_layers
-from gft.optimizer import FlipOptimizer
+from gft.convert import convert  # noqa: E402
+from gft.layers import Delta, IntEmbedding, IntLinear, int_layers  # noqa: E402
+from gft.optimizer import FlipOptimizer  # noqa: E402
 
 __all__ = ["Delta", "FlipOptimizer", "IntEmbedding", "IntLinear", "convert", "int_layers"]

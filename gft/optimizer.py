@@ -61,8 +61,8 @@ class FlipOptimizer(torch.optim.Optimizer):
 
     A step changes no weight and no state where `found_inf`, float32 () on the device, is not 0, or where a delta was
     not finite; `stopped`, float32 () on the device, is then not 0 until the next step.
-    Weights of one shape move to one buffer when the optimizer is made, so that no step must copy them: torch.save of one
-    of them then writes the buffer, and safetensors saves a state_dict but not, by `save_model`, a net.
+    Weights of one shape move to one buffer when the optimizer is made, so that no step must copy them: torch.save of
+    one of them then writes the buffer, and safetensors saves a state_dict but not, by `save_model`, a net.
     Raises ValueError for a parameter that is not int8, by its name where params are named, and for unknown settings.
     """
 

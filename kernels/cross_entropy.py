@@ -52,8 +52,10 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            raise RuntimeError("cross_entropy: got create_graph=True, but logits this large have a gradient made part by "
-                               "part; use cross_entropy_torch")  # fmt: skip
+            raise RuntimeError(
+                "cross_entropy: got create_graph=True, but logits this large have a gradient made part by part; "
+                "use cross_entropy_torch"
+            )
         logits, targets = ctx.saved_tensors
         delta = torch.empty_like(logits)
         for _, rows in parts_of((1, *logits.shape), 1):

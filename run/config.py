@@ -112,7 +112,8 @@ class Config:
     flip_prob: str = key("one", "score: moves have p = (score / largest)^flip_gamma", ("one", "score"), needs=GFT)
     flip_gamma: float = key(1.0, "exponent of that probability", (0.001, 100), needs=f"{GFT} and flip_prob == 'score'")
     delta: str = key("int8", "what of the error enters the votes", ("int8", "sign"), needs=GFT)
-    delta_bits: int = key(8, "bits of the error on its grid, with a power of two for each 32 values if below 8; a byte each", (2, 8), needs=GFT)
+    delta_bits: int = key(8, "bits of the error on its grid, with a power of two for each 32 values if below 8; a byte "
+                             "each", (2, 8), needs=GFT)  # fmt: skip
     delta_scale: str = key("step", "delayed: the error's scale is from earlier steps", ("step", "delayed"), needs=GFT)
     update: str = key("step", "when weights move; backward saves room", ("step", "backward"), needs=GFT, also="flip_at")
 

@@ -1,7 +1,7 @@
 """Integer weights in few bits: how they are packed, and a net in one packed safetensors file.
 
-    pack      W in [-Q, Q] becomes W + Q, or half of that where 0 is none of its levels (one bit: 0 for -1, 1 for 1), and
-              bit p of every weight, eight to a byte, is row p of uint8 (bits, ceil(n / 8)): exactly `bits` bits a
+    pack      W in [-Q, Q] becomes W + Q, or half of that where 0 is none of its levels (one bit: 0 for -1, 1 for 1),
+              and bit p of every weight, eight to a byte, is row p of uint8 (bits, ceil(n / 8)): exactly `bits` bits a
               weight, 2 for a ternary one
     a file    packed weights as the products read them, scales and float weights as they are; its metadata holds the
               checkpoint's JSON and the SHA-256 of the tensors

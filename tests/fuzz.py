@@ -8,8 +8,8 @@
     checkpoints  folders of a run in which one file is damaged, or forged and signed anew, read by run.checkpoint.load,
                  then saved into; checkpoints whose files are untouched stay as they were. Forged ones that can be read
                  are used as sample.py and predict.py do
-    data         images, folders of them, archives, MNIST's files, texts, what is kept of texts in the cache, and a run's
-                 metrics, read as the programs do
+    data         images, folders of them, archives, MNIST's files, texts, what is kept of texts in the cache, and a
+                 run's metrics, read as the programs do
     hostile      a few inputs made by hand: enormous, endlessly nested, contradicting themselves
 
 A failure is any other exception, more than SECONDS for a case, more than MEMORY more memory than at the start, or

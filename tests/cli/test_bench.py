@@ -23,8 +23,9 @@ def test_quick_run_has_kernels_and_steps(monkeypatch, capsys):
     assert result["sizes"] == "quick" and result["backend"] == "torch"
     assert all(value > 0 for value in result["ceilings"].values())
     names = [row["kernel"] for row in result["kernels"]]
-    assert {"int8_matmul", "int8_product", "rmsnorm_quantize float32", "measure_delta", "quantize_delta", "rmsnorm_backward",
-            "accumulate_votes", "learn gain", "learn spectral", "flip gain", "flip spectral"} <= set(names)  # fmt: skip
+    assert {"int8_matmul", "int8_product", "rmsnorm_quantize float32", "measure_delta", "quantize_delta",
+            "rmsnorm_backward", "accumulate_votes",
+            "learn gain", "learn spectral", "flip gain", "flip spectral"} <= set(names)  # fmt: skip
     assert all(row["seconds"] > 0 and row["of_floor"] > 0 and row["wrong"] == "" for row in result["kernels"])
     matmul = result["kernels"][0]
     assert matmul["operations"] == 2 * 64 * 128 * 64 and matmul["bytes"] == 64 * 128 + 128 * 64 + 4 * 64 * 64

@@ -756,7 +756,8 @@ def test_lr_as_a_tensor_must_be_float64():
 @pytest.mark.parametrize("net, params, error", [
     (nn.Linear(3, 3), lambda net: net.parameters(), "number 0 of the group is torch.float32.*AdamW"),
     (nn.Sequential(IntLinear(3, 3), nn.Linear(3, 3)), lambda net: net.named_parameters(), "1.weight is torch.float32"),
-    (IntLinear(3, 3), lambda net: [copy.deepcopy(net.weight)], r"number 0 .*torch.int8 \(3, 3\) parameter belongs to no living"),
+    (IntLinear(3, 3), lambda net: [copy.deepcopy(net.weight)],
+     r"number 0 .*torch.int8 \(3, 3\) parameter belongs to no living"),
     (nn.Identity(), lambda net: net.parameters(), "empty parameter list"),
 ], ids=["floats", "named", "no layer's", "none"])  # fmt: skip
 def test_what_it_cannot_move_is_refused_by_name(net, params, error):

@@ -90,7 +90,8 @@ def test_a_checkpoint_of_before_keep_bits_is_read_as_it_was():
     config = to_dict(Config(bits=4))
     del config["keep_bits"]
     old = checkpoint.config_of({"config": config}, Path("last.json"))
-    assert old.kept_bits == old.bits == 4 and checkpoint.config_of({"config": to_dict(Config(bits=4))}, "").kept_bits == 6
+    assert old.kept_bits == old.bits == 4
+    assert checkpoint.config_of({"config": to_dict(Config(bits=4))}, "").kept_bits == 6
 
 
 @pytest.mark.parametrize("setting, said", [

@@ -109,8 +109,8 @@ def test_what_cannot_fit_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("settings, expected", [
     ({}, 5), ({"momentum": 0.9}, 6), ({"update": "backward"}, 1), ({"update": "backward", "momentum": 0.9}, 2),
-    ({"method": "adamw"}, 16), ({"method": "ste"}, 16), ({"method": "muon"}, 12), ({"method": "muon", "muon_state": "int8"}, 9),
-    ({"method": "signsgd"}, 8),
+    ({"method": "adamw"}, 16), ({"method": "ste"}, 16), ({"method": "muon"}, 12),
+    ({"method": "muon", "muon_state": "int8"}, 9), ({"method": "signsgd"}, 8),
 ])  # fmt: skip
 def test_bytes_of_a_weight(settings, expected):
     assert runtime._bytes_per_weight(replace(Config(), **settings)) == expected

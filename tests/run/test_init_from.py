@@ -43,7 +43,8 @@ def test_the_same_kind_of_net_is_copied_bit_for_bit(changes):
     ({"bits": 4, "init_std": 0.5}, {"bits": 6}, 0.99), ({"bits": 1}, {"bits": 6}, 0.999), ({}, {"bits": 2}, 0.6),
     ({"bits": 1, "keep_bits": 1}, {"bits": 6}, 0.999), ({"bits": 2}, {"bits": 2, "keep_bits": 2}, 0.99),
     ({"bits": 2, "levels": 4}, {"bits": 6}, 0.999),
-], ids=["float 6", "6 float", "6 8", "6 4", "float 2", "ste 4", "hybrid", "4 6", "1 6", "6 2", "1 kept 6", "2 2 kept", "four 6"])  # fmt: skip
+], ids=["float 6", "6 float", "6 8", "6 4", "float 2", "ste 4", "hybrid", "4 6", "1 6", "6 2", "1 kept 6", "2 2 kept",
+        "four 6"])  # fmt: skip
 def test_another_kind_of_net_gives_about_the_same(there, here, nearness):
     """Logits point the same way, and are as large."""
     old, new = net(seed=5, **there), net(seed=1, **here)

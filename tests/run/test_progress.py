@@ -115,8 +115,9 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     assert read_metrics(path) == []
 
 
-@pytest.mark.parametrize("damage", ["null\n", '{"loss": 1}\n', "\ufffd\n", '{"step": 3', '{"step": null}\n', '{"step": "3"}\n',
-                                    '{"step": 3, "loss": []}\n', '{"step": 3, "flips": 1' + 400 * "0" + "}\n",
+@pytest.mark.parametrize("damage", ["null\n", '{"loss": 1}\n', "\ufffd\n", '{"step": 3', '{"step": null}\n',
+                                    '{"step": "3"}\n', '{"step": 3, "loss": []}\n',
+                                    '{"step": 3, "flips": 1' + 400 * "0" + "}\n",
                                     '{"step": 1' + 5000 * "0" + "}\n", '{"step": ' + 10**5 * "["],
                          ids=lambda damage: damage[:20].strip())  # fmt: skip
 def test_what_follows_a_damaged_line_is_left_out(tmp_path, damage):
