@@ -79,23 +79,25 @@ MNIST = (
           CROP | {"k": 0.005, "momentum": 0.95, "topk_tile": 16} | LONG),
     mnist("4 bits read, no momentum", GFT | CONFIG | {"bits": 4}, {"k": 0.3}),
     mnist("ternary read, no momentum", GFT | CONFIG | {"bits": 2},
-          {"k": 0.3}, {"k": 0.1}, {"k": 0.6}, {"k": 0.3} | LONG, {"k": 0.6} | LONG),
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.6}, {"k": 0.3} | LONG),
     mnist("binary read, no momentum", GFT | CONFIG | {"bits": 1},
-          {"k": 0.3}, {"k": 0.1}, {"k": 0.6}, {"k": 0.3} | LONG, {"k": 0.6} | LONG),
+          {"k": 0.3}, {"k": 0.6}, {"k": 0.3} | LONG),
     mnist("4 bits read, momentum", MOMENTUM | CONFIG | {"bits": 4}, {"k": 0.3}),
     mnist("ternary read, momentum", MOMENTUM | CONFIG | {"bits": 2},
-          {"k": 0.3}, {"k": 0.1}, {"k": 0.1} | LONG, {"k": 0.3} | LONG),
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.3} | LONG),
     mnist("binary read, momentum", MOMENTUM | CONFIG | {"bits": 1},
-          {"k": 0.3}, {"k": 0.1}, {"k": 0.1} | LONG, {"k": 0.3} | LONG),
+          {"k": 0.3}, {"k": 0.1}, {"k": 0.3} | LONG),
 )  # fmt: skip
 VIT = (
     vit(BASELINE, {"method": "adamw"}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 8e-3}),
     vit("6 bits, no momentum", GFT | {"bits": 6}, {"k": 0.5}, {"k": 0.3}),
     vit("6 bits, momentum", MOMENTUM | {"bits": 6}, {"k": 0.2}, {"k": 0.3}),
     vit("ternary read, momentum", MOMENTUM | {"bits": 2}, {"k": 0.2}, {"k": 0.3}),
-    vit("ternary read, no momentum", GFT | {"bits": 2}, {"k": 0.3}),
-    vit("binary read, momentum", MOMENTUM | {"bits": 1}, {"k": 0.3}),
-    vit("4 bits read, momentum", MOMENTUM | {"bits": 4}, {"k": 0.3}),
+    vit("ternary read, no momentum", GFT | {"bits": 2}, {"k": 0.3}, {"k": 0.5}),
+    vit("binary read, momentum", MOMENTUM | {"bits": 1}, {"k": 0.3}, {"k": 0.2}),
+    vit("binary read, no momentum", GFT | {"bits": 1}, {"k": 0.3}, {"k": 0.5}),
+    vit("4 bits read, momentum", MOMENTUM | {"bits": 4}, {"k": 0.3}, {"k": 0.2}),
+    vit("4 bits read, no momentum", GFT | {"bits": 4}, {"k": 0.3}, {"k": 0.5}),
 )
 GROUPS = {"MNIST, MLP 784-256-10": MNIST, "Imagenette, 64 x 64 pixels, ViT of 0.8 M weights": VIT}
 
