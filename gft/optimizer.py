@@ -91,6 +91,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_settings(group)
+            if not group["params"]:
+                raise ValueError("FlipOptimizer: got a group without parameters; it needs weights of integer layers")
             layers = [_layer_of(group, place) for place in range(len(group["params"]))]
             if self.exchange is not None:
                 self.exchange.check(group["max_tokens"], group["update"])
@@ -268,14 +270,14 @@ class FlipOptimizer(torch.optim.Optimizer):
         for layer in self.layers:
             self.state[layer.weight].update(layer.kept_state())
         found = super().state_dict()
+        # Torch has them in the order of first use, which is that of the stacks.
+        found["state"] = {number: dict(found["state"][number]) for number in range(len(self.layers))}
         if self.exchange is not None:
-            self._complete(found)
+            self._complete(found["state"])
         return found
 
-    def _complete(self, state_dict: dict[str, Any]) -> None:
+    def _complete(self, states: dict[int, dict[str, Tensor]]) -> None:
         """Add the momentum that other ranks keep."""
-        found = state_dict["state"]  # in the order of first use, which is each rank's own
-        states = state_dict["state"] = {number: dict(found[number]) for number in range(len(self.layers))}
         wanted = [bool(group["momentum"]) for group in self.param_groups for _ in group["params"]]
         for number, layer in enumerate(self.layers):
             if wanted[number] and not self.exchange.owns(number):

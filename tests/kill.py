@@ -33,7 +33,7 @@ TINY = {
     "threads": 1, "ortho_tile": 32, "topk_tile": 32,
 }  # fmt: skip
 VARIANTS = {
-    "momentum, delayed scale": {"momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2},
+    "momentum, delayed scale": {"n_layer": 2, "momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2},
     "update in backward": {"update": "backward", "momentum": 0.9},
     "hybrid": {"int_layers": "attention,mlp"},
     "muon": {"method": "muon"},

@@ -40,7 +40,7 @@ TINY = {
 }  # fmt: skip
 VARIANTS = {
     "gft": {},
-    "gft-momentum-delayed": {"momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2, "dropout": 0.2},
+    "gft-momentum-delayed": {"n_layer": 2, "momentum": 0.9, "delta_scale": "delayed", "grad_accum": 2, "dropout": 0.2},
     "gft-backward": {"update": "backward", "momentum": 0.9},
     "hybrid": {"int_layers": "attention,mlp"},
     "adamw": {"method": "adamw"},

@@ -34,6 +34,13 @@ def tiny_net(bits: int = 6, delta: Delta = Delta(), seed: int = 1, width: int = 
     )
 
 
+def blocks_net(delta: Delta) -> nn.Sequential:
+    """An embedding and matrices of which each second one has the same shape, as blocks of a transformer have."""
+    shapes = [(12, 20), (20, 12), (12, 20), (20, VOCAB)]
+    linears = [IntLinear(*shape, index=1 + i, delta=delta, seed=1) for i, shape in enumerate(shapes)]
+    return nn.Sequential(IntEmbedding(VOCAB, 12, index=0, delta=delta, seed=1), *linears)
+
+
 def optimizer(net: nn.Module, lr: float | torch.Tensor = 0.3, embedding_rule="gain", **settings) -> FlipOptimizer:
     """One with the embedding in a group of its own, as train.py makes it."""
     groups = [{"params": [net[0].weight], "rule": embedding_rule}, {"params": [layer.weight for layer in net[1:]]}]
@@ -372,14 +379,14 @@ def test_votes_past_int32_are_exact():
 def test_resumed_in_the_middle_it_ends_the_same(momentum, delta, update, tmp_path):
     """Through torch.save, as any torch optimizer; a half-voted step is not part of the state."""
     settings = dict(momentum=momentum, flip_prob="score", step_size=2, update=update)
-    whole = tiny_net(delta=delta)
+    whole = blocks_net(delta)
     opt = optimizer(whole, **settings)
     scheduler = falling(opt, 8)
     train(whole, opt, 0, 4, scheduler)
     torch.save([part.state_dict() for part in (whole, opt, scheduler)], tmp_path / "saved.pt")
     train(whole, opt, 4, 8, scheduler)
 
-    resumed = tiny_net(delta=delta)
+    resumed = blocks_net(delta)
     for layer in resumed:
         layer.weight.zero_()
     late = optimizer(resumed, **settings)
@@ -390,7 +397,7 @@ def test_resumed_in_the_middle_it_ends_the_same(momentum, delta, update, tmp_pat
     for part, state in zip((resumed, late, later), torch.load(tmp_path / "saved.pt"), strict=True):
         part.load_state_dict(state)
     train(resumed, late, 4, 8, later)
-    assert same(weights(whole), weights(resumed)) and not same(weights(whole), weights(tiny_net()))
+    assert same(weights(whole), weights(resumed)) and not same(weights(whole), weights(blocks_net(delta)))
     ours, theirs = opt.state_dict(), late.state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
     for number, state in ours["state"].items():
@@ -759,7 +766,8 @@ def test_lr_as_a_tensor_must_be_float64():
     (IntLinear(3, 3), lambda net: [copy.deepcopy(net.weight)],
      r"number 0 .*torch.int8 \(3, 3\) parameter belongs to no living"),
     (nn.Identity(), lambda net: net.parameters(), "empty parameter list"),
-], ids=["floats", "named", "no layer's", "none"])  # fmt: skip
+    (nn.Identity(), lambda net: [{"params": net.parameters()}], "a group without parameters"),
+], ids=["floats", "named", "no layer's", "none", "an empty group"])  # fmt: skip
 def test_what_it_cannot_move_is_refused_by_name(net, params, error):
     with pytest.raises(ValueError, match=error):
         FlipOptimizer(params(net))
