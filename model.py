@@ -254,8 +254,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, make) for _ in range(config.n_layer))
         self.head = make.linear("head", config.d_model, config.vocab_size)
 
-    def new_cache(self, batch_size: int) -> Cache:
-        """An empty cache for `forward(tokens, cache=...)`; `batch_size` rows are fixed by the first tokens fed."""
+    def new_cache(self) -> Cache:
+        """An empty cache for `forward(tokens, cache=...)`; the first tokens fed fix its batch."""
         return Cache(self.config.n_layer)
 
     def forward(self, x: Tensor, cache: Cache | None = None, rng: Tensor | None = None) -> Tensor:

@@ -53,7 +53,7 @@ class NetSource:
 
     def __init__(self, net: nn.Module, use_cache: bool = True):
         """Without the cache every token re-reads the whole text: slow, and the reference for the cache."""
-        self.net, self.cache, self.texts = net, net.new_cache(1) if use_cache else None, None
+        self.net, self.cache, self.texts = net, net.new_cache() if use_cache else None, None
 
     def feed(self, tokens: ArrayLike) -> np.ndarray:
         """See Source."""

@@ -168,8 +168,8 @@ SAID = {
     "rule":
         "On the text `spectral` gains 0.14 nats over `balanced` and 0.18 over `gain`; on the digits the three are "
         "equal. At k = 0.1 `balanced` is no worse than `spectral`: what orthogonalising adds is that large steps do "
-        "not hurt. The paper's rule, under which weights only move towards zero, fails on both, and so does the paper "
-        "mode, in which we had to guess what the paper leaves open.",
+        "not hurt. The paper's rule, under which only a weight at zero moves away from it, fails on both, and so does "
+        "the paper mode, in which we had to guess what the paper leaves open.",
     "momentum":
         "A decay of 0.8 or 0.9 is best at the larger k, 0.9 or 0.95 at the smaller: a longer average needs smaller "
         "steps. 0.98 averages over more steps than these short runs have to spare. At the same k momentum gains 0.13 "

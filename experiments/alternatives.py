@@ -1,7 +1,7 @@
 """Against the alternatives: AdamW, SGD with momentum, signSGD, Muon, quantization-aware training (STE) and GFT.
 
 All methods train the same nets on the same tokens (images). On the text AdamW, Muon and GFT have the settings that won
-in the tables above; everything else is tuned here, on the held-out part, with one seed and two fifths of the steps. The
+in batches of 48; everything else is tuned here, on the held-out part, with one seed and two fifths of the steps. The
 measure is the last step's, with as many seeds as the table says. STE rounds the weights of every product, at 2 bits by
 mean|w| as BitNet b1.58 does, at 4 and 8 bits to a uniform grid as DoReFa does (without its tanh, and with the first and
 the last layer rounded too), and keeps latent fp32 weights under AdamW; its activations stay fp32. State per weight is

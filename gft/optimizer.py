@@ -51,8 +51,9 @@ class FlipOptimizer(torch.optim.Optimizer):
     momentum                      0, or the decay of an int8 momentum of votes, one byte a weight (kernels/momentum.py)
     step_size                     the largest move in units
     flip_prob, flip_gamma         "one", or "score": a selected weight moves with p = (score / largest)^gamma
-    update                        "step", or "backward": moves are made inside the backward pass, so that votes never
-                                  reach memory; a weight may then be used once between two steps
+    update                        "step", or "backward": moves are made inside the backward pass, so that votes of
+                                  one layer at a time are in memory, or of none (kernels/learn.py); a weight
+                                  may then be used once between two steps
     max_tokens                    the most tokens whose votes one step sums; past 133,144 votes are int64
 
     With `process_group`, its ranks train one net, each on its part of the batch (gft/distributed.py); max_tokens are

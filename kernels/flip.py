@@ -198,7 +198,7 @@ def flip(
 def learning_configs(
     name: str, kernel, operands: dict[str, str], constants: dict, launch: dict[str, int] | None = None
 ) -> list[LaunchConfig]:
-    """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, at each side."""
+    """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, in tiles of 64."""
     pointers = operands | {
         "weight": "*i8", "momentum": "*i8", "momentum_scale": "*fp32", "flips": "*i64", "k": "*fp64", "rng": "*i64",
         "layers": "*i64", "stop": "*fp32",
@@ -207,9 +207,8 @@ def learning_configs(
     if "d" in operands:
         numbers |= dict.fromkeys(("tokens", "d_column", "x_column"), "i32")
     found = []
-    for rule, side, decay in [
-        ("gain", 64, 0.0), ("gain", 64, 0.9), ("contribution", 64, 0.9), ("spectral", 64, 0.0), ("spectral", 64, 0.9),
-    ]:  # fmt: skip
+    side = 64
+    for rule, decay in (("gain", 0.0), ("gain", 0.9), ("contribution", 0.9), ("spectral", 0.0), ("spectral", 0.9)):
         given = pointers | numbers
         fixed = constants | {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "SIDE": side}
         if not decay:

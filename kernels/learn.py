@@ -2,12 +2,12 @@
 
     V = D^T X  ->  (momentum)  ->  scores S  ->  top-k of legal moves in every tile  ->  W
 
-Votes never reach memory: a program sums those of its block over all tokens in registers and does what kernels/flip.py
-does there; both are made of the same device functions and agree exactly. Memory: T*(in + out) + 2*out*in bytes, twice
-out*in more with momentum; 2*T*in*out int8 operations, and for spectral 30*ortho_tile*out*in of fp16.
-
-That is so where the rule looks at no more than a top-k tile (`unscored_reason`): gain, contribution, and spectral with
-an ortho_tile like its topk_tile. For others one matrix' votes lie in memory for a moment.
+Where the rule looks at no more than a top-k tile, votes never reach memory: a program sums those of its block over all
+tokens in registers and does what kernels/flip.py does there; both are made of the same device functions and agree
+exactly. Memory: T*(in + out) + 2*out*in bytes, twice out*in more with momentum; 2*T*in*out int8 operations, and for
+spectral 30*ortho_tile*out*in of fp16. Such rules are gain, contribution, and spectral with an ortho_tile like its
+topk_tile (`unscored_reason`). For others, as the default with its tiles of 128 and 64, one matrix' votes lie in memory
+for a moment.
 
 A weight may be used once between two steps: a second pass would move it by votes that knew the weight before the first.
 """

@@ -1,7 +1,7 @@
 """How votes become moves: the settings that kernels/flip.py and kernels/learn.py share, and what their kernels can do.
 
-The rule of an update is fixed by a few settings (`UpdateRule`). Some need a torch function in place of a kernel, or
-before it: `unsupported_reason` and `unscored_reason` say which and why.
+The rule of an update is fixed by a few settings (`UpdateRule`). Some need torch in place of a kernel, or scores
+formed before it: `unsupported_reason` and `unscored_reason` say which and why.
 """
 
 from dataclasses import dataclass

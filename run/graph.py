@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from gft.beside import forget
+from kernels.update_rule import TOPK_TILES
 from run.config import Config
 
 WARM_UP = 3  # steps that run as written first: they compile, and make what optimizers keep
@@ -23,7 +24,7 @@ def unrecordable_reason(cfg: Config, device: torch.device, backend: str, ranks: 
         return "ranks wait for each other on the host"
     if cfg.method == "gft" and backend != "triton":
         return "the torch backend reads values on the host"
-    if cfg.method == "gft" and (cfg.step_size > 1 or cfg.flip_prob != "one" or cfg.topk_tile not in (32, 64, 128)):
+    if cfg.method == "gft" and (cfg.step_size > 1 or cfg.flip_prob != "one" or cfg.topk_tile not in TOPK_TILES):
         return "its moves are chosen on the host"
     if cfg.under_muon or cfg.method == "signsgd":
         return "this optimizer reads its learning rate on the host"

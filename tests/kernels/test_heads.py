@@ -227,7 +227,7 @@ def test_a_net_with_them_learns_as_one_without(device):
     for found in (gradients(net), gradients(opaque(net))):
         for gradient, other in zip(found, expected, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
-    cache = net.new_cache(2)
+    cache = net.new_cache()
     with torch.no_grad():
         parts = torch.cat([net(part, cache) for part in tokens.split((5, 1, 2), dim=1)], dim=1)
         torch.testing.assert_close(parts, net(tokens), rtol=1e-4, atol=1e-5)
