@@ -456,4 +456,8 @@ def _out_of_memory(error: BaseException) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if distributed.job():  # a rank sometimes aborts in gloo while its interpreter ends; torchrun then reports a failure
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

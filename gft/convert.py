@@ -42,7 +42,7 @@ def convert(
     `bits`, `keep_bits` and `levels` are IntLinear's. `start` is "round" (weights rounded to the grid) or "new" (drawn
     afresh by `seed`; for a matrix of zeros, as wide as nn.Linear begins). `keep` names a layer or several that stay as
     they are, as `named_modules` does ("head", "blocks.0.mlp"), with all inside them. Subclasses of nn.Linear, such as
-    the projection inside nn.MultiheadAttention, stay too.
+    the projection inside nn.MultiheadAttention, stay too. Hooks of a replaced layer are gone.
     Raises ValueError for an unknown `start` or name, where nothing is to be converted, for a weight that two modules
     share and for a layer that cannot be converted; `net` is then as it was.
     """
@@ -62,7 +62,11 @@ def convert(
         if isinstance(weight := getattr(layer, "weight", None), nn.Parameter):
             owners.setdefault(id(weight), []).append(name)
     for name, layer in chosen.items():
-        if len(sharing := owners[id(layer.weight)]) > 1:
+        sharing = owners.get(id(layer.weight), [])
+        if not sharing:
+            raise ValueError(f"convert: {name}: a hook such as weight_norm or pruning computes its weight; remove the "
+                             f"hook, or keep=({name!r},) leaves the layer as it is")  # fmt: skip
+        if len(sharing) > 1:
             raise ValueError(f"convert: {' and '.join(sharing)} share one weight; keep=({name!r},) leaves it")
     converted = {}
     for index, (name, layer) in enumerate(chosen.items()):
@@ -104,9 +108,11 @@ def to_grid(matrix: Tensor, layer: IntLayer) -> Tensor:
     """A float matrix as weights that `layer` could keep, int8: what it reads of them is nearest to the matrix.
 
     The unit is the best of 80, in squares; with one or two bits read of more it makes W as wide as first weights.
+    Where no zero can be read, one in the matrix takes the sign that the layer's weight has there: its average is 0.
     """
+    negative = (matrix < 0) | (matrix == 0) & (layer.weight.to(matrix.device) < 0)
     if layer.keep_bits == 1:
-        return torch.where(matrix < 0, -1, 1).to(torch.int8)
+        return torch.where(negative, -1, 1).to(torch.int8)
     if layer.bits <= 2 < layer.keep_bits:  # as wide as its own, for which the threshold is made
         steps = layer.weight.float().std().item() / matrix.std()
     else:
@@ -115,4 +121,6 @@ def to_grid(matrix: Tensor, layer: IntLayer) -> Tensor:
         units = matrix.abs().amax() / q * torch.logspace(-1.7, 0, 80)
         errors = [(some - torch.round(some / unit).clamp(-q, q) * unit).square().sum() for unit in units]
         steps = layer.q / q / units[torch.stack(errors).argmin()]
-    return torch.round(matrix * steps).clamp(-layer.q, layer.q).to(torch.int8)
+    grid = torch.round(matrix * steps).clamp(-layer.q, layer.q).to(torch.int8)
+    reads_no_zero = layer.bits == 1 or layer.levels == 4  # what is kept as 0 reads as +1, as -1 below it
+    return torch.where(negative & (grid == 0), -1, grid) if reads_no_zero else grid

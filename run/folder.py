@@ -26,7 +26,8 @@ def choose_folder(cfg: Config) -> tuple[Path, FileLock]:
     if cfg.resume and not used:
         remedy = "drop --resume to start one, or give the run's --out_dir"
         raise UserError(f"--resume {cfg.resume}: {first} contains no run; {remedy}")
-    for folder in used[-1:] if cfg.resume else [folder for folder in folders if folder not in used]:
+    free = folders[folders.index(used[-1]) + 1 :] if used else folders
+    for folder in used[-1:] if cfg.resume else free:
         if lock := _lock(folder):
             return folder, lock
         if cfg.out_dir or cfg.resume:
@@ -50,10 +51,11 @@ def sign(folder: Path, job: str) -> None:
 
 
 def _numbered(first: Path) -> list[Path]:
-    """first, first-2, first-3, ... up to one more than there is."""
-    endings = (re.search(r"-(\d+)$", path.name) for path in first.parent.glob(f"{glob.escape(first.name)}-*"))
-    last = max([2, *(int(ending[1]) + 1 for ending in endings if ending)])
-    return [first, *(first.with_name(f"{first.name}-{n}") for n in range(2, last + 1))]
+    """first, those of first-2, first-3, ... that exist, and one more. Longer numbers are someone's dates."""
+    names = [path.name for path in first.parent.glob(f"{glob.escape(first.name)}-*")]
+    endings = (re.fullmatch(re.escape(first.name) + r"-([1-9]\d{0,3})", name) for name in names)
+    numbers = sorted(int(ending[1]) for ending in endings if ending)
+    return [first, *(first.with_name(f"{first.name}-{n}") for n in [*numbers, max([1, *numbers]) + 1])]
 
 
 def _lock(folder: Path) -> FileLock | None:

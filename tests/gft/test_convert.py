@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import gft
 from gft.convert import ConvertedLinear
@@ -43,6 +44,20 @@ def test_four_levels_are_nearer_than_three():
         found = gft.convert(nn.Sequential(layer), bits=2, levels=levels)(x)
         errors.append(((found - wanted).norm() / wanted.norm()).item())
     assert errors[1] < errors[0] < 0.7
+
+
+@pytest.mark.parametrize("reads", [
+    {"bits": 1, "keep_bits": 1}, {"bits": 1}, {"bits": 2, "levels": 4}, {"bits": 1, "keep_bits": 8},
+], ids=str)  # fmt: skip
+def test_zeros_read_as_both_signs_where_none_can_be_read(reads):
+    """A ternary matrix: what is read of its zeros must not add up."""
+    layer = nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-1, 2, (64, 64), generator=torch.Generator().manual_seed(3)))
+    ternary = layer.weight.clone()
+    read = gft.convert(nn.Sequential(layer), **reads)[0].integer.read().float()
+    assert read[ternary == 0].mean().abs() < 0.1 * read.abs().mean() and read.all()
+    assert torch.equal(read.sign()[ternary != 0], ternary[ternary != 0])
 
 
 def test_new_weights_have_products_of_the_old_size():
@@ -135,3 +150,8 @@ def test_keep_and_mistakes():
     with pytest.raises(ValueError, match="table and head share one weight"):
         gft.convert(Tied())
     assert len(gft.int_layers(gft.convert(Tied(), keep=("head",)))) == 1
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    with pytest.raises(ValueError, match="convert: 1: a hook .* computes its weight; remove the hook"):
+        gft.convert(nn.Sequential(nn.Linear(4, 4), pruned))
+    prune.remove(pruned, "weight")
+    assert len(gft.int_layers(gft.convert(nn.Sequential(pruned)))) == 1

@@ -44,6 +44,26 @@ def test_unnamed_folders_are_numbered_and_the_newest_is_resumed(tmp_path, monkey
     assert choose_folder(Config(resume="last"))[0] == Path("out/custom-3")
 
 
+def test_folders_that_are_not_ours_are_not_counted(tmp_path, monkeypatch):
+    """A date has a number too large to count up to."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("custom-20261128", "custom-1764300000", "custom-best-7", "custom-2026-11-28", "custom-007"):
+        save(Path("out", name))
+    for expected in ("out/custom", "out/custom-2"):
+        folder, lock = choose_folder(Config())
+        assert folder == Path(expected)
+        save(folder)
+        lock.release()
+    assert choose_folder(Config(resume="last"))[0] == Path("out/custom-2")
+
+
+def test_a_new_run_comes_after_all_others_of_its_name(tmp_path, monkeypatch):
+    """So that --resume, which takes the newest, finds it."""
+    monkeypatch.chdir(tmp_path)
+    save(Path("out", "custom")), save(Path("out", "custom-4"))
+    assert choose_folder(Config())[0] == Path("out/custom-5")
+
+
 def test_a_run_that_has_saved_nothing_yet_holds_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my[1].toml").touch()  # a name that looks like a pattern
