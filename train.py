@@ -293,7 +293,10 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
         run.net.zero_grad()
         rng[1] += 1
 
-    make_step = StepGraph(step, run.on.graph)
+    def step_sizes() -> list[int | None]:
+        return [group.get("step_size") for optimizer, _ in run.optimizers for group in optimizer.param_groups]
+
+    make_step = StepGraph(step, run.on.graph, fixed=step_sizes)
     while run.step < cfg.steps:
         monitor.before_backward(run.step)
         task.prepare(run.step, device)

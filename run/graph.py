@@ -2,7 +2,8 @@
 
 A step of a small net is hundreds of kernels of a few microseconds, which the host cannot launch as fast as the GPU runs
 them. What a graph holds is fixed when it is recorded, so what changes from step to step lies in device tensors (the
-seed and number of the step, learning rates), and what only the host can do comes before the graph.
+seed and number of the step, learning rates), and what only the host can do comes before the graph. A setting that is
+none of these and changes a few times in a run, as the size of moves does, has the graph recorded anew.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ def unrecordable_reason(cfg: Config, device: torch.device, backend: str, ranks: 
         return "ranks wait for each other on the host"
     if cfg.method == "gft" and backend != "triton":
         return "the torch backend reads values on the host"
-    if cfg.method == "gft" and (cfg.step_size > 1 or cfg.flip_prob != "one" or cfg.topk_tile not in TOPK_TILES):
+    if cfg.method == "gft" and (cfg.flip_prob != "one" or cfg.topk_tile not in TOPK_TILES):
         return "its moves are chosen on the host"
     if cfg.under_muon or cfg.method == "signsgd":
         return "this optimizer reads its learning rate on the host"
@@ -34,17 +35,20 @@ def unrecordable_reason(cfg: Config, device: torch.device, backend: str, ranks: 
 class StepGraph:
     """Calls `step`: as written at first, then as a graph of it, unless that is not `wanted`.
 
+    `fixed` returns the settings on the host that a recording keeps as they were: once they differ all begins again.
     `step` must leave all that outlives it in the tensors it found. Steps of one net must all go through here: they run
     on a stream of their own, as those before a recording must.
     """
 
-    def __init__(self, step: Callable[[], None], wanted: bool):
-        self.step, self.wanted, self.made = step, wanted, 0
+    def __init__(self, step: Callable[[], None], wanted: bool, fixed: Callable[[], object] = lambda: None):
+        self.step, self.wanted, self.made, self.fixed, self.held = step, wanted, 0, fixed, fixed()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if wanted else None
 
     def __call__(self, as_written: bool = False) -> None:
         """Make one step; `as_written` where the host looks into it."""
+        if self.held != (now := self.fixed()):  # steps as written compile what the new settings need
+            self.graph, self.made, self.held = None, 0, now
         if self.wanted and not as_written and self.graph is None and self.made >= WARM_UP:
             self._record()
         if self.graph is not None and not as_written:

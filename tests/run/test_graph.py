@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
     ({"momentum": 0.9, "update": "backward"}, "triton", 1, ""),
     ({}, "torch", 1, "the torch backend"),
     ({}, "triton", 2, "ranks"),
-    ({"step_size": 2}, "triton", 1, "its moves"),
+    ({"bits": 8, "step_size": 4}, "triton", 1, ""),
     ({"topk_tile": 0}, "triton", 1, "its moves"),
     ({"flip_prob": "score"}, "triton", 1, "its moves"),
     ({"method": "muon"}, "triton", 1, "this optimizer"),
@@ -88,6 +88,16 @@ def test_a_step_is_recorded_after_the_warm_up_and_then_launched(recorder):
         step(as_written=number == 4)
     warm_up = ["step"] * graph.WARM_UP
     assert recorder == [*warm_up, "record", "step", "recorded", "replay", "step", "replay"]
+
+
+def test_a_setting_that_changes_has_the_step_recorded_anew(recorder):
+    size = [2]
+    step = StepGraph(lambda: recorder.append("step"), wanted=True, fixed=lambda: list(size))
+    for number in range(9):
+        size[0] = 2 if number < 5 else 1
+        step()
+    run = ["step"] * graph.WARM_UP + ["record", "step", "recorded", "replay"]
+    assert recorder == [*run, "replay", *run]
 
 
 def test_where_recording_fails_steps_go_on_as_written(recorder, capsys):
