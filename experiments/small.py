@@ -3,7 +3,7 @@
 Every row sees 1.536 M characters: 500 steps of 48 windows, or as many as its batch size makes of them. A row is tuned,
 its batch size included, on a part held out of the training text (eval_on = "tune", one seed); the best setting is then
 trained three times on the whole training part and judged by the loss of its last step on the usual last 10 % (eval_on =
-"val").
+"val"). Rows that keep no more bits than they read have batches of 48 and 96 alone.
 
 Bits are those that products read of a weight and those that it keeps. Muon has AdamW for embedding and head, 2 % of the
 weights. "Muon, int8" keeps its momentum in int8 (arXiv 2509.23106), SWAN none (arXiv 2412.13148): they are the float
@@ -42,11 +42,11 @@ BASELINE = "AdamW, fp32"
 ROWS = (
     row(BASELINE, ADAMW | {"method": "adamw"},
         *each("lr", 4e-3, 8e-3, 12e-3, 16e-3, 24e-3, 32e-3), {"lr": 8e-3, "lr_end": 0.1},
-        *each("lr", 4e-3, 8e-3, 16e-3, 24e-3, **HALF), *each("lr", 8e-3, 16e-3, **TWELVE)),
+        *each("lr", 4e-3, 8e-3, 16e-3, 24e-3, **HALF), *each("lr", 2e-3, 4e-3, 8e-3, 16e-3, **TWELVE)),
     row("Muon, fp32", MUON | {"method": "muon"},
         *each("muon_lr", 8e-3, 16e-3, 24e-3, 32e-3, 48e-3, 64e-3),
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
-        *each("muon_lr", 24e-3, 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 24e-3} | TWELVE),
+        *each("muon_lr", 24e-3, 32e-3, 48e-3, 64e-3, **HALF), *each("muon_lr", 24e-3, 32e-3, 48e-3, **TWELVE)),
     row("Muon, int8", MUON | {"method": "muon", "muon_state": "int8"},
         *each("muon_lr", 32e-3, 48e-3, **HALF), {"muon_lr": 48e-3}),
     row("SWAN", MUON | {"method": "muon", "muon_state": "none"},
@@ -67,10 +67,11 @@ ROWS = (
     *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3}, {"lr": 8e-3} | HALF)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},
-          *each("muon_lr", 32e-3, 48e-3, **HALF))
+          *each("muon_lr", 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 32e-3} | TWELVE)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     row("STE, 2 bits of four levels, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": 2},
-        *each("muon_lr", 32e-3, 48e-3, **HALF), variant="four levels of latent weights"),
+        *each("muon_lr", 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 32e-3} | TWELVE,
+        variant="four levels of latent weights"),
     row("GFT, 4 bits kept", GFT | exact(4),
         *each("k", 0.1, 0.15, init_std=0.5), {"k": 0.1, "init_std": 0.7}),
     row("GFT, 4 bits kept, momentum", MOMENTUM | exact(4),
