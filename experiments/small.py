@@ -56,14 +56,15 @@ ROWS = (
         *each("k", 0.3, 0.4, 0.5, **HALF), *each("k", 0.3, 0.4, **TWELVE)),
     row("GFT, 6 bits, momentum", MOMENTUM | {"bits": 6},
         *each("k", 0.2, 0.3), {"k": 0.3, "bits": 7, "step_size": 2}, {"k": 0.4, "bits": 8, "step_size": 4},
-        *each("k", 0.2, 0.3, 0.4, 0.5, **HALF), {"k": 0.3, "momentum": 0.95} | HALF, {"k": 0.2} | TWELVE),
+        *each("k", 0.2, 0.3, 0.4, 0.5, **HALF), {"k": 0.3, "momentum": 0.95} | HALF,
+        *each("k", 0.2, 0.3, **TWELVE)),
     *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, 0.7, 0.9, **HALF))
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     row("GFT, 2 bits of four levels", GFT | FOUR, *each("k", 0.5, 0.7, 0.9, **HALF)),
-    row("GFT, 2 bits of four levels, momentum", MOMENTUM | FOUR, *each("k", 0.2, 0.3, **HALF)),
+    row("GFT, 2 bits of four levels, momentum", MOMENTUM | FOUR, *each("k", 0.2, 0.3, 0.4, **HALF)),
     *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", *shares, **HALF))
       for name, bits, *shares in (
-          ("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4))),
+          ("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4, 0.6))),
     *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3}, {"lr": 8e-3} | HALF)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},
