@@ -13,7 +13,7 @@ The last line of standard output is one JSON object.
 import os
 import sys
 
-from run.config import Config, differences, load, to_dict
+from run.config import Config, load, to_dict
 from run.errors import UserError
 
 if __name__ == "__main__":
@@ -37,216 +37,44 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data.task import Task
-from gft.baselines import Muon, SignSGD
-from gft.layers import IntEmbedding, int_layers
-from gft.optimizer import FlipOptimizer
 from kernels.limits import MAX_REDUCTION
 from model import ModelConfig, compiled_whole, load_net, make_net
 from run import checkpoint, distributed, finite
 from run import device as machine
-from run.distributed import Ranks, ring_bytes, synchronised
+from run.distributed import synchronised
 from run.folder import choose_folder, sign, take_up
 from run.graph import StepGraph
 from run.init_from import check_shape, take_weights
 from run.log import Log
 from run.monitor import Monitor
 from run.progress import Metrics
-from run.schedule import Schedule
+from run.state import Run
 from run.stop import Stop
 
-Optimizers = list[tuple[torch.optim.Optimizer, Schedule]]
+
+def make_run(cfg: Config, task: Task, on: machine.Runtime, out: Path) -> Run:
+    """A run at its first step, with weights drawn from its seed. Raises UserError if they would all be zero."""
+    try:
+        net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed)
+    except ValueError as error:
+        raise UserError(f"{error}: a larger --init_std, or a wider net (--d_model)", 2) from None
+    return Run(cfg, task, on, out, net)
 
 
-def make_optimizers(
-    net: nn.Module, cfg: Config, tokens: int, ranks: Ranks = distributed.ALONE, graph: bool = False
-) -> Optimizers:
-    """One or two torch optimizers, each with its schedule: integer weights learn by flips, float weights by gradients.
+def start_from(run: Run, given: str) -> list[str]:
+    """Give a run the weights of another, whose folder or checkpoint's JSON is `given`. Returns lines that say so."""
+    from sample import find_folder
 
-    `tokens` are those of a step, whose votes are summed. In a CUDA `graph` learning rates are tensors.
-
-    adamw    torch.optim.AdamW on every weight; also on the float layers of a gft run that has some
-    muon     Muon on the matrices of the blocks, AdamW on embedding and head
-    sgd      torch.optim.SGD with momentum 0.9; signsgd moves every weight by lr against the sign of its gradient
-    ste      AdamW or Muon on latent weights, which the layers round (gft/baselines.py)
-    """
-    found: Optimizers = []
-    if integers := int_layers(net):
-        tables = [layer.weight for layer in integers if isinstance(layer, IntEmbedding)]
-        others = [layer.weight for layer in integers if not isinstance(layer, IntEmbedding)]
-        groups = [{"params": tables, "rule": cfg.embedding_rule}, {"params": others, "rule": cfg.rule}]
-        flips = FlipOptimizer(
-            [group for group in groups if group["params"]], lr=cfg.k, momentum=cfg.momentum, ortho_tile=cfg.ortho_tile,
-            topk_tile=cfg.topk_tile, step_size=cfg.step_size, flip_prob=cfg.flip_prob, flip_gamma=cfg.flip_gamma,
-            update=cfg.update, max_tokens=tokens, process_group=ranks.group,
-        )  # fmt: skip
-        found.append((flips, Schedule(flips, cfg.steps, cfg.k_end, cfg.k_schedule, cfg.k_warmup)))
-    floats = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
-    blocks = [p for name, p in floats.items() if cfg.under_muon and name.startswith("blocks.")]
-    others = [p for p in floats.values() if not any(p is block for block in blocks)]
-    if cfg.method == "sgd":
-        optimizer = torch.optim.SGD(others, lr=cfg.lr, momentum=0.9, fused=True)
-        # Decoupled, as AdamW's: SGD's own weight decay would be part of the gradient.
-        optimizer.register_step_pre_hook(lambda opt, *_: _decay(opt, cfg.weight_decay))
-    elif cfg.method == "signsgd":
-        optimizer = SignSGD(others, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    elif others:
-        betas = (0.9, cfg.beta2)
-        optimizer = torch.optim.AdamW(others, lr=cfg.lr, betas=betas,
-                                      weight_decay=cfg.weight_decay, fused=True, capturable=graph)  # fmt: skip
-    if others:
-        found.append((optimizer, Schedule(optimizer, cfg.steps, cfg.lr_end * cfg.lr, warmup=cfg.warmup)))
-    if blocks:
-        muon = Muon(blocks, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, state=cfg.muon_state)
-        found.append((muon, Schedule(muon, cfg.steps, cfg.lr_end * cfg.muon_lr, warmup=cfg.warmup)))
-    for optimizer, _ in found if graph else ():
-        dtype = torch.float64 if isinstance(optimizer, FlipOptimizer) else torch.float32
-        for group in optimizer.param_groups:  # tensors, which schedules then write to
-            group["lr"] = torch.as_tensor(group["lr"], dtype=dtype, device=group["params"][0].device)
-    return found
-
-
-@torch.no_grad()
-def _decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.mul_(1 - group["lr"] * weight_decay)
-
-
-class Run:
-    """A run's net, optimizers and progress, and how they are saved and taken up again."""
-
-    def __init__(self, cfg: Config, task: Task, on: machine.Runtime, out: Path):
-        self.cfg, self.task, self.on, self.out, self.device = cfg, task, on, out, on.device
-        self.ranks = task.ranks
-        try:
-            net = make_net(ModelConfig.from_config(cfg, task.outputs, task.image), cfg.seed)
-        except ValueError as error:
-            raise UserError(f"{error}: a larger --init_std, or a wider net (--d_model)", 2) from None
-        self.net = net.to(on.device)
-        self.optimizers = make_optimizers(self.net, cfg, cfg.batch_size * task.positions, self.ranks, on.graph)
-        self.flip_optimizer = next((o for o, _ in self.optimizers if isinstance(o, FlipOptimizer)), None)
-        self.floats = sum(p.numel() for p in self.net.parameters() if p.is_floating_point())
-        self.weights = sum(p.numel() for p in self.net.parameters())
-        self.step, self.changed, self.seconds = 0, 0, 0.0
-        self.first_step = 0  # of this process
-        self.losses: list[float] = []
-        # On the device: seed and step for the batches, and the flag of what is not finite.
-        self.rng = torch.tensor([cfg.seed, 0], device=on.device)
-        self.found_inf = self.flip_optimizer.found_inf if self.flip_optimizer else torch.zeros((), device=on.device)
-        for optimizer, _ in self.optimizers:
-            optimizer.found_inf = self.found_inf
-        if self.flip_optimizer:
-            self.flip_optimizer.register_step_post_hook(lambda flips, *_: self.found_inf.copy_(flips.stopped != 0))
-
-    def start_from(self, given: str) -> list[str]:
-        """Take the first weights from the run in a folder, or from a checkpoint's JSON. Returns lines that say so."""
-        from sample import find_folder
-
-        path = Path(given)
-        one = path.suffix == ".json" and path.stem in checkpoint.LOADED
-        folder, name = (path.parent, path.stem) if one else (find_folder(given), "")
-        old, meta, head = load_net(folder, name, f"--init_from {shlex.quote(str(folder))}/{{}}.json")
-        check_shape(self.cfg, checkpoint.config_of(meta, head), head)
-        if wrong := [name for name, p in old.named_parameters() if not p.float().norm().isfinite() or not p.any()]:
-            raise UserError(f"init_from: weights of {head} are not finite or all zeros: {', '.join(wrong)}; "
-                            "use another")  # fmt: skip
-        lines = take_weights(self.net, old, self.task.saved(), meta)
-        return [f"init: {head.stem} of step {meta['step']} in {folder}", *lines]
-
-    def save(self, name: str) -> None:
-        """Write checkpoint `name` ("last" or "best"): rank 0, with what the others keep."""
-        states = {
-            f"optimizer{i}": checkpoint.flatten(optimizer.state_dict()["state"])
-            for i, (optimizer, _) in enumerate(self.optimizers)
-        }
-        if not self.ranks.first:
-            return
-        meta = {
-            "step": self.step, "config": to_dict(self.cfg), "vocab_size": self.task.outputs, **self.task.saved(),
-            "environment": self.on.environment(), "data": {"name": self.task.name, "sha256": self.task.sha256},
-            "progress": {"changed": self.changed, "seconds": self.seconds, "losses": self.losses},
-        }  # fmt: skip
-        checkpoint.save(self.out, name, checkpoint.join(model=self.net.state_dict(), **states), meta)
-
-    def load(self, name: str) -> None:
-        """Go on from checkpoint `name`. Raises UserError if it is damaged, or of another config or other data."""
-        tensors, meta = checkpoint.load(self.out, name)
-        where = f"checkpoint {self.out / name}.json"
-        different = differences(checkpoint.config_of(meta, self.out / f"{name}.json"), self.cfg)
-        if different:
-            raise UserError(f"{where} was trained with other settings: {'; '.join(different)}; use the same to "
-                            "resume, or another --out_dir for a new run")  # fmt: skip
-        if meta["data"]["sha256"] != self.task.sha256:
-            raise UserError(f"{where} was trained on other data (sha256 {meta['data']['sha256'][:12]}..., this has "
-                            f"{self.task.sha256[:12]}...); give the same, or another --out_dir")  # fmt: skip
-        read = json.loads(json.dumps(self.task.saved()))
-        if other := [name for name in read if meta[name] != read[name]]:
-            raise UserError(f"{where} was trained on the same file, but it now decodes differently ("
-                            f"{', '.join(other)}), perhaps because of another library version; resume with the "
-                            "original versions, or start a new run in another --out_dir")  # fmt: skip
-        now = self.on.environment()
-        changed = [f"{k} {v} then, {now.get(k)} now" for k, v in meta["environment"].items() if now.get(k) != v]
-        if changed:
-            print(f"note: exact resumption is not guaranteed, because the setup has changed: {'; '.join(changed)}",
-                  file=sys.stderr)  # fmt: skip
-        self.net.load_state_dict(checkpoint.group(tensors, "model"))
-        self.step = self.first_step = meta["step"]
-        self.rng[1] = self.step
-        for i, (optimizer, schedule) in enumerate(self.optimizers):
-            state = checkpoint.unflatten(checkpoint.group(tensors, f"optimizer{i}"))
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # its settings are the config's
-            schedule.go_to(self.step)
-        self.changed, self.seconds, self.losses = (meta["progress"][k] for k in ("changed", "seconds", "losses"))
-
-    def summary(self, found: dict[str, float], typical: float | None) -> dict:
-        """The final JSON object; `found` is what the last evaluation gave, `typical` the seconds of a step."""
-        cfg, flips = self.cfg, self.flip_optimizer
-        layers = flips.layers if flips else []
-        integer = sum(layer.weight.nbytes for layer in layers)
-        tokens, val_loss = self.task.per_step, found["val_loss"]
-        state, scales = state_bytes([optimizer for optimizer, _ in self.optimizers])
-        return {
-            "config": cfg.name, "method": cfg.method, "bits": cfg.bits if cfg.method in ("gft", "ste") else 32,
-            "keep_bits": cfg.kept_bits if layers else None,
-            "steps": self.step, "tokens": self.step * tokens, "val_loss": val_loss,
-            "best_val_loss": min([*self.losses, val_loss]), "seconds": round(self.seconds, 2),
-            "step_seconds": typical and round(typical, 5), "tokens_per_second": typical and round(tokens / typical, 1),
-            "flips_per_weight_per_step": self.changed / self.weights / max(self.step, 1),
-            **{name: found.get(name) for name in ("bits_per_byte", "perplexity", "accuracy", "top5")},
-            "weights": self.weights, "int_weight_bytes": integer,
-            "packed_weight_bytes": math.ceil(integer * cfg.bits / 8),
-            "float_param_bytes": 4 * self.floats, "optimizer_state_bytes": state,
-            "votes_bytes": flips.votes_bytes() if flips else 0,
-            "scale_bytes": scales + sum(layer.scale.nbytes for layer in layers),
-            "peak_memory_bytes": machine.peak_memory_bytes(self.device),
-            "weights_sha256": checkpoint.weights_sha256(dict(self.net.named_parameters())),
-            "environment": self.on.environment(), "seed": cfg.seed, "eval_on": cfg.eval_on, "out_dir": str(self.out),
-            "world_size": self.ranks.size, **self.traffic(),
-        }  # fmt: skip
-
-    def traffic(self) -> dict[str, float]:
-        """Bytes that a rank sends for a weight in a step, on average, beside what DDP would; nothing of one process."""
-        size, exchange = self.ranks.size, self.flip_optimizer and self.flip_optimizer.exchange
-        if size == 1:
-            return {}
-        votes = int(self.ranks.sum(torch.tensor(exchange.bytes_sent if exchange else 0))) / size
-        sent = votes / max(self.step - self.first_step, 1) + ring_bytes(self.floats, 4, size)
-        return {"sent_bytes_per_weight_per_step": round(sent / self.weights, 4),
-                "ddp_fp32_bytes": ring_bytes(1, 4, size), "ddp_bf16_bytes": ring_bytes(1, 2, size)}  # fmt: skip
-
-
-def bits_of(cfg: Config) -> str:
-    """In words, the bits of a weight that are read, and that it keeps."""
-    levels = " of four levels" if cfg.bits == 2 and cfg.levels == 4 else ""
-    return f"{cfg.bits} bits{levels}" + (f" read of {cfg.kept_bits} kept" if cfg.bits < cfg.kept_bits else "")
-
-
-def state_bytes(optimizers: list[torch.optim.Optimizer]) -> tuple[int, int]:
-    """Bytes that optimizers keep between steps: of state, and of scales."""
-    states = [state for o in optimizers for state in o.state_dict()["state"].values()]
-    kept = [item for state in states for item in state.items() if item[0] != "rng"]
-    scales = sum(tensor.nbytes for name, tensor in kept if name in ("momentum_scale", "delta_history"))
-    return sum(tensor.nbytes for _, tensor in kept) - scales, scales
+    path = Path(given)
+    one = path.suffix == ".json" and path.stem in checkpoint.LOADED
+    folder, name = (path.parent, path.stem) if one else (find_folder(given), "")
+    old, meta, head = load_net(folder, name, f"--init_from {shlex.quote(str(folder))}/{{}}.json")
+    check_shape(run.cfg, checkpoint.config_of(meta, head), head)
+    if wrong := [name for name, p in old.named_parameters() if not p.float().norm().isfinite() or not p.any()]:
+        raise UserError(f"init_from: weights of {head} are not finite or all zeros: {', '.join(wrong)}; "
+                        "use another")  # fmt: skip
+    lines = take_weights(run.net, old, run.task.saved(), meta)
+    return [f"init: {head.stem} of step {meta['step']} in {folder}", *lines]
 
 
 def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
@@ -324,6 +152,12 @@ def sample_text(net: nn.Module, task: Task, cfg: Config) -> str:
     return "".join(decoded(task.tokenizer, (token for (token,) in tokens))).strip()
 
 
+def bits_of(cfg: Config) -> str:
+    """In words, the bits of a weight that are read, and that it keeps."""
+    levels = " of four levels" if cfg.bits == 2 and cfg.levels == 4 else ""
+    return f"{cfg.bits} bits{levels}" + (f" read of {cfg.kept_bits} kept" if cfg.bits < cfg.kept_bits else "")
+
+
 def python() -> str:
     """How to call this interpreter from here: by its path if it is that of a virtual environment not activated."""
     if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix:
@@ -375,13 +209,13 @@ def run_config(cfg: Config, argv: list[str]) -> int:
 
     folder, resume = ranks.from_first(take_folder)
     out, cfg = Path(folder), dataclasses.replace(cfg, resume=resume)
-    run = Run(cfg, task, on, out)
+    run = make_run(cfg, task, on, out)
     stop = Stop(patient=bool(distributed.job()))
     started: list[str] = []
     if cfg.resume:
         run.load(cfg.resume)
     elif cfg.init_from:
-        started = run.start_from(cfg.init_from)
+        started = start_from(run, cfg.init_from)
     if task.notice:
         print(task.notice)
     print(f"data: {task.about}")

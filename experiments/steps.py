@@ -110,7 +110,7 @@ def run_steps(argv: Sequence[str], profile: torch.profiler.profile | None = None
         eval_every=NEVER, save_every=NEVER, monitor_every=NEVER,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="nanogft-steps-") as folder:
-        run = train.Run(cfg, RandomText(cfg, at), on, Path(folder))
+        run = train.make_run(cfg, RandomText(cfg, at), on, Path(folder))
         run.save = lambda name: None
         found = train.train(run, Metrics(Path(folder, "metrics.jsonl"), 0), Stop())
     joules = meter.stop().joules if kind == "cuda" and profile is None else None

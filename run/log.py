@@ -4,50 +4,20 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from gft.optimizer import FlipOptimizer
 from run import checkpoint, energy
-from run.config import Config
 from run.curve import draw
 from run.device import resident_bytes
-from run.distributed import Ranks
 from run.errors import DIVERGED, UserError
 from run.finite import largest, origin
 from run.meter import Meter
 from run.monitor import warnings
 from run.progress import Metrics, Progress
+from run.state import Run
 
 MOST_REPEATED = 100  # steps made once more to find out what was not finite
-
-
-class Run(Protocol):
-    """The run that is logged, train.Run."""
-
-    cfg: Config
-    task: Any  # data.task.Task
-    out: Path
-    device: torch.device
-    net: nn.Module
-    flip_optimizer: FlipOptimizer | None
-    found_inf: torch.Tensor
-    floats: int
-    weights: int
-    step: int
-    changed: int
-    seconds: float
-    losses: list[float]
-    ranks: Ranks
-
-    def save(self, name: str) -> None:
-        """Write checkpoint `name`."""
-
-    def summary(self, found: dict[str, float], typical: float | None) -> dict:
-        """The final JSON object."""
 
 
 class Log:

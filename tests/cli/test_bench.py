@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-from experiments import steps
+from experiments import kernel_times, startup, steps
 from run.errors import UserError
 
 CPU = torch.device("cpu")
@@ -35,12 +35,6 @@ def test_quick_run_has_kernels_and_steps(monkeypatch, capsys):
     assert step["float_param_bytes"] == step["optimizer_state_bytes"] == 0
 
 
-def test_triton_has_the_results_of_torch(on_triton, device):
-    timer = bench.Timer(device, 0.0)
-    for case in bench.all_cases(timer, bench.QUICK):
-        assert bench.wrong(case, case.make()) == "", case.name
-
-
 def test_a_wrong_or_failing_kernel_has_no_speed(monkeypatch, capsys):
     first, real = torch.tensor([0]), bench.backend.use
 
@@ -55,10 +49,10 @@ def test_a_wrong_or_failing_kernel_has_no_speed(monkeypatch, capsys):
     def failing(*given: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no kernel\nimage")
 
-    spoiled, right = [], bench.int8_matmul
+    spoiled, right = [], kernel_times.int8_matmul
     monkeypatch.setattr(bench.backend, "use", use)
-    monkeypatch.setattr(bench, "int8_matmul", product)
-    monkeypatch.setattr(bench, "measure_delta", failing)
+    monkeypatch.setattr(kernel_times, "int8_matmul", product)
+    monkeypatch.setattr(kernel_times, "measure_delta", failing)
     assert bench.main(["kernels", "--quick", "--device", "cpu", "--json"]) == 1
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.startswith("int8_matmul")]
@@ -70,61 +64,14 @@ def test_a_wrong_or_failing_kernel_has_no_speed(monkeypatch, capsys):
 
 
 def test_inputs_that_cannot_be_made_are_told_too(monkeypatch, capsys):
-    def cases(timer: bench.Timer, sizes: bench.Sizes) -> list[bench.Case]:
-        return [bench.Case("large", (1,), 0, 1, lambda: (torch.empty(2**60),), lambda t: t),
-                bench.Case("small", (1,), 0, 1, lambda: (torch.ones(3),), lambda t: t + 1)]  # fmt: skip
+    def cases(timer: kernel_times.Timer, sizes: kernel_times.Sizes) -> list[kernel_times.Case]:
+        return [kernel_times.Case("large", (1,), 0, 1, lambda: (torch.empty(2**60),), lambda t: t),
+                kernel_times.Case("small", (1,), 0, 1, lambda: (torch.ones(3),), lambda t: t + 1)]  # fmt: skip
 
-    monkeypatch.setattr(bench, "all_cases", cases)
+    monkeypatch.setattr(kernel_times, "all_cases", cases)
     assert bench.main(["kernels", "--quick", "--device", "cpu", "--json"]) == 1
     large, small = last_line(capsys)["kernels"]
     assert large["wrong"].startswith("RuntimeError") and small["wrong"] == ""
-
-
-def made_up(ours, theirs, *, allowed: float = 0.0) -> bench.Case:
-    """A case whose kernel is `ours` and whose reference is `theirs`."""
-    def run(t: torch.Tensor) -> torch.Tensor | None:
-        return theirs(t) if bench.backend.chosen() == "torch" else ours(t)
-
-    return bench.Case("made up", (1,), 0, 1, lambda: (), run, allowed=allowed)
-
-
-def test_what_counts_as_wrong():
-    x = torch.arange(100)
-    before = bench.backend.chosen()
-    bench.backend.use("auto")
-    try:
-        assert bench.wrong(made_up(lambda t: t + 1, lambda t: t + 1), (x,)) == ""
-        spoiled = lambda t: t.index_fill(0, torch.tensor([3]), -1)  # noqa: E731
-        assert "1 of 100" in bench.wrong(made_up(spoiled, torch.clone), (x,))
-        assert bench.wrong(made_up(spoiled, torch.clone, allowed=0.01), (x,)) == ""
-        assert "int64 (100,) and should be torch.int32" in bench.wrong(made_up(lambda t: t, lambda t: t.int()), (x,))
-        assert "(2, 50)" in bench.wrong(made_up(lambda t: t.view(2, 50), torch.clone), (x,))
-        in_place = made_up(lambda t: t.add_(1) and None, lambda t: None)
-        assert "result 2" in bench.wrong(in_place, (x[:1] * 1,)), "what a kernel makes of its inputs counts"
-        assert torch.equal(x, torch.arange(100)), "inputs are kept for the timing"
-        assert bench.backend.chosen() == "auto"
-    finally:
-        bench.backend.use(before)
-
-
-def test_inputs_outgrow_the_cache_and_take_turns():
-    timer, seen = bench.Timer(CPU, 0.0), []
-    timer.cache = 1000
-    sets = timer.sets(lambda: (timer.integers(100), 3.0))
-    assert len(sets) == 11 and not torch.equal(sets[0][0], sets[1][0])
-    assert timer.median(lambda t, _: seen.append(t.data_ptr()), sets) > 0
-    assert seen[2:] == [t.data_ptr() for t, _ in sets[:5]], "after two calls to warm up"
-
-
-def test_moves_are_undone_while_they_are_timed():
-    seen = []
-    case = bench.Case("moves", (1,), 1, 1, lambda: (torch.ones(1), torch.zeros(1)),
-                      lambda votes, weight: seen.append(votes.item()), moves=True)  # fmt: skip
-    timer = bench.Timer(CPU, 0.0)
-    timer.cache = 1
-    top = {"int8_operations_per_second": 1.0, "copied_bytes_per_second": 1.0}
-    assert bench.measured(case, timer, top)["seconds"] > 0
-    assert {-1.0, 1.0} == set(seen)
 
 
 def test_start_up_and_start_to_end(tmp_path, monkeypatch, capsys):
@@ -135,7 +82,7 @@ def test_start_up_and_start_to_end(tmp_path, monkeypatch, capsys):
         ran.append((arguments, expected, environment))
         return 2.0, f"text\n{final}\n"
 
-    monkeypatch.setattr(bench, "timed_command", run)
+    monkeypatch.setattr(startup, "timed_command", run)
     assert bench.main(["startup", "start-to-end", "--device", "cpu", "--json"]) == 0
     result = last_line(capsys)
     assert set(result["startup"].values()) == {2.0} and len(result["startup"]) == 4
@@ -147,10 +94,10 @@ def test_start_up_and_start_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_commands_are_timed_from_start_to_end():
-    seconds, output = bench.timed_command(("-c", "import os; print(os.environ['SOME'])"), SOME="value")
+    seconds, output = startup.timed_command(("-c", "import os; print(os.environ['SOME'])"), SOME="value")
     assert output == "value\n" and 0 < seconds < 60
     with pytest.raises(RuntimeError, match="ended with status 3: words"):
-        bench.timed_command(("-c", "import sys; sys.exit(print('words', file=sys.stderr) or 3)"))
+        startup.timed_command(("-c", "import sys; sys.exit(print('words', file=sys.stderr) or 3)"))
 
 
 def test_quick_startup_runs_train(capsys):

@@ -279,7 +279,7 @@ def test_a_step_reads_nothing_on_the_host(tmp_path, grad_accum, update):
     cfg = load(arguments(tmp_path / "o", backend="triton", device="cpu", steps=2, grad_accum=grad_accum, update=update,
                          momentum=0.9, delta_scale="delayed", context=8, topk_tile=64, ortho_tile=64, log_every=50,
                          monitor_every=50, int_layers="embedding,attention,mlp", dropout=0.2))  # fmt: skip
-    made = train.Run(cfg, data.load(cfg), machine.choose(cfg), tmp_path / "o")
+    made = train.make_run(cfg, data.load(cfg), machine.choose(cfg), tmp_path / "o")
     before = [p.detach().clone() for p in made.net.parameters()]
     made.task.prepare(0, made.device)
     monitor = train.Monitor(made.net, 50, cfg.seed)

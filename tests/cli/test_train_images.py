@@ -109,7 +109,7 @@ def test_a_step_of_images_reads_nothing_on_the_host(tmp_path, monkeypatch):
                f"--mix both --ortho_tile 32 --topk_tile 32 --out_dir {tmp_path}".split(), notes=False)  # fmt: skip
     chosen = backend.chosen()
     try:
-        made = train.Run(cfg, image_task.load(cfg), machine.choose(cfg), tmp_path)
+        made = train.make_run(cfg, image_task.load(cfg), machine.choose(cfg), tmp_path)
         before = [p.clone() for p in made.net.parameters()]
         made.task.prepare(0, made.device)  # both steps are in the first epoch
         monitor = train.Monitor(made.net, 50, cfg.seed)

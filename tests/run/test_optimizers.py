@@ -1,10 +1,9 @@
-"""train.make_optimizers: every method as torch optimizers and their schedules, saved and taken up exactly."""
+"""run.optimizers: every method as torch optimizers and their schedules, saved and taken up exactly."""
 
 import pytest
 import torch
 from torch import nn
 
-import train
 from gft.baselines import Muon, SignSGD
 from gft.layers import int_layers
 from gft.optimizer import FlipOptimizer
@@ -12,6 +11,7 @@ from kernels.limits import MAX_REDUCTION
 from model import ModelConfig, make_net
 from run import checkpoint
 from run.config import Config
+from run.optimizers import Optimizers, make_optimizers, state_bytes
 from run.schedule import scheduled, step_size_at
 
 VOCAB = 11
@@ -27,7 +27,7 @@ SETTINGS = {
 def make(tokens: int = 32, **settings):
     cfg = Config(n_layer=1, n_head=2, d_model=16, context=8, **{"steps": 10} | settings)
     net = make_net(ModelConfig.from_config(cfg, VOCAB), cfg.seed)
-    return net, train.make_optimizers(net, cfg, tokens)
+    return net, make_optimizers(net, cfg, tokens)
 
 
 def backward(net: nn.Module, seed: int, scale: float = 1 / 32) -> None:
@@ -36,7 +36,7 @@ def backward(net: nn.Module, seed: int, scale: float = 1 / 32) -> None:
     (loss * scale).backward()
 
 
-def steps(net: nn.Module, optimizers: train.Optimizers, first: int, last: int) -> None:
+def steps(net: nn.Module, optimizers: Optimizers, first: int, last: int) -> None:
     for step in range(first, last):
         backward(net, step)
         for optimizer, schedule in optimizers:
@@ -118,7 +118,7 @@ def test_what_is_saved_goes_on_exactly(settings):
 def test_bytes_of_state_and_scales(name, settings):
     net, optimizers = make(**settings)
     steps(net, optimizers, 0, 2)
-    state, scales = train.state_bytes([optimizer for optimizer, _ in optimizers])
+    state, scales = state_bytes([optimizer for optimizer, _ in optimizers])
     n, floats = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad)
     layers, others = len(int_layers(net)), 2 * VOCAB * 16  # embedding and head, which Muon leaves to AdamW
     wanted = {
