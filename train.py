@@ -107,8 +107,8 @@ def train(run: Run, metrics: Metrics | None, stop: Stop) -> dict | None:
             with synchronised(net, run.flip_optimizer, part + 1 == cfg.grad_accum):
                 with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                     loss = loss_of(net(x, **mask_rng(part)), y)
-                # After a loss, a delta or a gradient that is not finite, FlipOptimizer and AdamW leave all weights as
-                # they are. The host notices at its next read and saves nothing more.
+                # After a loss, a delta or a gradient that is not finite, FlipOptimizer and torch's fused optimizers
+                # leave all weights as they are. The host notices at its next read, and saves nothing more.
                 finite.note(found_inf, loss)
                 (loss * loss_scale).backward()
             log.loss += loss.detach()

@@ -1,14 +1,14 @@
 """python -m experiments NAME [--quick] [--jobs N]: run an experiment and redraw RESULTS.md.
 
     sweep         any config, any keys, any seeds: `python -m experiments sweep --help`
-    small         the main table: GFT at 6 to 8, 4 and 2 bits against AdamW and Muon (an hour and a half on two cores)
+    small         the main table: GFT at 6, 4, 2 and 1 bits against AdamW, Muon, SWAN and STE (eight hours on two cores)
     speed         seconds per training step, each method alone on the machine (five minutes)
     images        MNIST and a small ViT at 6 to 1 bits against AdamW (an hour and a half)
     hybrid        which layers are integer, the others fp32 (about 40 minutes)
     ablations     one thing changed at a time, a figure for each (about two hours)
     alternatives  GFT against AdamW, SGD, signSGD, Muon and STE, with energy (an hour and a half)
     few_bits      other thresholds and grids for few bits of six, held out, one seed (an hour)
-    scaling       loss against size, widths of 64 to 256 (an hour)
+    scaling       loss against size, widths of 64 to 384 (four hours)
     vocabulary    8,192 tokens: tied weights, another k for the embedding (half an hour)
     scale_out     seconds of a step on 1 to 1,024 GPUs, predicted; --check compares gloo ranks here
     inspect       what happened in one run, as a picture: `python -m experiments inspect out/NAME`

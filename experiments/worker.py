@@ -79,7 +79,7 @@ def main() -> int:
         variants.use(sys.argv[1])
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not on, uncompiled, to other last digits
-    # Ctrl-C reaches all processes of a terminal; a run hears it, see train.Stop.
+    # Ctrl-C reaches all processes of a terminal; a run hears it, see run/stop.py.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
         out, err = io.StringIO(), io.StringIO()

@@ -299,7 +299,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         shapes = [[{name: t.shape for name, t in state.items()} for state in states] for states in (whole, given)]
         if len(state_dict["state"]) != len(own) or shapes[0] != shapes[1]:
             raise ValueError(
-                "FlipOptimizer: the state dict does not match: its layers or momentum differ from this optimizer's"
+                f"FlipOptimizer: the state dict does not match: it is that of {_described(given)}, and this optimizer "
+                f"has {_described(whole)}; make the optimizer as it was when the state was saved"
             )
         super().load_state_dict(state_dict)
         layers = [owner_of(p) for group in self.param_groups for p in group["params"]]
@@ -320,6 +321,12 @@ class FlipOptimizer(torch.optim.Optimizer):
             self.exchange.forget()
         for number, group in enumerate(self.param_groups):
             self._adopt(number, [_layer_of(group, place) for place in range(len(group["params"]))])
+
+
+def _described(states: Sequence[dict[str, Any]]) -> str:
+    """Of how many layers states are, with how much momentum."""
+    momenta = [state["momentum"].numel() for state in states if "momentum" in state]
+    return f"{sum(map(bool, states))} layers, {len(momenta)} with momentum of {sum(momenta):,} bytes in all"
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

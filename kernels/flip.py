@@ -166,6 +166,7 @@ def flip(
         if momentum is not None:
             votes = accumulate_momentum_(momentum, momentum_scale, votes, rule.momentum, rng, layers, stop)
         votes = score(rule.rule, votes, weight, rule.ortho_tile)
+        # What is left is to select and move: by "gain" the kernel takes what it is given as scores.
         rule, momentum, momentum_scale = replace(rule, rule="gain", momentum=0.0), None, None
     side = rule.topk_tile
     q, unit = weight_limit(rule.bits)

@@ -154,7 +154,8 @@ def learn_in_backward(
     """
     if used.item():
         raise ValueError(
-            'a weight was used twice in one step with update = "backward", which moved it after the first use; '
+            f'a weight {tuple(weight.shape)} was used twice in one step with update = "backward", which moved it after '
+            'the first use; '
             'take update = "step" for micro-batches and for layers used more than once'
         )
     used.fill_(True)

@@ -5,7 +5,7 @@
     stored as int8, one scale per tile of 64 x 64: scale = max|M| / 127, rounded up or down at random (`philox.dither`)
 
 `momentum_tile` is what kernels that flip do in registers: 2 bytes for each weight. `accumulate_momentum_` alone reads
-4 + 1 and writes 4 + 1 bytes for each: for rules that look at whole matrices.
+4 + 1 and writes 4 + 1 bytes for each: where scores are formed before the kernel that selects.
 """
 
 import torch

@@ -134,7 +134,10 @@ def quotient(x, divisor):
 
 @jit
 def orthogonalise_tile(v):
-    """`orthogonalise` of one square tile in registers, rounded to fp16 where torch's is: float32 (n, n) to float32."""
+    """`orthogonalise` of one square tile in registers, rounded to fp16 where torch's is: float32 (n, n) to float32.
+
+    `TINY`, `NEWTON_SCHULZ` and all `NEWTON_SCHULZ_STEPS` but the last, which ends in fp32, are written out here.
+    """
     wide = v.to(tl.float64)
     norm = tl.sqrt(tl.sum(wide * wide)).to(tl.float32)
     x = quotient(v, tl.maximum(norm, 1e-20)).to(tl.float16)

@@ -90,7 +90,10 @@ def check_update(
                 f"flip: got momentum {momentum.dtype} and scales {momentum_scale.dtype}; need int8 and float32"
             )
         if not momentum.is_contiguous() or not momentum_scale.is_contiguous():
-            raise ValueError("flip: momentum and its scales must be contiguous")
+            raise ValueError(
+                f"flip: got momentum with strides {momentum.stride()} and scales with {momentum_scale.stride()}; they "
+                "must be contiguous"
+            )
     if not 1 <= rule.bits <= 8:
         raise ValueError(f"flip: got bits {rule.bits}; weights have 1 to 8 bits")
     return tuple(weight.shape)

@@ -287,11 +287,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 to_dict = dataclasses.asdict  # every key and the name, as plain values for JSON
 
 
-def validate(cfg: Config) -> Config:
-    """cfg itself, numbers in their declared types. Raises UserError(code=2) like `load`."""
-    return from_dict(to_dict(cfg))
-
-
 def to_toml(cfg: Config) -> str:
     """cfg as TOML; `load` of a file with this text gives an equal Config."""
     return "".join(f"{k} = {show(getattr(cfg, k))}\n" for k in FIELDS)

@@ -53,7 +53,7 @@ def test_inputs_outgrow_the_cache_and_take_turns():
 def test_moves_are_undone_while_they_are_timed():
     seen = []
     case = Case("moves", (1,), 1, 1, lambda: (torch.ones(1), torch.zeros(1)),
-                      lambda votes, weight: seen.append(votes.item()), moves=True)  # fmt: skip
+                lambda votes, weight: seen.append(votes.item()), moves=True)  # fmt: skip
     timer = Timer(CPU, 0.0)
     timer.cache = 1
     top = {"int8_operations_per_second": 1.0, "copied_bytes_per_second": 1.0}
