@@ -15,7 +15,7 @@ W is what the products read. With `bits` below `keep_bits` that is coarser than 
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,23 @@ class Delta:
                 f"Delta: got kind {self.kind!r}, scale {self.scale!r}, bits {self.bits}; kind is int8 or sign, scale "
                 "step or delayed, bits 2 to 8"
             )
+
+
+class Voting(NamedTuple):
+    """What a training pass needs of its layer, in the words of IntLayer."""
+
+    rng: Tensor
+    votes: Tensor | None
+    scale: Tensor
+    votes_scale: Tensor
+    scratch: Tensor
+    delta_history: Tensor | None
+    learning: tuple[Any, ...] | None
+    kind: str  # Delta's
+    delta_bits: int
+    first_column: int
+    place: Place | None
+    reading: tuple[int, int, int, int]  # the arguments of `read_weight`
 
 
 class IntLayer(nn.Module):
@@ -183,12 +200,12 @@ class IntLayer(nn.Module):
         """What must be saved of this layer, beside its weight, to go on exactly."""
         return {"rng": self.rng} | ({} if self.delta_history is None else {"delta_history": self.delta_history})
 
-    def _voting(self) -> tuple:
-        """What a backward pass needs of this layer to vote: tensors that it changes, then settings."""
-        about_delta = (self.delta.kind, self.delta.bits, self.first_column)
+    def _voting(self) -> Voting:
         reading = (self.bits, self.keep_bits, self.threshold, self.levels)
-        scales = self.scale, self.votes_scale, self.scratch, self.delta_history
-        return self.rng, self.votes, scales, self.learning, about_delta, self.place, reading
+        return Voting(
+            self.rng, self.votes, self.scale, self.votes_scale, self.scratch, self.delta_history, self.learning,
+            self.delta.kind, self.delta.bits, self.first_column, self.place, reading,
+        )  # fmt: skip
 
 
 class IntLinear(IntLayer):
@@ -286,7 +303,7 @@ def delayed_sigma(delta: Tensor, delta_history: Tensor, levels: int) -> Tensor:
 
 
 def _to_int8(
-    delta: Tensor, voting: tuple, by_columns: bool
+    delta: Tensor, voting: Voting, by_columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | tuple[()]]:
     """delta (..., n) to D int8 (T, n), what of D votes int8, the layer's scale * sigma (() or, delayed, (T, 1)), and
     the ratios that bring the votes so far and the new ones to one scale. Signs and delayed scales need none.
@@ -294,24 +311,25 @@ def _to_int8(
     `by_columns`: how the votes will be read.
     """
     noted, delta = largest_noted(delta), delta.reshape(-1, delta.shape[-1])
-    rng, _, (scale, votes_scale, scratch, delta_history), _, (kind, bits, first_column), place, _ = voting
+    rng, place, bits, delta_history = voting.rng, voting.place, voting.delta_bits, voting.delta_history
     wait_for(rng)  # if this layer was used twice, and votes of one use are still being summed
     quantize = quantize_delta_twice if by_columns else _quantize_once
     if place is not None:
         rng = noise_rng(rng, delta.shape[0], place)
-    about_noise = rng, delta.shape[0], first_column, delta.shape[1]
+    about_noise = rng, delta.shape[0], voting.first_column, delta.shape[1]
     if delta_history is None:
         # The largest of each part, or of each rank, has the same scale as the whole.
         whole = delta if noted is None else noted[None]
         whole = whole if place is None else max_over_ranks(absmax(whole), place.handle).view(1, 1)
-        measured, noise = prepare_delta(whole, scale, votes_scale, scratch, largest_of_bits(bits), *about_noise)
+        scales = voting.scale, voting.votes_scale, voting.scratch
+        measured, noise = prepare_delta(whole, *scales, largest_of_bits(bits), *about_noise)
         d, voter = quantize(delta, measured[0], noise, bits)
-        scaled, ratios = measured[3], (measured[1], measured[2]) if kind == "int8" else ()
+        scaled, ratios = measured[3], (measured[1], measured[2]) if voting.kind == "int8" else ()
     else:
         sigma = delayed_sigma(delta, delta_history, largest_of_bits(bits))
         d, voter = quantize(delta, sigma, noise_from(*about_noise), bits)
-        scaled, ratios = scale * sigma, ()
-    voter = torch.sign(delta).to(torch.int8) if kind == "sign" else voter
+        scaled, ratios = voting.scale * sigma, ()
+    voter = torch.sign(delta).to(torch.int8) if voting.kind == "sign" else voter
     if delta_history is not None:  # the first step only measures
         voter = torch.where(delta_history[1:].amax() > 0, voter, 0)
     return d, voter, scaled, ratios
@@ -322,17 +340,19 @@ def _quantize_once(*arguments: Any) -> tuple[Tensor, Tensor]:
     return d, d
 
 
-def _vote(voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[()], ctx) -> None:
+def _vote(
+    voting: Voting, weight: Tensor, voter: Tensor, operand: Tensor, ratios: tuple[Tensor, Tensor] | tuple[()]
+) -> None:
     """Let one backward pass vote: into the layer's buffer, or (update = "backward") straight into moves of the weight.
 
     voter int8 (T, out); operand is X int8 (T, in), or the tokens int64 (T,) of an embedding.
     """
-    rng, votes, (_, votes_scale, _, delta_history), learning, _, place, _ = ctx.voting
-    if learning is not None:
-        k, found_inf, *others = learning
-        largest = votes_scale if delta_history is None else delta_history[0]
+    rng, votes, place = voting.rng, voting.votes, voting.place
+    if voting.learning is not None:
+        k, found_inf, *others = voting.learning
+        largest = voting.votes_scale if voting.delta_history is None else voting.delta_history[0]
         stop = torch.maximum(found_inf, (~torch.isfinite(largest)).float())  # such a delta says nothing of weights
-        learn_in_backward(voter, operand, ctx.weight, rng, k, stop, *others)
+        learn_in_backward(voter, operand, weight, rng, k, stop, *others)
     elif votes is None:  # no optimizer moves this weight
         pass
     elif operand.dtype != torch.int64 and place is None:
@@ -370,9 +390,10 @@ def _linear(
 class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, fork, tap, weight, act_range, squared_relu, *voting):
-        _, votes, (scale, *_), learning, *_, reading = voting
-        votes = votes is not None or learning is not None
-        y, *kept = _linear(x, residual, read_weight(weight, *reading), scale, act_range, squared_relu, votes)
+        voting = Voting(*voting)
+        votes = voting.votes is not None or voting.learning is not None
+        read = read_weight(weight, *voting.reading)
+        y, *kept = _linear(x, residual, read, voting.scale, act_range, squared_relu, votes)
         ctx.save_for_backward(*kept)
         ctx.weight, ctx.squared_relu, ctx.voting = weight, squared_relu, voting
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -382,7 +403,7 @@ class _IntLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta, forked=None):
         flat, x_int8, inv_rms = ctx.saved_tensors
-        weight = read_weight(ctx.weight, *ctx.voting[-1])
+        weight = read_weight(ctx.weight, *ctx.voting.reading)
         d, voter, scaled, ratios = _to_int8(delta, ctx.voting, by_columns=True)
         delta_x = None
         if ctx.needs_input_grad[0]:
@@ -397,7 +418,7 @@ class _IntLinearFunction(torch.autograd.Function):
             delta_x = rows.view(ctx.shape).to(ctx.dtype)
             if ctx.dtype == rows.dtype:
                 note_as(delta_x, rows)
-        _vote(voter, x_int8, ratios, ctx)  # after the product, which reads the weight
+        _vote(ctx.voting, ctx.weight, voter, x_int8, ratios)  # after the product, which reads the weight
         delta_residual = delta.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None
         return delta_x, delta_residual, *[None] * (5 + len(ctx.voting))
 
@@ -406,13 +427,12 @@ class _IntEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, tap, weight, dtype, *voting):
         ctx.save_for_backward(tokens)
-        ctx.weight, ctx.voting = weight, voting
-        scale, reading = voting[2][0], voting[-1]
-        return embedding(tokens, read_weight(weight, *reading), scale, dtype)
+        ctx.weight, ctx.voting = weight, Voting(*voting)
+        return embedding(tokens, read_weight(weight, *ctx.voting.reading), ctx.voting.scale, dtype)
 
     @staticmethod
     def backward(ctx, delta):
         (tokens,) = ctx.saved_tensors
         _, voter, _, ratios = _to_int8(delta, ctx.voting, by_columns=False)
-        _vote(voter, tokens.reshape(-1), ratios, ctx)
+        _vote(ctx.voting, ctx.weight, voter, tokens.reshape(-1), ratios)
         return None, *[None] * (3 + len(ctx.voting))
