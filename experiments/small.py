@@ -2,8 +2,9 @@
 
 Every row sees 1.536 M characters: 500 steps of 48 windows, or as many as its batch size makes of them. A row is tuned,
 its batch size included, on a part held out of the training text (eval_on = "tune", one seed); the best setting is then
-trained three times on the whole training part and judged by the loss of its last step on the usual last 10 % (eval_on =
-"val"). Rows that keep no more bits than they read have batches of 48 and 96 alone.
+trained with three seeds on the whole training part and judged by the loss of its last step on the usual last 10 %
+(eval_on = "val"). Rows that lie around AdamW and Muon have five seeds; rows that keep fewer than six bits have batches of
+48 and 96 alone.
 
 Bits are those that products read of a weight and those that it keeps. Muon has AdamW for embedding and head, 2 % of the
 weights. "Muon, int8" keeps its momentum in int8 (arXiv 2509.23106), SWAN none (arXiv 2412.13148): they are the float
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
-from experiments.rows import SEEDS, Row, finished, make_row, markdown, settings, tune_and_train, tuning_table
-from experiments.sweep import Store, exact, show_quality, steps_to
+from experiments.rows import SEEDS, Row, finals, finished, make_row, markdown, settings, tune_and_train, tuning_table
+from experiments.sweep import Store, exact, run_cells, show_quality, steps_to
 
 __all__ = ["tuning_table"]  # for the report
 PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contribution", "topk_tile": 0,
@@ -48,9 +49,10 @@ ROWS = (
         {"muon_lr": 16e-3, "warmup": 20}, {"muon_lr": 16e-3, "weight_decay": 0.1},
         *each("muon_lr", 24e-3, 32e-3, 48e-3, 64e-3, **HALF), *each("muon_lr", 24e-3, 32e-3, 48e-3, **TWELVE)),
     row("Muon, int8", MUON | {"method": "muon", "muon_state": "int8"},
-        *each("muon_lr", 32e-3, 48e-3, **HALF), {"muon_lr": 48e-3}),
+        *each("muon_lr", 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 48e-3}, {"muon_lr": 32e-3} | TWELVE),
     row("SWAN", MUON | {"method": "muon", "muon_state": "none"},
-        {"muon_lr": 8e-3}, *each("muon_lr", 4e-3, 16e-3, 32e-3, 64e-3, 96e-3, 128e-3, **HALF)),
+        {"muon_lr": 8e-3}, *each("muon_lr", 4e-3, 16e-3, 32e-3, 64e-3, 96e-3, 128e-3, 192e-3, **HALF),
+        {"muon_lr": 96e-3} | TWELVE),
     row("GFT, 6 bits", GFT | {"bits": 6},
         *each("k", 0.4, 0.5), {"k": 0.5, "init_std": 0.4}, {"k": 0.55, "bits": 7, "step_size": 2},
         *each("k", 0.3, 0.4, 0.5, **HALF), *each("k", 0.3, 0.4, **TWELVE)),
@@ -58,14 +60,17 @@ ROWS = (
         *each("k", 0.2, 0.3), {"k": 0.3, "bits": 7, "step_size": 2}, {"k": 0.4, "bits": 8, "step_size": 4},
         *each("k", 0.2, 0.3, 0.4, 0.5, **HALF), {"k": 0.3, "momentum": 0.95} | HALF,
         *each("k", 0.2, 0.3, **TWELVE)),
-    *(row(f"GFT, {name}", GFT | {"bits": bits}, *each("k", 0.3, 0.5, 0.7, 0.9, **HALF))
-      for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
-    row("GFT, 2 bits of four levels", GFT | FOUR, *each("k", 0.5, 0.7, 0.9, **HALF)),
-    row("GFT, 2 bits of four levels, momentum", MOMENTUM | FOUR, *each("k", 0.2, 0.3, 0.4, **HALF)),
-    *(row(f"GFT, {name}, momentum", MOMENTUM | {"bits": bits}, *each("k", *shares, **HALF))
-      for name, bits, *shares in (
-          ("4 bits", 4, 0.2, 0.3, 0.4), ("ternary", 2, 0.12, 0.2, 0.3), ("binary", 1, 0.2, 0.3, 0.4, 0.6))),
-    *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3}, {"lr": 8e-3} | HALF)
+    *(row(f"GFT, {name}", GFT | bits, *each("k", 0.3, 0.5, 0.7, 0.9, **HALF), {"k": 0.9}, *each("k", *short, **TWELVE))
+      for name, bits, *short in (
+          ("4 bits", {"bits": 4}, 0.7), ("ternary", {"bits": 2}, 0.5, 0.7, 0.9), ("binary", {"bits": 1}, 0.7, 0.9))),
+    row("GFT, 2 bits of four levels", GFT | FOUR, *each("k", 0.5, 0.7, 0.9, **HALF), {"k": 0.9},
+        *each("k", 0.7, **TWELVE)),
+    *(row(f"GFT, {name}, momentum", MOMENTUM | bits, *each("k", *shares, **HALF), {"k": full}, {"k": short} | TWELVE)
+      for name, bits, full, short, *shares in (
+          ("2 bits of four levels", FOUR, 0.4, 0.2, 0.2, 0.3, 0.4), ("4 bits", {"bits": 4}, 0.4, 0.2, 0.2, 0.3, 0.4),
+          ("ternary", {"bits": 2}, 0.3, 0.12, 0.12, 0.2, 0.3), ("binary", {"bits": 1}, 0.5, 0.3, 0.2, 0.3, 0.4, 0.6))),
+    *(row(f"STE, {name}, AdamW", ADAMW | {"method": "ste", "bits": bits}, {"lr": 16e-3},
+          *each("lr", 4e-3, 8e-3, **HALF), {"lr": 8e-3} | TWELVE)
       for name, bits in (("4 bits", 4), ("ternary", 2), ("binary", 1))),
     *(row(f"STE, {name}, Muon", MUON | {"method": "ste", "ste_optimizer": "muon", "bits": bits},
           *each("muon_lr", 32e-3, 48e-3, 64e-3, **HALF), {"muon_lr": 32e-3} | TWELVE)
@@ -88,11 +93,18 @@ ROWS = (
 )  # fmt: skip
 
 
+MORE_SEEDS = (4, 5)
+CLOSE = (BASELINE, "SWAN", "Muon, fp32", "Muon, int8", "GFT, 6 bits, momentum", "GFT, 4 bits, momentum")
+
+
 def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
-    """Tune every row, then train its winner with each seed."""
+    """Tune every row, then train its winner with each seed, rows that are close with two more."""
     short = {"steps": 12, "warmup": 0, "eval_windows": 20, "compile": "false"} if quick else {}
     rows = [replace(row, cells=row.cells[:2]) for row in ROWS] if quick else ROWS
     tune_and_train(rows, store, jobs, SEEDS[:1] if quick else SEEDS, **short, **common)
+    if not quick:
+        close = [row for row in rows if row.name in CLOSE]
+        run_cells([cell for row in close for cell in finals(row, store, MORE_SEEDS, **common)], store, jobs)
 
 
 def updates_until(runs: Sequence[dict], target: float) -> str:
@@ -112,7 +124,7 @@ def table(store: Store, threads: int = 1) -> str:
     heads = ("row", "bits read / kept", "val loss, last step", "seeds", "against AdamW",
              "bytes per weight: weight + state", "moves of a weight per step", "updates until AdamW's loss",
              "chosen on the held-out part")  # fmt: skip
-    found = list(finished(ROWS, store, threads=threads))
+    found = list(finished(ROWS, store, (*SEEDS, *MORE_SEEDS), threads=threads))
     base = mean(r["val_loss"] for r in found[0][1]) if found and found[0][0] is ROWS[0] else None
     lines = []
     for row, runs in found:

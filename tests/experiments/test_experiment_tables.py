@@ -204,7 +204,7 @@ def test_points_of_the_scaling_figure_are_the_best_of_their_grid(ran, run_quietl
     assert "| 64 | 262,144 | 17,100 | 0.0108 (lr 0.008) |" in text, "least lr, k: least loss of these made-up runs"
     assert "0.0300 (+0.019; k 0.2) |" in text
     points = scaling.points(store, 1)
-    assert {method: list(by) for method, by in points.items()} == dict.fromkeys(scaling.METHODS, [64, 128, 256])
+    assert {method: list(by) for method, by in points.items()} == dict.fromkeys(scaling.METHODS, list(scaling.CHOICES))
     tokens = {c.resolved().d_model: c.resolved().steps * 12 * 64 for c in ran}
     assert all(abs(t / scaling.weights(width) - 0.5) < 0.002 for width, t in tokens.items())
     scaling.draw(store, tmp_path)
