@@ -3,8 +3,8 @@
 Every row sees 1.536 M characters: 500 steps of 48 windows, or as many as its batch size makes of them. A row is tuned,
 its batch size included, on a part held out of the training text (eval_on = "tune", one seed); the best setting is then
 trained with three seeds on the whole training part and judged by the loss of its last step on the usual last 10 %
-(eval_on = "val"). Rows that lie around AdamW and Muon have five seeds; rows that keep fewer than six bits have batches of
-48 and 96 alone.
+(eval_on = "val"). Rows that lie around AdamW and Muon have five seeds; rows that keep fewer than six bits have batches
+of 48 and 96 alone.
 
 Bits are those that products read of a weight and those that it keeps. Muon has AdamW for embedding and head, 2 % of the
 weights. "Muon, int8" keeps its momentum in int8 (arXiv 2509.23106), SWAN none (arXiv 2412.13148): they are the float
