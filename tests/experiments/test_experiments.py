@@ -120,12 +120,14 @@ def test_small_tunes_on_the_held_out_part_and_reports_on_the_other(tmp_path, mad
     tuned = [c for c in made_up if c.resolved().eval_on == "tune"]
     finals = [c for c in made_up if c.resolved().eval_on == "val"]
     assert len(tuned) == sum(len(row.cells) for row in small.ROWS)
-    assert len(finals) == 3 * len(small.ROWS) and {c.resolved().seed for c in finals} == {1, 2, 3}
+    seeds = {row.name: {c.resolved().seed for c in finals if c.label == row.name} for row in small.ROWS}
+    assert all(of == {1, 2, 3} | ({4, 5} if name in small.CLOSE else set()) for name, of in seeds.items())
+    assert set(small.CLOSE) <= set(seeds) and len(finals) == 3 * len(small.ROWS) + 2 * len(small.CLOSE)
     row = next(r for r in small.ROWS if r.name == "GFT, 4 bits")
     winners = {c.resolved().k for c in finals if c.label == row.name}
     assert winners == {min(c.resolved().k for c in row.cells)}
     text = small.table(store)
-    assert text.count("\n") == len(small.ROWS) + 1 and "| 3 | +0.0000 |" in text
+    assert text.count("\n") == len(small.ROWS) + 1 and "| 5 | +0.0000 |" in text
     assert small.tuning_table(store).count("\n") == 1 + len(tuned)
 
 
