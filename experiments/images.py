@@ -40,6 +40,7 @@ def vit(name: str, common: dict, *choices: dict) -> Row:
 
 BASELINE = "AdamW, fp32"
 BALANCED = {"rule": "balanced"}
+FOUR = {"bits": 2, "levels": 4}
 CONFIG = BALANCED | CROP | {"batch_size": 1024}  # as configs/mnist.toml has it: 80 epochs
 MNIST = (
     mnist(BASELINE, {"method": "adamw"},
@@ -87,6 +88,9 @@ MNIST = (
     mnist("ternary read, momentum", MOMENTUM | CONFIG | {"bits": 2},
           {"k": 0.3}, {"k": 0.1}, {"k": 0.3} | LONG, {"k": 0.03}, {"k": 0.03, "topk_tile": 16} | LONG,
           {"k": 0.1, "rule": "spectral"} | LONG),
+    mnist("2 bits of four levels read, no momentum", GFT | CONFIG | FOUR,
+          {"k": 0.3}, {"k": 0.3} | LONG, {"k": 0.3, "topk_tile": 16} | LONG),
+    mnist("2 bits of four levels read, momentum", MOMENTUM | CONFIG | FOUR, {"k": 0.3}, {"k": 0.1}),
     mnist("binary read, momentum", MOMENTUM | CONFIG | {"bits": 1},
           {"k": 0.3}, {"k": 0.1}, {"k": 0.3} | LONG, {"k": 0.03}, {"k": 0.1, "topk_tile": 16},
           {"k": 0.1, "momentum": 0.95}),
