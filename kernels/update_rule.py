@@ -69,31 +69,31 @@ def check_update(
     """The shape (L, out, in) of weight. Raises ValueError if votes of `shape`, weight and momentum do not agree."""
     if weight.dtype != torch.int8 or weight.dim() != 3 or 0 in weight.shape or not weight.is_contiguous():
         raise ValueError(
-            f"flip: got a weight {weight.dtype} {tuple(weight.shape)}; "
+            f"weight update: got a weight {weight.dtype} {tuple(weight.shape)}; "
             "it must be int8 (L, out, in), contiguous, not empty"
         )
     if tuple(shape) != tuple(weight.shape):
-        raise ValueError(f"flip: got votes {tuple(shape)} for a weight {tuple(weight.shape)}; they must agree")
+        raise ValueError(f"weight update: got votes {tuple(shape)} for a weight {tuple(weight.shape)}; they must agree")
     wanted = rule.momentum > 0
     if (momentum is not None) != wanted or (momentum_scale is not None) != wanted:
         found = "missing" if wanted else "given"
-        raise ValueError(f"flip: momentum is {rule.momentum} and its buffer or its scales are {found}")
+        raise ValueError(f"weight update: momentum is {rule.momentum} and its buffer or its scales are {found}")
     if momentum is not None:
         tiles = tile_count(tuple(weight.shape[1:]), MOMENTUM_TILE)
         if momentum.shape != weight.shape or tuple(momentum_scale.shape) != (weight.shape[0], tiles):
             raise ValueError(
-                f"flip: got momentum {tuple(momentum.shape)} and scales {tuple(momentum_scale.shape)}; "
+                f"weight update: got momentum {tuple(momentum.shape)} and scales {tuple(momentum_scale.shape)}; "
                 f"need {tuple(weight.shape)} and {(weight.shape[0], tiles)}"
             )
         if momentum.dtype != torch.int8 or momentum_scale.dtype != torch.float32:
             raise ValueError(
-                f"flip: got momentum {momentum.dtype} and scales {momentum_scale.dtype}; need int8 and float32"
+                f"weight update: got momentum {momentum.dtype} and scales {momentum_scale.dtype}; need int8 and float32"
             )
         if not momentum.is_contiguous() or not momentum_scale.is_contiguous():
             raise ValueError(
-                f"flip: got momentum with strides {momentum.stride()} and scales with {momentum_scale.stride()}; they "
-                "must be contiguous"
+                f"weight update: got strides {momentum.stride()} of momentum and {momentum_scale.stride()} of its "
+                "scales; both must be contiguous"
             )
     if not 1 <= rule.bits <= 8:
-        raise ValueError(f"flip: got bits {rule.bits}; weights have 1 to 8 bits")
+        raise ValueError(f"weight update: got bits {rule.bits}; weights have 1 to 8 bits")
     return tuple(weight.shape)
