@@ -2,7 +2,7 @@
 
     counts = count(config, vocab_size)                           one step of a Config, any method
     counts = count(config, 10, image=(28, 28, 1))                the same on images
-    counts = count_net(Net(...), Recipe("adamw"))                any other net, see run/workload.py
+    counts = count_net(Net(...), Config(method="adamw"))         any other net, see run/workload.py
     counts.joules("45nm"), counts.by_part("7nm"), counts.of("int8_mul", "forward")
 
 The model, the same for all methods (docs/energy.md gives the formulas and their reasons):
@@ -24,10 +24,10 @@ from collections import defaultdict
 from kernels.balanced import SINKHORN_ROUNDS
 from kernels.momentum import MOMENTUM_TILE
 from kernels.scores import NEWTON_SCHULZ_STEPS
-from kernels.tiles import tile_grid
+from kernels.tiles import tile_count
 from run.config import Config
 from run.meter import Reading
-from run.workload import Attention, Layer, Net, Recipe, net_of
+from run.workload import Attention, Layer, Net, net_of
 
 PARTS = ("embedding", "forward", "delta", "votes", "norms", "attention", "loss", "rounding", "philox",
          "orthogonalisation", "selection", "momentum", "update")  # fmt: skip
@@ -94,45 +94,56 @@ class Counts:
 
 def count(config: Config, outputs: int, image: tuple[int, int, int] | None = None) -> Counts:
     """One step of `config` on text of `outputs` tokens, or on images (height, width, channels) of so many classes."""
-    return count_net(net_of(config, outputs, image), Recipe.from_config(config))
+    return count_net(net_of(config, outputs, image), config)
 
 
-def count_net(net: Net, recipe: Recipe) -> Counts:
-    """One training step of `net`."""
+def count_net(net: Net, cfg: Config) -> Counts:
+    """One training step of `net`, by the method of `cfg`, whose sizes are not read. Float layers beside integer ones
+    learn by AdamW."""
     c = Counts()
     for layer in net.layers:
-        _weights(c, layer, recipe)
-        (_embedding if layer.embedding else _linear)(c, layer, recipe)
-        _votes(c, layer, recipe)
-        (_flips if layer.integer else _descent)(c, layer, recipe)
+        _weights(c, layer, cfg)
+        (_embedding if layer.embedding else _linear)(c, layer, cfg)
+        _votes(c, layer, cfg)
+        (_flips if layer.integer else _descent)(c, layer, cfg)
     for attention in net.attentions:
-        _attention(c, attention, recipe)
-    _loss(c, net, recipe)
+        _attention(c, attention, cfg)
+    _loss(c, net, cfg)
     _philox(c, net)
     return c
 
 
-def _weights(c: Counts, la: Layer, r: Recipe) -> None:
+def _half(cfg: Config) -> bool:
+    """Whether what goes from kernel to kernel is bf16."""
+    return cfg.precision == "bf16"
+
+
+def _half_weights(cfg: Config) -> bool:
+    """Whether the products of float layers are bf16: not of those beside integer ones."""
+    return _half(cfg) and cfg.method != "gft"
+
+
+def _weights(c: Counts, la: Layer, cfg: Config) -> None:
     """What a weight goes through before each use: rounding to a grid (ste, or fewer bits read than kept), to bf16."""
     if la.integer:
-        if r.coarse:  # two or three operations an element, once for the product forwards and once for delta's
-            uses = (1 + la.hands_on) * la.size * r.grad_accum
+        if cfg.bits < cfg.kept_bits:  # two or three operations an element, for the product forwards and for delta's
+            uses = (1 + la.hands_on) * la.size * cfg.grad_accum
             c.add("rounding", int32_add=3 * uses, bytes=2 * uses)
         return
-    if r.method == "ste":
+    if cfg.method == "ste":
         # The grid: a maximum (or mean). The weight: divided, rounded, clipped on both sides, multiplied; in fp32.
-        c.add("rounding", fp32_mul=2 * la.size * r.grad_accum, fp32_add=4 * la.size * r.grad_accum,
-              bytes=(4 + 4 + 4) * la.size * r.grad_accum)  # fmt: skip
-    if r.half_weights and not la.embedding:
-        c.add("forward", bytes=(4 + 2) * la.size * r.grad_accum)
+        c.add("rounding", fp32_mul=2 * la.size * cfg.grad_accum, fp32_add=4 * la.size * cfg.grad_accum,
+              bytes=(4 + 4 + 4) * la.size * cfg.grad_accum)  # fmt: skip
+    if _half_weights(cfg) and not la.embedding:
+        c.add("forward", bytes=(4 + 2) * la.size * cfg.grad_accum)
 
 
-def _linear(c: Counts, la: Layer, r: Recipe) -> None:
+def _linear(c: Counts, la: Layer, cfg: Config) -> None:
     """The norm, the product with W and the product with its transpose."""
     read, written, n = la.rows * la.inputs, la.rows * la.outputs, la.rows * la.inputs * la.outputs
-    kind, operand, value = _formats(la, r)
-    weights = operand * la.size * r.grad_accum
-    signs = (r.bits == 1 or (r.bits == 2 and r.levels == 3)) and (la.integer or r.method == "ste")
+    kind, operand, value = _formats(la, cfg)
+    weights = operand * la.size * cfg.grad_accum
+    signs = (cfg.bits == 1 or (cfg.bits == 2 and cfg.levels == 3)) and (la.integer or cfg.method == "ste")
 
     # x * x, its sum, x / rms; the mean, a root and a reciprocal for each row.
     c.add("norms", fp32_mul=2 * read + la.rows, fp32_add=read, special=2 * la.rows,
@@ -145,7 +156,7 @@ def _linear(c: Counts, la: Layer, r: Recipe) -> None:
         c.add("norms", fp32_add=2 * written, bytes=2 * value * written)  # forwards, and delta where the branch began
 
     if la.integer:
-        _round_delta(c, la, r)
+        _round_delta(c, la, cfg)
     else:
         c.add("delta", fp32_mul=written)  # by the gain
     if la.hands_on:
@@ -159,57 +170,57 @@ def _linear(c: Counts, la: Layer, r: Recipe) -> None:
         c.add("norms", fp32_mul=(1 + 3 * back) * read, fp32_add=(1 + back) * read)
 
 
-def _formats(la: Layer, r: Recipe) -> tuple[str, int, int]:
+def _formats(la: Layer, cfg: Config) -> tuple[str, int, int]:
     """Type of a layer's products, bytes of their operands, bytes of other activations and deltas."""
     if la.integer:
-        return "int8", 1, 2 if r.half else 4
-    return ("bf16", 2, 2) if r.half_weights else ("fp32", 4, 2 if r.half else 4)
+        return "int8", 1, 2 if _half(cfg) else 4
+    return ("bf16", 2, 2) if _half_weights(cfg) else ("fp32", 4, 2 if _half(cfg) else 4)
 
 
-def _round_delta(c: Counts, la: Layer, r: Recipe) -> None:
+def _round_delta(c: Counts, la: Layer, cfg: Config) -> None:
     """delta to int8: a maximum; / sigma, + dither (two words added and masked, scaled), floor, clip on both sides."""
-    n, value = la.rows * la.outputs, 2 if r.half else 4
-    own_pass = value * n if r.delta_scale == "step" else 0
+    n, value = la.rows * la.outputs, 2 if _half(cfg) else 4
+    own_pass = value * n if cfg.delta_scale == "step" else 0
     c.add("rounding", fp32_mul=2 * n, fp32_add=5 * n, int32_add=2 * n,
-          bytes=own_pass + (value + 1 + (r.delta == "sign")) * n + 4 * (la.rows + la.outputs))  # fmt: skip
+          bytes=own_pass + (value + 1 + (cfg.delta == "sign")) * n + 4 * (la.rows + la.outputs))  # fmt: skip
 
 
-def _embedding(c: Counts, la: Layer, r: Recipe) -> None:
+def _embedding(c: Counts, la: Layer, cfg: Config) -> None:
     """Rows are gathered; a token is 8 bytes."""
     n = la.rows * la.outputs
-    stored, written = 1 if la.integer else 4, 2 if r.half and not r.half_weights else 4
+    stored, written = 1 if la.integer else 4, 2 if _half(cfg) and not _half_weights(cfg) else 4
     c.add("embedding", fp32_mul=n if la.integer else 0, bytes=(stored + written) * n + 8 * la.rows)
     if la.integer:
-        _round_delta(c, la, r)
+        _round_delta(c, la, cfg)
 
 
-def _votes(c: Counts, la: Layer, r: Recipe) -> None:
+def _votes(c: Counts, la: Layer, cfg: Config) -> None:
     """V = D^T X or the gradient of W; from the second micro-batch on, added to what is there."""
-    kind, operand, _ = _formats(la, r)
+    kind, operand, _ = _formats(la, cfg)
     add = "int32_add" if la.integer else "fp32_add"
-    matrix = 4 * la.size * (2 * r.grad_accum - 1)
+    matrix = 4 * la.size * (2 * cfg.grad_accum - 1)
     if la.embedding:
         delta = 1 if la.integer else 4
         c.add("votes", **{add: la.rows * la.outputs}, bytes=delta * la.rows * la.outputs + 8 * la.rows + matrix)
     else:
         c.products("votes", kind, la.rows * la.size)
         c.add("votes", bytes=operand * la.rows * (la.inputs + la.outputs) + matrix)
-    c.add("votes", **{add: la.size * (r.grad_accum - 1)})
+    c.add("votes", **{add: la.size * (cfg.grad_accum - 1)})
 
 
-def _flips(c: Counts, la: Layer, r: Recipe) -> None:
+def _flips(c: Counts, la: Layer, cfg: Config) -> None:
     """Momentum, the rule's scores, the selection and the moves of one layer; random words among them."""
     n, score_bytes = la.size, 4
-    if r.momentum:
+    if cfg.momentum:
         # M = beta M + V, V + beta M; the stored byte is scaled, divided, dithered, rounded and clipped.
-        tiles = _tiles(la.shape, MOMENTUM_TILE)
+        tiles = tile_count(la.shape, MOMENTUM_TILE)
         c.add("momentum", fp32_mul=3 * n, fp32_add=3 * n, special=tiles, bytes=(1 + 4 + 4 + 1) * n + 8 * tiles)
         c.add("rounding", fp32_mul=2 * n, fp32_add=4 * n, int32_add=2 * n, bytes=4 * 2 * MOMENTUM_TILE * tiles)
         _draw(c, 2 * MOMENTUM_TILE * tiles)
-    rule = r.embedding_rule if la.embedding else r.rule
+    rule = cfg.embedding_rule if la.embedding else cfg.rule
     if rule == "spectral":
-        side = r.ortho_tile
-        for shape in [(side, side)] * _tiles(la.shape, side) if side else [la.shape]:
+        side = cfg.ortho_tile
+        for shape in [(side, side)] * tile_count(la.shape, side) if side else [la.shape]:
             _newton_schulz(c, shape, "fp16", 4, 4)
     elif rule == "balanced":
         _sinkhorn(c, la.shape)
@@ -219,20 +230,15 @@ def _flips(c: Counts, la: Layer, r: Recipe) -> None:
 
     # Legal moves: the moved weight, compared. Radix selection: four digits of the key, each taken and counted; then
     # every key against the threshold and the count of ties. The move, clipped on both sides.
-    side = r.topk_tile
-    drawn = _tiles(la.shape, side) * side**2 if side else n
+    side = cfg.topk_tile
+    drawn = tile_count(la.shape, side) * side**2 if side else n
     spilled = 0 if 4 * (side**2 or n) <= ON_CHIP_BYTES else (1 + 4 + 1) * 4 * n
     c.add("selection", int8_add=2 * n, int32_add=(4 * 2 + 2) * n, bytes=(score_bytes + 1) * n + spilled)
-    _draw(c, _tiles(la.shape, side))
-    if r.flip_prob == "score":
-        c.add("selection", fp32_mul=n, fp32_add=2 * n, special=(2 * n if r.flip_gamma != 1 else 0), bytes=4 * n)
+    _draw(c, tile_count(la.shape, side))
+    if cfg.flip_prob == "score":
+        c.add("selection", fp32_mul=n, fp32_add=2 * n, special=(2 * n if cfg.flip_gamma != 1 else 0), bytes=4 * n)
         _draw(c, drawn)
     c.add("update", int8_add=3 * n, bytes=n)
-
-
-def _tiles(shape: tuple[int, int], side: int) -> int:
-    down, across = tile_grid(shape, side) if side else (1, 1)
-    return down * across
 
 
 def _newton_schulz(c: Counts, shape: tuple[int, int], kind: str, read: int, write: int) -> None:
@@ -258,25 +264,25 @@ def _sinkhorn(c: Counts, shape: tuple[int, int]) -> None:
           special=2 * sum(shape) * SINKHORN_ROUNDS, bytes=traffic)  # fmt: skip
 
 
-def _descent(c: Counts, la: Layer, r: Recipe) -> None:
+def _descent(c: Counts, la: Layer, cfg: Config) -> None:
     """The optimizer step of a float weight. ste is AdamW or Muon; Muon has AdamW for what is not hidden."""
     n = la.size
-    if r.weight_decay:
+    if cfg.weight_decay:
         c.add("update", fp32_mul=n)
-    if r.under_muon and la.hidden:
+    if cfg.under_muon and la.hidden:
         # Momentum (SWAN: rows to unit norm), then Nesterov's mixture; the gradient is read, a bf16 matrix written.
-        kept = {"fp32": 4, "int8": 1, "none": 0}[r.muon_state]
+        kept = {"fp32": 4, "int8": 1, "none": 0}[cfg.muon_state]
         c.add("update", fp32_mul=2 * n, fp32_add=4 * n, bytes=(4 + 2 * kept + 2) * n)
         _newton_schulz(c, la.shape, "bf16", 2, 2)
         c.add("update", fp32_mul=n, fp32_add=n, bytes=(2 + 4 + 4) * n)
         return
-    mul, add, special, moved = UPDATES[r.method if r.method in UPDATES else "adamw"]
+    mul, add, special, moved = UPDATES[cfg.method if cfg.method in UPDATES else "adamw"]
     c.add("update", fp32_mul=mul * n, fp32_add=add * n, special=special * n, bytes=moved * n)
 
 
-def _attention(c: Counts, at: Attention, r: Recipe) -> None:
+def _attention(c: Counts, at: Attention, cfg: Config) -> None:
     """Queries and keys normalised and rotated; then the scores, softmax and mixture of values, and their way back."""
-    kind, value = ("bf16", 2) if r.half else ("fp32", 4)
+    kind, value = ("bf16", 2) if _half(cfg) else ("fp32", 4)
     rows = at.sequences * at.length * at.heads
     n, pairs = rows * at.head_dim, at.sequences * at.heads * at.pairs
     # Both ways for q and k: the norm (2 multiplies and an add; 4 and 2) and the rotation (2 and 1 each way).
@@ -290,9 +296,9 @@ def _attention(c: Counts, at: Attention, r: Recipe) -> None:
     c.add("attention", fp32_mul=2 * n, fp32_add=n, special=2 * rows, bytes=value * (4 + 8) * n + 2 * 4 * rows)
 
 
-def _loss(c: Counts, net: Net, r: Recipe) -> None:
+def _loss(c: Counts, net: Net, cfg: Config) -> None:
     """Cross-entropy: largest, difference, exp, sum, logarithm; backwards difference, exp, scale. And pooling."""
-    n, value = net.loss_rows * net.classes, 2 if r.half else 4
+    n, value = net.loss_rows * net.classes, 2 if _half(cfg) else 4
     c.add("loss", fp32_mul=n, fp32_add=4 * n + 2 * net.loss_rows, special=2 * n + net.loss_rows,
           bytes=3 * value * n + (8 + 4 + 8 + 4) * net.loss_rows)  # fmt: skip
     c.add("norms", fp32_mul=net.pooled, fp32_add=net.pooled, bytes=2 * value * net.pooled)

@@ -1,71 +1,16 @@
-"""The shape of a net and of its training step, as run/energy.py counts it: layers, attention, loss, and how it learns.
+"""The shape of a net and of its training step, as run/energy.py counts it: layers, attention, loss.
 
     transformer(sequences=48, length=64, d_model=128, n_layer=4, n_head=4, classes=65, vocab=65, window=64)
     mlp([784, 256, 10], samples=128)
-    Net(describe(any_module, rows=128), attentions=(), samples=128, loss_rows=128, classes=10)
+    Net((Layer(784, 10, rows=128),), attentions=(), samples=128, loss_rows=128, classes=10)      any other
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import nn
-
-from gft.baselines import FloatEmbedding, FloatLinear
-from gft.layers import IntEmbedding, IntLayer, IntLinear
-from kernels.limits import kept_bits
 from run.config import LAYER_KINDS, Config
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What of a Config changes the work of a step, by its names. Float layers beside integer ones learn by AdamW."""
-
-    method: str = "gft"
-    bits: int = 6
-    keep_bits: int = 0
-    levels: int = 3
-    rule: str = "spectral"
-    embedding_rule: str = "balanced"
-    ortho_tile: int = 128
-    topk_tile: int = 64
-    flip_prob: str = "one"
-    flip_gamma: float = 1.0
-    momentum: float = 0.0
-    delta: str = "int8"
-    delta_scale: str = "step"
-    precision: str = "fp32"
-    grad_accum: int = 1
-    weight_decay: float = 0.0
-    ste_optimizer: str = "adamw"
-    muon_state: str = "fp32"
-
-    @classmethod
-    def from_config(cls, config: Config) -> "Recipe":
-        """Pick these keys out of a Config."""
-        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
-
-    @property
-    def coarse(self) -> bool:
-        """Whether products read fewer bits of an integer weight than it keeps."""
-        return self.bits < kept_bits(self.bits, self.keep_bits)
-
-    @property
-    def under_muon(self) -> bool:
-        """Whether Muon trains the hidden matrices."""
-        return self.method == "muon" or (self.method, self.ste_optimizer) == ("ste", "muon")
-
-    @property
-    def half(self) -> bool:
-        """Whether what goes from kernel to kernel is bf16."""
-        return self.precision == "bf16"
-
-    @property
-    def half_weights(self) -> bool:
-        """Whether the products of float layers are bf16: not of those beside integer ones."""
-        return self.half and self.method != "gft"
 
 
 @dataclass(frozen=True)
@@ -175,24 +120,3 @@ def net_of(config: Config, outputs: int, image: tuple[int, int, int] | None = No
     patches = image[0] * image[1] // config.patch**2
     # A patch comes with a constant beside its pixels.
     return transformer(length=patches, patch=config.patch**2 * image[2] + 1, **shape)
-
-
-def describe(module: nn.Module, rows: int | Mapping[str, int], residual: Sequence[str] = ("out", "down"),
-             hidden: str = "blocks.") -> tuple[Layer, ...]:  # fmt: skip
-    """The layers of `module` in its order, integer and float, as this module counts them.
-
-    rows is what each sees in a step, one number or one by name; layers whose last name is in `residual` join the
-    residual stream; names that begin with `hidden` are Muon's. A first linear layer hands no delta on.
-    """
-    found: list[Layer] = []
-    for name, m in module.named_modules():
-        if not isinstance(m, IntLayer | FloatLinear | FloatEmbedding):
-            continue
-        table = isinstance(m, IntEmbedding | FloatEmbedding)
-        down, across = m.weight.shape
-        found.append(Layer(
-            *((down, across) if table else (across, down)), rows if isinstance(rows, int) else rows[name],
-            isinstance(m, IntLinear | IntEmbedding), table, getattr(m, "squared_relu", False),
-            name.rpartition(".")[2] in residual, bool(found) or table, name.startswith(hidden),
-        ))  # fmt: skip
-    return tuple(found)

@@ -1,27 +1,45 @@
 """The energy model against counts made by hand, and its products against what torch itself counts."""
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gft.layers import IntEmbedding, IntLinear
+from gft.baselines import FloatEmbedding, FloatLinear
+from gft.layers import IntEmbedding, IntLayer
 from kernels.scores import orthogonalise
 from model import ModelConfig, Transformer, make_net
 from run import energy
 from run.config import Config
 from run.energy import Counts, count, count_net, per_million, picojoules, summary
 from run.meter import Reading
-from run.workload import Attention, Layer, Net, Recipe, describe, mlp, transformer
+from run.workload import Attention, Layer, Net, mlp, transformer
 
 SMALL = Config(n_layer=2, n_head=2, d_model=32, context=16, batch_size=4)
 
 
 def only(layer: Layer, **recipe) -> Counts:
     """A net of one layer and no loss."""
-    return count_net(Net((layer,), (), samples=0, loss_rows=0, classes=0), Recipe(**recipe))
+    return count_net(Net((layer,), (), samples=0, loss_rows=0, classes=0), Config(**recipe))
+
+
+def described(module: nn.Module, rows: Mapping[str, int]) -> tuple[Layer, ...]:
+    """The layers of `module` in its order; `rows` is what each sees in a step, by name."""
+    found: list[Layer] = []
+    for name, m in module.named_modules():
+        if isinstance(m, IntLayer | FloatLinear | FloatEmbedding):
+            table = isinstance(m, IntEmbedding | FloatEmbedding)
+            down, across = m.weight.shape
+            found.append(Layer(
+                *((down, across) if table else (across, down)), rows[name], isinstance(m, IntLayer), table,
+                getattr(m, "squared_relu", False), name.endswith((".out", ".down")), bool(found) or table,
+                name.startswith("blocks."),
+            ))  # fmt: skip
+    return tuple(found)
 
 
 def ops(counts: Counts, part: str) -> dict[str, float]:
@@ -162,8 +180,8 @@ def test_random_words():
     # 65 x 130 weights are 2 x 3 tiles of 64.
     assert only(Layer(130, 65, 5), rule="gain").of("philox") == 5 + 65 + 6
     # Rows are drawn once for all layers: 9 samples, 9 rows, 4 + 3 columns, 2 tiles; for fp32 only the samples.
-    assert count_net(mlp([5, 4, 3], 9), Recipe(rule="gain")).of("philox") == 9 + 9 + 7 + 2
-    assert count_net(mlp([5, 4, 3], 9, int_layers=()), Recipe("adamw")).of("philox") == 9
+    assert count_net(mlp([5, 4, 3], 9), Config(rule="gain")).of("philox") == 9 + 9 + 7 + 2
+    assert count_net(mlp([5, 4, 3], 9, int_layers=()), Config(method="adamw")).of("philox") == 9
 
 
 def test_momentum():
@@ -257,7 +275,7 @@ def test_attention():
     # 1 sequence of 3, 2 heads of 4, causal: 6 pairs a head, 12 in all; q, k, v: 3 * 2 * 4 = 24 numbers in 6 rows.
     at = Attention(1, 3, 2, 4, window=3)
     assert at.pairs == 1 + 2 + 3
-    c = ops(count_net(Net((), (at,), 0, 0, 0), Recipe()), "attention")
+    c = ops(count_net(Net((), (at,), 0, 0, 0), Config()), "attention")
     # 7 products of 4 a pair (336). q and k: 10 multiplies a number and 2 a row, 5 adds. Softmax 4 and 5 a pair. / sum
     # and dy . y: 2 and 1 a number.
     assert c["fp32_mul"] == 336 + 2 * (240 + 12) + 48 + 48
@@ -266,20 +284,20 @@ def test_attention():
     assert c["special"] == 4 * 6 + 2 * 6 + 2 * 12
     # q, k: 2 + 3 times 2 * 96 bytes, 1 / rms 4 * 24; then 4 + 8 times 96 and the logarithms 2 * 24.
     assert c["bytes"] == 5 * 192 + 96 + 12 * 96 + 48
-    half = ops(count_net(Net((), (at,), 0, 0, 0), Recipe("adamw", precision="bf16")), "attention")
+    half = ops(count_net(Net((), (at,), 0, 0, 0), Config(method="adamw", precision="bf16")), "attention")
     assert half["bf16_mul"] == 336 and half["bytes"] == (5 * 192 + 12 * 96) / 2 + 96 + 48
     assert Attention(1, 5, 1, 4, window=2).pairs == 1 + 2 + 2 + 2 + 2
     assert Attention(1, 5, 1, 4).pairs == 25
 
 
 def test_loss():
-    c = ops(count_net(Net((), (), 0, 5, 7), Recipe()), "loss")
+    c = ops(count_net(Net((), (), 0, 5, 7), Config()), "loss")
     # 35 logits: largest, difference, sum, and a difference backwards; exp both ways; 5 rows.
     assert c == {"fp32_mul": 35, "fp32_add": 140 + 10, "special": 70 + 5, "bytes": 3 * 140 + 5 * 24}
-    half = count_net(Net((), (), 0, 5, 7), Recipe("adamw", precision="bf16"))
+    half = count_net(Net((), (), 0, 5, 7), Config(method="adamw", precision="bf16"))
     assert half.of("bytes", "loss") == 3 * 70 + 5 * 24
     # 30 values are averaged over a sequence: read, and their delta written.
-    assert ops(count_net(Net((), (), 0, 0, 0, 30), Recipe()), "norms") == {"fp32_mul": 30, "fp32_add": 30, "bytes": 240}
+    assert ops(count_net(Net((), (), 0, 0, 0, 30), Config()), "norms") == {"fp32_mul": 30, "fp32_add": 30, "bytes": 240}
 
 
 def test_micro_batches_read_weights_again_and_add():
@@ -316,8 +334,8 @@ def test_counts_of_a_config_are_those_of_its_net():
         cfg = dataclasses.replace(SMALL, method=method)
         net = Transformer(ModelConfig.from_config(cfg, 65))
         at = Attention(4, 16, 2, 16, window=16)
-        found = Net(describe(net, rows=64), (at, at), 4, 64, 65)
-        assert count_net(found, Recipe.from_config(cfg)).numbers == count(cfg, 65).numbers
+        found = Net(described(net, defaultdict(lambda: 64)), (at, at), 4, 64, 65)
+        assert count_net(found, cfg).numbers == count(cfg, 65).numbers
         # 24 d^2 products a token and block forwards (12 weights), and the head's.
         assert sum(la.size for la in found.layers) == 2 * 12 * 32**2 + 2 * 65 * 32
 
@@ -329,8 +347,8 @@ def test_images_and_layers_left_in_fp32():
         net = make_net(ModelConfig.from_config(cfg, 10, (28, 28, 1)))
         by_name = {name: rows for name, _ in net.named_modules()} | {"head": 4}
         # The ViT's 16 patches of 32 values an image are averaged.
-        found = Net(describe(net, by_name), (at, at) if at else (), 4, 4, 10, pooled=64 * 32 if at else 0)
-        assert count_net(found, Recipe.from_config(cfg)).numbers == count(cfg, 10, (28, 28, 1)).numbers
+        found = Net(described(net, by_name), (at, at) if at else (), 4, 4, 10, pooled=64 * 32 if at else 0)
+        assert count_net(found, cfg).numbers == count(cfg, 10, (28, 28, 1)).numbers
     # 7 * 7 pixels and a constant to 32 in 64 rows, forwards and for votes; the head's 32 * 10 in 4 rows three times.
     assert count(vit, 10, (28, 28, 1)).of("int8_mul") == 2 * 64 * 50 * 32 + 3 * 4 * 320
 
@@ -382,21 +400,11 @@ def test_hybrid_nets_mix_both():
     net = transformer(**shape, int_layers=("mlp",))
     assert [la.integer for la in net.layers] == [False, False, False, True, True, False]
     # Only the MLP, 2 * 4 * 8 * 8 weights, is multiplied in int8 (8 rows, three products); the rest has moments.
-    c = count_net(net, Recipe(rule="gain"))
+    c = count_net(net, Config(rule="gain"))
     assert c.of("int8_mul") == 3 * 8 * 512
     # patch 6 * 8, qkv 8 * 24, out 8 * 8, head 8 * 3: 28 bytes each; the MLP's 512 of one byte.
     assert c.of("bytes", "update") == 28 * (48 + 192 + 64 + 24) + 512
     assert net.loss_rows == 2 and net.layers[-1].rows == 2 and not net.layers[0].hands_on
-
-
-def test_describe_takes_rows_by_name():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.out = IntEmbedding(5, 8, index=0), IntLinear(8, 4, squared_relu=True, index=1)
-
-    assert describe(Two(), {"table": 30, "out": 6}) == (
-        Layer(5, 8, 30, embedding=True), Layer(8, 4, 6, squared_relu=True, residual=True))  # fmt: skip
 
 
 def test_summary_is_the_steps_times_the_model():
