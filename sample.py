@@ -145,8 +145,6 @@ def generate(
     """
     import numpy as np
 
-    if not prompt_ids:
-        raise ValueError("prompt_ids is empty: give at least one token (see start_ids)")
     fresh = np.array([prompt_ids])
     for index in range(max_tokens):
         logits = source.feed(fresh)

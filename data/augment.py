@@ -22,7 +22,6 @@ from einops import rearrange
 from torch import Tensor
 
 from kernels.philox import uniform_from
-from run.errors import UserError
 
 # A layer's streams are kernels.philox.Stream's ids, below 16, plus 16 times its index: 2^20 would be layer 65,536.
 FIRST_STREAM = 1 << 20
@@ -41,24 +40,6 @@ class Augment:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height in pixels
     mix: str = "none"  # one of MIXES; "both" chooses for each image
     mix_alpha: float = 1.0  # of the Beta distribution: 1 is uniform, less is nearer to one of the two images
-
-    def __post_init__(self) -> None:
-        """Raises UserError naming a value out of range."""
-        low, high = self.crop_scale
-        shape_low, shape_high = self.crop_ratio
-        for wrong, message in (
-            (not 0 <= self.hflip <= 1, f"hflip = {self.hflip} is not a probability. Give 0 to 1."),
-            (not 0 < low <= high <= 1, f"crop_scale = {self.crop_scale}: give two shares with 0 < low <= high <= 1."),
-            (
-                not 0 < shape_low <= shape_high < math.inf,
-                f"crop_ratio = {self.crop_ratio}: give two shapes with 0 < low <= high.",
-            ),
-            (self.mix not in MIXES, f"mix = {self.mix!r} is unknown. It is one of {', '.join(MIXES)}."),
-            (not 0 < self.mix_alpha <= 1, f"mix_alpha = {self.mix_alpha} is out of range. Give 0 < mix_alpha <= 1."),
-        ):
-            if wrong:
-                raise UserError(message, code=2)
-
 
 @dataclass(frozen=True, eq=False)
 class Batch:

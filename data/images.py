@@ -5,7 +5,6 @@
     images.train[0], images.classes[images.train_labels[0]]         # (64, 64, 3) uint8, "tench"
 """
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,6 @@ from data.prepare_images import HELD_OUT, load_prepared, prepare
 from run.errors import UserError
 
 IMAGE_SETS = {"imagenette": imagenette.find, "mnist": mnist.find}
-LARGEST_SIDE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +46,6 @@ def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val", 
 
     The first call decodes the images and keeps them in the cache. Raises UserError for whatever a person can mend.
     """
-    if name not in IMAGE_SETS and not name.endswith("/"):
-        closest = difflib.get_close_matches(name, IMAGE_SETS, n=1)
-        hint = f" Did you mean {closest[0]}?" if closest else ""
-        known = ", ".join(IMAGE_SETS)
-        raise UserError(f"data = {name!r} is no set of images.{hint} There are {known}, and folders: PATH/.", code=2)
-    if not 1 <= side <= LARGEST_SIDE:
-        raise UserError(f"The side of an image is {side} pixels; it must be 1 to {LARGEST_SIDE}.", code=2)
-    if eval_on not in ("val", "tune"):
-        raise UserError(f"eval_on = {eval_on!r} is unknown. It is val or tune.", code=2)
     source = image_folder.find(name, data_dir, channels) if name.endswith("/") else IMAGE_SETS[name](data_dir)
     prepared = load_prepared(source, side) or prepare(source, side)
     for split, names in prepared.skipped.items():

@@ -52,18 +52,11 @@ def draw_predictions(
 ) -> None:
     """Draw up to `count` of the images (N, H, W, C) uint8 with labels (N,) and probabilities (N, classes) into `png`.
 
-    Raises ValueError for arrays that do not fit together or are empty, OSError if `png` cannot be written.
+    Raises OSError if `png` cannot be written.
     """
     from matplotlib.figure import Figure
 
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
-    if not len(images) == len(labels) == len(probabilities) > 0 or count < 1:
-        raise ValueError(
-            f"{len(images)} images, {len(labels)} labels, {len(probabilities)} rows of probabilities, count {count}: "
-            "give as many of each, at least one"
-        )
-    if probabilities.shape[1] != len(classes):
-        raise ValueError(f"probabilities of {probabilities.shape[1]} classes and {len(classes)} names: give as many")
     spread, mistakes = choose(labels, probabilities, count)
     predicted = probabilities.argmax(axis=1)
     wrong = predicted != labels
@@ -103,13 +96,10 @@ def per_class_table(labels: np.ndarray, predicted: np.ndarray, classes: Sequence
     """A table, Markdown that is aligned as plain text: for each class how many images there are, the share predicted
     right, and the class it is most often taken for; of equals the first. The last row is about all images.
 
-    labels and predicted are class numbers (N,). Raises ValueError for a number without a class.
+    labels and predicted are class numbers (N,).
     """
     labels, predicted = (np.asarray(numbers).astype(np.int64) for numbers in (labels, predicted))
     n = len(classes)
-    for name, numbers in (("labels", labels), ("predicted", predicted)):
-        if numbers.shape != labels.shape or ((numbers < 0) | (numbers >= n)).any():
-            raise ValueError(f"{name} {numbers.shape}: they must be {labels.shape[0]} numbers from 0 to {n - 1}")
     table = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)  # row: what it is; column: what is said
     right = table.diagonal()
     mistakes = table - np.diag(right)

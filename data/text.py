@@ -12,7 +12,7 @@ from data.cache import places
 from data.corpus import Corpus
 from data.prepare import load_prepared, prepare
 from data.textfile import TextSource
-from data.tokenizers import Gpt2Tokenizer, Tokenizer, check_request, tell_if_smaller
+from data.tokenizers import Gpt2Tokenizer, Tokenizer, tell_if_smaller
 from run.errors import UserError
 
 KNOWN = ("wikipedia_en",)  # folders with these names are looked for where data sets are
@@ -48,9 +48,6 @@ def load_text(
 
     The first call prepares the text and keeps it in the cache. Raises UserError for whatever a person can mend.
     """
-    check_request(tokenizer, vocab_size)
-    if eval_on not in ("val", "tune", "test"):
-        raise UserError(f"eval_on = {eval_on!r} is unknown. It is val, tune or test.", code=2)
     if folder := next((path for path in places(name, data_dir) if _has_tokens(path)), None):
         return _load_tokens(name, folder, tokenizer, data_dir, eval_on)
     found = find_text(name, data_dir)

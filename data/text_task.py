@@ -76,11 +76,6 @@ def gather(tokens: Tensor, starts: Tensor, context: int) -> Tensor:
     return tokens[places].long() & ((1 << 8 * tokens.itemsize) - 1)
 
 
-def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy summed over tokens, nats: logits (B, T, V), which its backward pass may use up, targets (B, T)."""
-    return cross_entropy(logits, targets)
-
-
 class TextTask(Task):
     """Windows of a text's tokens, on the GPU if the text fits there."""
 
@@ -92,7 +87,7 @@ class TextTask(Task):
         self.outputs, self.name, self.sha256 = data.tokenizer.vocab_size, data.name, data.sha256
         self.about = (f"{data.name} from {data.source}; {len(data.train):,} tokens to train on, {len(data.val):,} to "
                       "evaluate")  # fmt: skip
-        self.loss = text_loss
+        self.loss = cross_entropy  # of (B, T, V), which its backward pass may use up, and targets (B, T)
         self._bytes_per_token: float | None = None  # of the targets that are evaluated, always the same
         self._tokens: Tensor | None = None
         self._gathered: Tensor | None = None  # (batch_size, context + 1) on the GPU, if the text is not there

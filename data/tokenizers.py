@@ -33,7 +33,6 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-SMALLEST_BPE = 257  # 256 bytes and one joined token
 GPT2_SECONDS, QUIET_SECONDS = 30, 3  # to wait for GPT-2's vocabulary, in all and before that is told
 
 
@@ -218,18 +217,6 @@ def tokenizer_from_json(stored: dict[str, Any], data_dir: str = "") -> Tokenizer
     if kind == "gpt2":
         return Gpt2Tokenizer(data_dir)
     raise UserError(f"The stored tokenizer is of kind {kind!r}; known are {', '.join(KINDS)}, none of them empty.")
-
-
-def check_request(kind: str, vocab_size: int) -> None:
-    """Raises UserError (a configuration error) when no such tokenizer can be made."""
-    if kind not in KINDS:
-        raise UserError(f"tokenizer = {kind!r} is unknown. It is one of {', '.join(KINDS)}.", code=2)
-    if kind == "bpe" and vocab_size < SMALLEST_BPE:
-        raise UserError(
-            f"vocab_size = {vocab_size} is too small for bpe: its first 256 ids are the bytes, so it must be at least "
-            f"{SMALLEST_BPE}; 512 is a good start.",
-            code=2,
-        )
 
 
 def tell_if_smaller(tokenizer: Tokenizer, kind: str, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from kernels.cross_entropy import cross_entropy_torch
 
 def main(argv: list[str]) -> int:
     """train.py's `main`."""
-    model.split_heads, text_task.text_loss = model.heads, cross_entropy_torch
+    model.split_heads, text_task.cross_entropy = model.heads, cross_entropy_torch
     return train.main(argv)
 
 

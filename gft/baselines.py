@@ -1,8 +1,6 @@
 """The baselines: IntLinear's and IntEmbedding's formulas with fp32 weights, rounded ones for "ste"; signSGD, and Muon
 that keeps its momentum in fewer bytes or none."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,16 +73,11 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Move the parameters that have a gradient. Returns what closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """Move the parameters that have a gradient."""
         for group in self.param_groups:
             for p in [p for p in group["params"] if p.grad is not None]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
-        return loss
 
 
 MUON_BLOCK = 2048  # momenta that share a scale, as in the paper
@@ -105,12 +98,8 @@ class Muon(torch.optim.Muon):
         self.keeps = state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """As torch's; what is kept in int8 is float32 during a step. Returns what closure returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """As torch's; what is kept in int8 is float32 during a step."""
         states = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, state in states:
             if self.keeps == "none":
@@ -126,7 +115,6 @@ class Muon(torch.optim.Muon):
                 blocks = _blocks(state.pop("momentum_buffer"))
                 state["momentum_scale"] = scale = (blocks.abs().amax(dim=1, keepdim=True) / 127).clamp_min_(1e-30)
                 state["momentum_int8"] = torch.round(blocks / scale).to(torch.int8).view(-1)[: p.numel()].view(p.shape)
-        return loss
 
 
 def _blocks(values: Tensor) -> Tensor:

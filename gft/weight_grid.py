@@ -22,8 +22,6 @@ from kernels.tiles import PART
 
 def initial_weight(shape: tuple[int, int], bits: int, init_std: float, seed: int, index: int) -> Tensor:
     """round(N(0, init_std * Q)) clipped to [-Q, Q], or the sign at one bit: int8 of `shape`, from Philox."""
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits: got {bits}; weights have 1 to 8 bits")
     q, _ = weight_limit(bits)
     weight = torch.empty(shape[0] * shape[1], dtype=torch.int8)
     for number, part in enumerate(weight.split(PART)):

@@ -61,6 +61,11 @@ def problem() -> str:
         return "triton is not installed here (it exists for Linux)"
     if INTERPRETED:
         return ""
+    return gpu_problem()
+
+
+def gpu_problem() -> str:
+    """Why kernels cannot run on a GPU here; "" if they can. The interpreter does not count."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
     capability = torch.cuda.get_device_capability()

@@ -140,14 +140,6 @@ def run_tests(file: Path, interpreted: bool) -> tuple[bool, str]:
     return ran.returncode == 0, "\n".join(lines[-1:] if ran.returncode == 0 else lines[-30:])
 
 
-def no_gpu() -> str:
-    """Why kernels cannot run on a GPU here; "" if they can. The interpreter does not count."""
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU here"
-    capability = torch.cuda.get_device_capability()
-    return f"this GPU is sm_{capability[0]}{capability[1]}" if capability < backend.SMALLEST_CAPABILITY else ""
-
-
 # The command line
 
 
@@ -173,7 +165,7 @@ def check(kernel: str, only: str = "", compile_only: bool = False) -> list[str]:
         failed.append("compiled")
     if compile_only:
         return failed
-    if reason := no_gpu():
+    if reason := backend.gpu_problem():
         show("gpu", f"not checked: {reason}")
         return failed
     return failed + show_tests("gpu", torch.cuda.get_device_name(), *run_tests(tests_of(kernel), interpreted=False))

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "nanogft-checkpoint", 2
 PROGRAM = "0.1.0"  # the version in pyproject.toml
-SAVED, LOADED = ("last", "best"), ("last", "best", "previous")
+LOADED = ("last", "best", "previous")
 BODY = re.compile(r"(last|best)-\d{8,}(-\d+)?\.safetensors")
 LEFTOVER = re.compile(r"(last|best|previous)(-\d{8,}(-\d+)?\.safetensors|\.json)\.tmp")
 KEPT = re.compile(r"step-\d{8,}")
@@ -65,8 +65,6 @@ def save(out_dir: Path, name: str, tensors: Mapping[str, Tensor], meta: dict[str
     hold (keys are strings) and has the integer "step". Returns once the checkpoint has reached the disk.
     Raises UserError where the disk is full or the folder cannot be written; earlier checkpoints are then intact.
     """
-    if name not in SAVED:
-        raise ValueError(f"name = {name!r}: a checkpoint is saved as one of {', '.join(SAVED)}")
     import safetensors.torch
     import torch
 
@@ -149,8 +147,6 @@ def load_arrays(out_dir: Path, name: str, option: str = "--resume {}") -> tuple[
 
 
 def _load(out_dir: Path, name: str, option: str, decode: Callable[[bytes], Any]) -> tuple[dict, dict[str, Any]]:
-    if name not in LOADED:
-        raise ValueError(f"name = {name!r}: a checkpoint is loaded as one of {', '.join(LOADED)}")
     head = Path(out_dir) / f"{name}.json"
     while True:
         before = _stamp(head)

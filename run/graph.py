@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from gft.beside import forget
-from kernels.update_rule import TOPK_TILES
+from kernels.update_rule import UpdateRule, unsupported_reason
 from run.config import Config
 
 WARM_UP = 3  # steps that run as written first: they compile, and make what optimizers keep
@@ -25,7 +25,7 @@ def unrecordable_reason(cfg: Config, device: torch.device, backend: str, ranks: 
         return "ranks wait for each other on the host"
     if cfg.method == "gft" and backend != "triton":
         return "the torch backend reads values on the host"
-    if cfg.method == "gft" and (cfg.flip_prob != "one" or cfg.topk_tile not in TOPK_TILES):
+    if cfg.method == "gft" and unsupported_reason(UpdateRule(topk_tile=cfg.topk_tile, flip_prob=cfg.flip_prob)):
         return "its moves are chosen on the host"
     if cfg.under_muon or cfg.method == "signsgd":
         return "this optimizer reads its learning rate on the host"

@@ -9,7 +9,6 @@ The warnings are for what the paper reports as signs of failure: an early platea
 few, memory that grows.
 """
 
-import math
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +96,6 @@ def warnings(losses: list[float], progress: float, chance: float, resident: list
     guess (log of the vocabulary); resident: bytes held at each evaluation, the first after the first step.
     """
     found = {}
-    if not all(math.isfinite(loss) for loss in losses):
-        return {"collapse": "the loss is not finite"}
     best, last = min(losses), losses[-1]
     if len(losses) > PLATEAU_EVALUATIONS and progress <= 0.6:
         fall = min(losses[:-PLATEAU_EVALUATIONS]) - min(losses[-PLATEAU_EVALUATIONS:])

@@ -168,12 +168,10 @@ def test_logits_that_are_not_finite_are_an_error():
         tokens(FakeNet(torch.full((2, 2), math.nan)))
 
 
-def test_an_empty_prompt_starts_from_a_newline_or_token_0(net):
+def test_an_empty_prompt_starts_from_a_newline_or_token_0():
     assert sample.start_ids(CharTokenizer("\nab"), "") == [0] and sample.start_ids(CharTokenizer("\t\nab"), "") == [1]
     assert sample.start_ids(CharTokenizer("ab"), "") == [0]
     assert sample.start_ids(CharTokenizer("ab"), "ba") == [1, 0]
-    with pytest.raises(ValueError, match="prompt_ids is empty"):
-        tokens(net, prompt=[])
 
 
 def test_a_character_of_several_tokens_is_printed_whole():

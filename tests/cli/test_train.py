@@ -296,13 +296,13 @@ def test_a_step_reads_nothing_on_the_host(tmp_path, grad_accum, update):
 
 def diverging(monkeypatch, number: int, value: float = math.nan) -> None:
     """Have the loss of training pass `number` be `value`, and of no other."""
-    real, passes = text_task.text_loss, []
+    real, passes = text_task.cross_entropy, []
 
     def loss(logits, targets):
         passes.append(logits.requires_grad)
         return real(logits, targets) * (value if logits.requires_grad and sum(passes) == number else 1.0)
 
-    monkeypatch.setattr(text_task, "text_loss", loss)
+    monkeypatch.setattr(text_task, "cross_entropy", loss)
 
 
 @pytest.mark.parametrize("name", ["gft", "gft-backward", "hybrid", "adamw", "ste"])
@@ -359,14 +359,14 @@ def test_float_weights_that_grow_without_bound_end_the_run(capsys, tmp_path, cha
 @pytest.mark.parametrize("name", ["gft", "gft-backward", "gft-momentum-delayed", "hybrid", "adamw"])
 def test_a_delta_that_is_not_finite_ends_the_run(capsys, tmp_path, monkeypatch, name):
     """The loss is finite. Weights are those before step 6, but for those that had moved before the error came by."""
-    real, passes, held, before, real_train = text_task.text_loss, [], [], [], train.train
+    real, passes, held, before, real_train = text_task.cross_entropy, [], [], [], train.train
 
     def loss(logits, targets):  # 0 * sqrt'(0) is NaN
         passes.append(logits.requires_grad)
         bad = sum(passes) >= 6 * VARIANTS[name].get("grad_accum", 1) and logits.requires_grad
         return real(logits, targets) + ((logits.sum() * 0).abs().sqrt() if bad else 0)
 
-    monkeypatch.setattr(text_task, "text_loss", loss)
+    monkeypatch.setattr(text_task, "cross_entropy", loss)
     monkeypatch.setattr(train, "train", lambda run, *rest: (held.append(run), real_train(run, *rest))[1])
     at_step(monkeypatch, 6, lambda: before.extend(p.detach().clone() for p in held[0].net.parameters()))
     status, _, error = run(capsys, tmp_path / "o", log_every=100, monitor_every=100, **VARIANTS[name])

@@ -439,13 +439,6 @@ def test_stdlib_needs_nothing_and_is_always_the_same():
     assert text.tokenizer.decode(text.train).startswith(next(first.chunks("reading"))[:100_000])
 
 
-def test_wrong_settings_are_configuration_errors(play):
-    assert "eval_on = 'all'" in error_of(play, eval_on="all", code=2)
-    assert "tokenizer = 'word'" in error_of(play, "word", code=2)
-    assert "vocab_size = 256" in error_of(play, "bpe", 256, code=2)
-    assert all_files(cache_root()) == []
-
-
 def test_official_constants_match_the_file_beside_the_checkout(monkeypatch):
     """Without that folder the constants can only be compared with themselves: their form is checked."""
     monkeypatch.undo()

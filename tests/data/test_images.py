@@ -415,21 +415,6 @@ def test_two_processes_preparing_at_once(tmp_path):
     assert len(files) == 24 and not [name for name in files if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "eval_on", "parts"),
-    [
-        ("imagenete", 8, "val", ["'imagenete'", "Did you mean imagenette?"]),
-        ("cifar", 8, "val", ["imagenette, mnist"]),
-        ("mnist", 0, "val", ["0 pixels", "1 to 1024"]),
-        ("mnist", 4096, "val", ["4096 pixels"]),
-        ("mnist", 28, "test", ["eval_on = 'test'", "val or tune"]),
-    ],
-)
-def test_wrong_settings_are_configuration_errors(name, side, eval_on, parts):
-    message = error_of(2, load_images, name, side, eval_on=eval_on)
-    assert all(part in message for part in parts)
-
-
 def test_official_constants_match_the_file_beside_the_checkout(monkeypatch):
     """Without that folder the constants can only be compared with themselves: their form is checked."""
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import tiktoken
 
 from data import cache, tokenizers
 from data.bpe import PATTERN, train_bpe
-from data.tokenizers import BpeTokenizer, CharTokenizer, Gpt2Tokenizer, check_request, tokenizer_from_json
+from data.tokenizers import BpeTokenizer, CharTokenizer, Gpt2Tokenizer, tokenizer_from_json
 from run.errors import UserError
 
 TEXT = (
@@ -191,19 +191,6 @@ def test_bpe_knows_every_text():
 def test_damaged_json_is_refused(stored):
     with pytest.raises(UserError, match="stored tokenizer"):
         tokenizer_from_json(stored)
-
-
-@pytest.mark.parametrize(("kind", "vocab_size"), [("bpe", 256), ("bpe", 0), ("bpe", -5), ("words", 512), ("", 512)])
-def test_impossible_requests_are_configuration_errors(kind, vocab_size):
-    with pytest.raises(UserError) as caught:
-        check_request(kind, vocab_size)
-    assert caught.value.code == 2
-    assert ("257" if kind == "bpe" else "char, bpe, gpt2") in str(caught.value)
-
-
-def test_possible_requests_pass():
-    for kind, vocab_size in (("char", 0), ("bpe", 257), ("gpt2", 0)):
-        check_request(kind, vocab_size)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from data.image_task import image_loss
-from data.text_task import text_loss
 from kernels import cross_entropy as module
 from kernels.cross_entropy import cross_entropy, cross_entropy_torch
 from tests.kernels.inputs import FLOATS, generator, inner_block, kernel_test, opaque, readable, transposed
@@ -178,7 +177,7 @@ def test_the_layer_below_is_handed_the_largest(device):
     given, targets = inputs(6, 65, device)
     leaf, seen = given.clone().requires_grad_(), []
     logits = _Watch.apply(leaf.view(2, 3, 65), seen)
-    text_loss(logits, targets.view(2, 3)).backward()
+    cross_entropy(logits, targets.view(2, 3)).backward()
     ((delta, largest, fresh),) = seen
     assert fresh and delta.shape == (2, 3, 65) and torch.equal(largest.max(), delta.abs().max())
     torch.testing.assert_close(leaf.grad, expected(given, targets)[1], rtol=2e-6, atol=1e-6)
@@ -195,7 +194,7 @@ def test_where_the_plain_way_is_taken(device):
     cross_entropy(leaf, targets).backward()
     assert torch.equal(leaf, given) and not hasattr(leaf.grad, "largest")
     logits = inner(given)
-    compiled = opaque(lambda logits, targets: text_loss(logits[None], targets[None]))(logits, targets)
+    compiled = opaque(lambda logits, targets: cross_entropy(logits[None], targets[None]))(logits, targets)
     compiled.backward()
     assert torch.equal(logits, given)
     torch.testing.assert_close(compiled, plain)

@@ -132,7 +132,6 @@ MEGA = 2**20
         ([3.0, 2.4, 2.3, 2.9], 0.3, [], {"collapse"}),
         ([4.1, 4.1], 0.3, [], {"collapse"}),
         ([4.1], 0.02, [], set()),
-        ([3.0, math.nan], 0.3, [], {"collapse"}),
         (FALLING, 0.5, [400 * MEGA, 500 * MEGA, 550 * MEGA, 700 * MEGA], {"memory"}),
         (FALLING, 0.5, [100 * MEGA, 500 * MEGA, 510 * MEGA, 520 * MEGA], set()),
     ],
