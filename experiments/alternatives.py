@@ -117,13 +117,13 @@ GROUPS = {
 }  # fmt: skip
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Tune the rows of both nets, then train them with one seed after the other."""
     if quick:
         rows = [row for n, group in enumerate(GROUPS.values()) for row in shortened(group)[:: 4 if n else 2]]
-        tune_and_train(rows, store, jobs, SEEDS[:1], **QUICK, **common)
+        tune_and_train(rows, store, jobs, SEEDS[:1], **QUICK)
     else:
-        tune_and_train([row for group in GROUPS.values() for row in group], store, jobs, SEEDS, apart=True, **common)
+        tune_and_train([row for group in GROUPS.values() for row in group], store, jobs, SEEDS, apart=True)
 
 
 def joules_to(runs: Sequence[dict], target: float) -> float | None:
@@ -133,9 +133,9 @@ def joules_to(runs: Sequence[dict], target: float) -> float | None:
     return None if step is None else runs[0]["energy_model_joules"] * step / runs[0]["steps"]
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """Both tables of each net as markdown, of the rows that are in the store."""
-    return grouped_tables(GROUPS, store, threads, lambda found: [*_methods(found), *_energy(found)])
+    return grouped_tables(GROUPS, store, lambda found: [*_methods(found), *_energy(found)])
 
 
 def _methods(found: Finished) -> list[str]:

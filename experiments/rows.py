@@ -90,33 +90,29 @@ def tune_and_train(
     run_cells([cell for seed in others for cell in seed], store, jobs)
 
 
-def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool, common: dict) -> None:
+def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool) -> None:
     """Tune and train several tables' rows, one table after another; `quick` takes a few steps of a few cells."""
     for rows in groups:
         if quick:
-            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
+            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK)
         else:
-            tune_and_train(rows, store, jobs, SEEDS, **common)
+            tune_and_train(rows, store, jobs, SEEDS)
 
 
-def finished(
-    rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short
-) -> Iterator[tuple[Row, list[dict]]]:
+def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS) -> Iterator[tuple[Row, list[dict]]]:
     """The rows that are tuned, with the results of their winner; rows without any are left out."""
     for row in rows:
-        if any(store.get(cell) is None for cell in to_tune(row, **short)):
+        if any(store.get(cell) is None for cell in to_tune(row)):
             continue
-        if runs := [r for cell in finals(row, store, seeds, **short) if (r := store.get(cell)) is not None]:
+        if runs := [r for cell in finals(row, store, seeds) if (r := store.get(cell)) is not None]:
             yield row, runs
 
 
-def grouped_tables(
-    groups: Mapping[str, Sequence[Row]], store: Store, threads: int, lines_of: Callable[[Finished], list[str]]
-) -> str:
+def grouped_tables(groups: Mapping[str, Sequence[Row]], store: Store, lines_of: Callable[[Finished], list[str]]) -> str:
     """For every group with finished rows its title as a heading, then `lines_of` these rows, as markdown."""
     lines = []
     for title, rows in groups.items():
-        if found := list(finished(rows, store, threads=threads)):
+        if found := list(finished(rows, store)):
             lines += ["", f"### {title}", "", *lines_of(found)]
     return "\n".join(lines).strip() or NOTHING_YET
 
