@@ -87,7 +87,7 @@ NONE_LM, MOMENTUM_LM = {"k": 0.5}, {"k": 0.3, "momentum": 0.9}
 NONE_MNIST, MOMENTUM_MNIST = {"k": 0.3}, {"k": 0.1, "momentum": 0.9}
 TWO = ({"no momentum": NONE_LM, "momentum": MOMENTUM_LM}, {"no momentum": NONE_MNIST, "momentum": MOMENTUM_MNIST})
 ONE = ({"": NONE_LM}, {"": NONE_MNIST})
-RULES = {rule: {"rule": rule} for rule in ("contribution", "gain", "balanced", "spectral")} | {"paper mode": PAPER}
+RULES = values("rule", "contribution", "gain", "balanced", "spectral") | {"paper mode": PAPER}
 DECAYS = {"none": {"momentum": 0}} | values("momentum", 0.8, 0.9, 0.95, 0.98)
 ORTHO = values("ortho_tile", 32, 64, 128) | {"whole": {"ortho_tile": 0}}
 SELECT = {f"top k in {side or 'layer'}": {"topk_tile": side} for side in (64, 0)}
@@ -100,7 +100,7 @@ MLP_DEPTHS = (1, 2, 4, 8, 16, 24)
 
 def schedules(k: float) -> Lines:
     """The shapes of k_t, from k on."""
-    shapes = {name: {"k_schedule": name} for name in ("linear", "quadratic", "cosine", "constant")}
+    shapes = values("k_schedule", "linear", "quadratic", "cosine", "constant")
     shapes |= {"constant, half k": {"k_schedule": "constant", "k": k / 2}, "linear to 0.1 k": {"k_end": k / 10},
                "linear to 0.3 k": {"k_end": 3 * k / 10}}  # fmt: skip
     return cross(shapes, {"": {"k": k}})

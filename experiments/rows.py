@@ -38,6 +38,11 @@ def make_row(name: str, config: str, common: dict, *choices: dict, variant: str 
     return Row(name, tuple(Cell(name, config, variant=variant).with_(**common | choice) for choice in choices), **more)
 
 
+def each(key: str, *values: float, **more: Any) -> tuple[dict, ...]:
+    """A choice for each of `values` of a key, with the settings `more`."""
+    return tuple(more | {key: value} for value in values)
+
+
 def shortened(rows: Sequence[Row]) -> list[Row]:
     """Rows for a quick run: the first with two cells, so that something is tuned, the others with one."""
     return [replace(row, cells=row.cells[: 1 if n else 2]) for n, row in enumerate(rows)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.plots import Panel
 from experiments.plots import draw as draw_panels
-from experiments.rows import NOTHING_YET, QUICK, Row, make_row, markdown, settings, tuning_table
+from experiments.rows import NOTHING_YET, QUICK, Row, each, make_row, markdown, settings, tuning_table
 from experiments.sweep import Store, best_of, run_cells
 
 __all__ = ["tuning_table"]  # for the report
@@ -48,8 +48,8 @@ def row(width: int, method: str) -> Row:
     steps = round(TOKENS_PER_WEIGHT * weights(width) / (BATCH * CONTEXT))
     shape = {"d_model": width, "n_head": width // 32, "steps": steps, "eval_every": steps}
     common, key = METHODS[method]
-    return make_row(f"{method}, {width}", "shakespeare_char_small", COMMON | shape | common,
-                    *({key: value} for value in CHOICES[width][method]))  # fmt: skip
+    choices = each(key, *CHOICES[width][method])
+    return make_row(f"{method}, {width}", "shakespeare_char_small", COMMON | shape | common, *choices)
 
 
 def run(store: Store, jobs: int, quick: bool) -> None:

@@ -16,7 +16,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
-from experiments.rows import SEEDS, Row, finals, finished, make_row, markdown, settings, tune_and_train, tuning_table
+from experiments.rows import (
+    SEEDS,
+    Row,
+    each,
+    finals,
+    finished,
+    make_row,
+    markdown,
+    settings,
+    tune_and_train,
+    tuning_table,
+)
 from experiments.sweep import Store, exact, run_cells, show_quality, steps_to
 
 __all__ = ["tuning_table"]  # for the report
@@ -27,11 +38,6 @@ PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contributio
 def row(name: str, common: dict, *choices: dict, variant: str = "") -> Row:
     """A row of the small transformer, 500 steps unless a choice says otherwise."""
     return make_row(name, "shakespeare_char_small", {"steps": 500} | common, *choices, variant=variant)
-
-
-def each(key: str, *values: float, **more: float) -> list[dict]:
-    """A choice for each value of a key."""
-    return [more | {key: value} for value in values]
 
 
 TWELVE, HALF = {"batch_size": 12, "steps": 2000}, {"batch_size": 24, "steps": 1000}
