@@ -77,8 +77,7 @@ def run(argv: list[str]) -> int:
         return _quick(options.name, options.jobs)
     if options.name != "report":
         module = EXPERIMENTS[options.name]
-        common = {} if module is speed else {"threads": 1}
-        module.run(Store(RESULTS / f"{options.name}.jsonl"), options.jobs, False, common)
+        module.run(Store(RESULTS / f"{options.name}.jsonl"), options.jobs, False)
     report()
     return 0
 
@@ -87,7 +86,7 @@ def _quick(name: str, jobs: int) -> int:
     module = EXPERIMENTS[name]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder, f"{name}.jsonl"))
-        module.run(store, jobs, True, {"threads": 1})
+        module.run(store, jobs, True)
         print(f"{module.table(store)}\n{len(store.done)} short runs went well")
     return 0
 

@@ -87,7 +87,7 @@ NONE_LM, MOMENTUM_LM = {"k": 0.5}, {"k": 0.3, "momentum": 0.9}
 NONE_MNIST, MOMENTUM_MNIST = {"k": 0.3}, {"k": 0.1, "momentum": 0.9}
 TWO = ({"no momentum": NONE_LM, "momentum": MOMENTUM_LM}, {"no momentum": NONE_MNIST, "momentum": MOMENTUM_MNIST})
 ONE = ({"": NONE_LM}, {"": NONE_MNIST})
-RULES = {rule: {"rule": rule} for rule in ("contribution", "gain", "balanced", "spectral")} | {"paper mode": PAPER}
+RULES = values("rule", "contribution", "gain", "balanced", "spectral") | {"paper mode": PAPER}
 DECAYS = {"none": {"momentum": 0}} | values("momentum", 0.8, 0.9, 0.95, 0.98)
 ORTHO = values("ortho_tile", 32, 64, 128) | {"whole": {"ortho_tile": 0}}
 SELECT = {f"top k in {side or 'layer'}": {"topk_tile": side} for side in (64, 0)}
@@ -100,7 +100,7 @@ MLP_DEPTHS = (1, 2, 4, 8, 16, 24)
 
 def schedules(k: float) -> Lines:
     """The shapes of k_t, from k on."""
-    shapes = {name: {"k_schedule": name} for name in ("linear", "quadratic", "cosine", "constant")}
+    shapes = values("k_schedule", "linear", "quadratic", "cosine", "constant")
     shapes |= {"constant, half k": {"k_schedule": "constant", "k": k / 2}, "linear to 0.1 k": {"k_end": k / 10},
                "linear to 0.3 k": {"k_end": 3 * k / 10}}  # fmt: skip
     return cross(shapes, {"": {"k": k}})
@@ -205,28 +205,28 @@ SAID = {
 }
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Every ablation with one seed, then all with the next: cut off, it has something of everything."""
     if quick:  # the last point of the last line on the first net, and some on the second
         chosen = [(a, [p for p in a.places() if p[0] == LM][-1]) for a in ABLATIONS]
         chosen += [(a, a.places()[-1]) for a in ABLATIONS[::3]]
-        run_cells([a.cells(*place, **QUICK, **common)[0] for a, place in chosen], store, jobs)
+        run_cells([a.cells(*place, **QUICK)[0] for a, place in chosen], store, jobs)
         return
-    cells = [ablation.cells(*place, **common) for ablation in ABLATIONS for place in ablation.places()]
+    cells = [ablation.cells(*place) for ablation in ABLATIONS for place in ablation.places()]
     run_cells([seeds[n] for n in range(len(SEEDS)) for seeds in cells if n < len(seeds)], store, jobs)
 
 
-def results(ablation: Ablation, store: Store, **short) -> dict[tuple[str, str, str], list[dict]]:
+def results(ablation: Ablation, store: Store) -> dict[tuple[str, str, str], list[dict]]:
     """Finished runs by (net, line, point)."""
-    found = {p: [r for c in ablation.cells(*p, **short) if (r := store.get(c))] for p in ablation.places()}
+    found = {p: [r for c in ablation.cells(*p) if (r := store.get(c))] for p in ablation.places()}
     return {place: runs for place, runs in found.items() if runs}
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """Title, figure and table of every ablation that has results, as markdown."""
     lines = []
     for ablation in ABLATIONS:
-        if found := results(ablation, store, threads=threads):
+        if found := results(ablation, store):
             lines += ["", f"### {ablation.title}", "", SAID[ablation.name], "",
                       f"![{ablation.title}](docs/figures/{ablation.name}.png)", "",
                       *_table(ablation, found)]  # fmt: skip
@@ -246,12 +246,12 @@ def _table(ablation: Ablation, found: Mapping[tuple[str, str, str], list[dict]])
     ])  # fmt: skip
 
 
-def panels(ablation: Ablation, store: Store, **short) -> list[Panel]:
+def panels(ablation: Ablation, store: Store) -> list[Panel]:
     """A panel for each net that has results; runs that diverged are not drawn."""
     found = []
     for net in ablation.nets:
         lines: dict[str, list] = {}
-        for (where, line, point), runs in results(ablation, store, **short).items():
+        for (where, line, point), runs in results(ablation, store).items():
             if where == net and (whole := [drawn(r) for r in runs if not r.get("diverged")]):
                 lines.setdefault(line, []).append((point, whole))
         if lines:
@@ -259,8 +259,8 @@ def panels(ablation: Ablation, store: Store, **short) -> list[Panel]:
     return found
 
 
-def draw(store: Store, folder: Path, threads: int = 1) -> None:
+def draw(store: Store, folder: Path) -> None:
     """One figure for every ablation that has results, NAME.png in `folder`."""
     for ablation in ABLATIONS:
-        if shown := panels(ablation, store, threads=threads):
+        if shown := panels(ablation, store):
             draw_panels(folder / f"{ablation.name}.png", shown)

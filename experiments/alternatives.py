@@ -21,6 +21,7 @@ from experiments.rows import (
     SEEDS,
     Finished,
     Row,
+    each,
     grouped_tables,
     make_row,
     markdown,
@@ -45,21 +46,16 @@ LENGTHS = ((12, 1000), (12, 1200), (12, 1500), (16, 800), (16, 1200), (24, 500),
            (32, 400), (32, 450), (32, 600), (48, 300), (48, 350), (48, 400))  # fmt: skip
 
 
-def over(common: dict, key: str, *values: float) -> tuple[dict, ...]:
-    """A grid: `common` with each of `values`."""
-    return tuple(common | {key: value} for value in values)
-
-
 def baselines(*, sgd: Sequence[float], sign: Sequence[float], adam: Sequence[float], ste: Sequence[float],
            muon: Sequence[float]) -> dict[str, tuple[dict, ...]]:  # fmt: skip
     """The baselines with these learning rates to choose from."""
     return {
-        ADAMW: over(DECAY | {"method": "adamw"}, "lr", *adam),
-        ADAMW_BF16: over(DECAY | HALF | {"method": "adamw"}, "lr", *adam),
-        "SGD, momentum 0.9": over(FLOAT | {"method": "sgd"}, "lr", *sgd),
-        "signSGD": over(FLOAT | {"method": "signsgd"}, "lr", *sign),
-        "Muon": over(MUON, "muon_lr", *muon),
-    } | {f"STE, {bits} bits" if bits > 1 else "STE, 1 bit": over(DECAY | {"method": "ste", "bits": bits}, "lr", *ste)
+        ADAMW: each("lr", *adam, **DECAY, method="adamw"),
+        ADAMW_BF16: each("lr", *adam, **DECAY, **HALF, method="adamw"),
+        "SGD, momentum 0.9": each("lr", *sgd, **FLOAT, method="sgd"),
+        "signSGD": each("lr", *sign, **FLOAT, method="signsgd"),
+        "Muon": each("muon_lr", *muon, **MUON),
+    } | {f"STE, {bits} bits" if bits > 1 else "STE, 1 bit": each("lr", *ste, **DECAY, method="ste", bits=bits)
          for bits in (8, 4, 2, 1)}  # fmt: skip
 
 
@@ -90,12 +86,12 @@ LM_FEWER = {
 }  # fmt: skip
 MNIST_GRIDS = baselines(sgd=(0.03, 0.1, 0.3, 1.0), sign=(3e-4, 1e-3, 3e-3, 1e-2), adam=(4e-3, 8e-3, 16e-3, 32e-3),
                      ste=(1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), muon=(4e-3, 12e-3, 36e-3)) | {
-    "GFT, 6 bits": over(GFT | {"bits": 6}, "k", 0.1, 0.2, 0.3),
-    "GFT, 4 bits": over(GFT | {**exact(4), "init_std": 0.5}, "k", 0.03, 0.06, 0.12, 0.24),
-    "GFT, 6 bits, momentum": over(MOMENTUM | {"bits": 6}, "k", 0.05, 0.1, 0.2),
-    "GFT, 4 bits, momentum": over(MOMENTUM | {**exact(4), "momentum": 0.95, "init_std": 0.5}, "k", 0.015, 0.03, 0.06),
-    "GFT, ternary, momentum": over(MOMENTUM | {**exact(2), "init_std": 0.6}, "k", 0.00125, 0.0025, 0.005),
-    "GFT, binary, momentum": over(MOMENTUM | {**exact(1), "momentum": 0.98}, "k", 0.001, 0.002, 0.004),
+    "GFT, 6 bits": each("k", 0.1, 0.2, 0.3, **GFT, bits=6),
+    "GFT, 4 bits": each("k", 0.03, 0.06, 0.12, 0.24, **GFT, **exact(4), init_std=0.5),
+    "GFT, 6 bits, momentum": each("k", 0.05, 0.1, 0.2, **MOMENTUM, bits=6),
+    "GFT, 4 bits, momentum": each("k", 0.015, 0.03, 0.06, **GFT, **exact(4), momentum=0.95, init_std=0.5),
+    "GFT, ternary, momentum": each("k", 0.00125, 0.0025, 0.005, **MOMENTUM, **exact(2), init_std=0.6),
+    "GFT, binary, momentum": each("k", 0.001, 0.002, 0.004, **GFT, **exact(1), momentum=0.98),
 }  # fmt: skip
 
 
@@ -117,13 +113,13 @@ GROUPS = {
 }  # fmt: skip
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Tune the rows of both nets, then train them with one seed after the other."""
     if quick:
         rows = [row for n, group in enumerate(GROUPS.values()) for row in shortened(group)[:: 4 if n else 2]]
-        tune_and_train(rows, store, jobs, SEEDS[:1], **QUICK, **common)
+        tune_and_train(rows, store, jobs, SEEDS[:1], **QUICK)
     else:
-        tune_and_train([row for group in GROUPS.values() for row in group], store, jobs, SEEDS, apart=True, **common)
+        tune_and_train([row for group in GROUPS.values() for row in group], store, jobs, SEEDS, apart=True)
 
 
 def joules_to(runs: Sequence[dict], target: float) -> float | None:
@@ -133,9 +129,9 @@ def joules_to(runs: Sequence[dict], target: float) -> float | None:
     return None if step is None else runs[0]["energy_model_joules"] * step / runs[0]["steps"]
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """Both tables of each net as markdown, of the rows that are in the store."""
-    return grouped_tables(GROUPS, store, threads, lambda found: [*_methods(found), *_energy(found)])
+    return grouped_tables(GROUPS, store, lambda found: [*_methods(found), *_energy(found)])
 
 
 def _methods(found: Finished) -> list[str]:

@@ -27,35 +27,35 @@ PLANS = {
 }  # fmt: skip
 
 
-def cell(bits: int, momentum: float, change: str, **common) -> Cell:
+def cell(bits: int, momentum: float, change: str, **short) -> Cell:
     """One run: `bits` read, `momentum`, and what `change` names."""
-    settings = COMMON | {"bits": bits, "k": PLANS[bits][momentum][0]} | KEYS.get(change, {}) | common
+    settings = COMMON | {"bits": bits, "k": PLANS[bits][momentum][0]} | KEYS.get(change, {}) | short
     settings |= {"momentum": momentum} if momentum else {}
     variant = "" if change == SAME or change in KEYS else change
     return Cell(f"{bits} bits, {change}", "shakespeare_char_small", variant=variant).with_(**settings)
 
 
-def cells(**common) -> list[Cell]:
+def cells() -> list[Cell]:
     """All runs, in the order of their tables."""
-    return [cell(bits, momentum, change, **common) for bits, by in PLANS.items()
+    return [cell(bits, momentum, change) for bits, by in PLANS.items()
             for momentum, (_, changes) in by.items() for change in changes]  # fmt: skip
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Run every cell; `quick` a few steps of one of each kind."""
-    few = [cell(2, 0.9, name, **QUICK, **common) for name in ("two scales", "hysteresis 1", PLANS[2][0.9][1][-1])]
-    run_cells(few if quick else cells(**common), store, jobs)
+    few = [cell(2, 0.9, name, **QUICK) for name in ("two scales", "hysteresis 1", PLANS[2][0.9][1][-1])]
+    run_cells(few if quick else cells(), store, jobs)
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """A table for each number of bits, as markdown, of the runs that are in the store."""
     lines: list[str] = []
     for bits, by in PLANS.items():
         changed: dict[str, dict[float, str]] = {}
         for momentum, (_, changes) in by.items():
-            usual = store.get(cell(bits, momentum, SAME, threads=threads))
+            usual = store.get(cell(bits, momentum, SAME))
             for change in changes:
-                if record := store.get(cell(bits, momentum, change, threads=threads)):
+                if record := store.get(cell(bits, momentum, change)):
                     changed.setdefault(change, {})[momentum] = _shown(record, usual)
         if changed:
             heads = ("changed", *("momentum" if momentum else "no momentum" for momentum in by))

@@ -64,7 +64,7 @@ class Sweep:
             settings = dict(zip(self.values, chosen, strict=True))
             shown = {k: settings[k] for k in self.swept}
             label = ", ".join(f"{k} {value}" for k, value in shown.items()) or self.config
-            cell = Cell(label, self.config).with_(**{"threads": 1} | settings)
+            cell = Cell(label, self.config).with_(**settings)
             found.append((shown, [cell.with_(seed=seed) for seed in self.seeds]))
         return found
 

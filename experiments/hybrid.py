@@ -34,14 +34,14 @@ GROUPS = {
 }
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Train every choice with each seed: the character model, then the ViT."""
-    train_groups(GROUPS.values(), store, jobs, quick, common)
+    train_groups(GROUPS.values(), store, jobs, quick)
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """A table for each net as markdown, of the choices that are in the store."""
-    return grouped_tables(GROUPS, store, threads, _lines)
+    return grouped_tables(GROUPS, store, _lines)
 
 
 def _lines(found: Finished) -> list[str]:

@@ -109,14 +109,14 @@ VIT = (
 GROUPS = {"MNIST, MLP 784-256-10": MNIST, "Imagenette, 64 x 64 pixels, ViT of 0.8 M weights": VIT}
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Tune and train MNIST, then the ViT."""
-    train_groups(GROUPS.values(), store, jobs, quick, common)
+    train_groups(GROUPS.values(), store, jobs, quick)
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """A table for each data set as markdown: the rows whose grid and finals are in the store."""
-    return grouped_tables(GROUPS, store, threads, _lines)
+    return grouped_tables(GROUPS, store, _lines)
 
 
 def _lines(found: Finished) -> list[str]:

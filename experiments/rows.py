@@ -38,6 +38,11 @@ def make_row(name: str, config: str, common: dict, *choices: dict, variant: str 
     return Row(name, tuple(Cell(name, config, variant=variant).with_(**common | choice) for choice in choices), **more)
 
 
+def each(key: str, *values: float, **more: Any) -> tuple[dict, ...]:
+    """A choice for each of `values` of a key, with the settings `more`."""
+    return tuple(more | {key: value} for value in values)
+
+
 def shortened(rows: Sequence[Row]) -> list[Row]:
     """Rows for a quick run: the first with two cells, so that something is tuned, the others with one."""
     return [replace(row, cells=row.cells[: 1 if n else 2]) for n, row in enumerate(rows)]
@@ -90,33 +95,29 @@ def tune_and_train(
     run_cells([cell for seed in others for cell in seed], store, jobs)
 
 
-def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool, common: dict) -> None:
+def train_groups(groups: Iterable[Sequence[Row]], store: Store, jobs: int, quick: bool) -> None:
     """Tune and train several tables' rows, one table after another; `quick` takes a few steps of a few cells."""
     for rows in groups:
         if quick:
-            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK, **common)
+            tune_and_train(shortened(rows), store, jobs, SEEDS[:1], **QUICK)
         else:
-            tune_and_train(rows, store, jobs, SEEDS, **common)
+            tune_and_train(rows, store, jobs, SEEDS)
 
 
-def finished(
-    rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS, **short
-) -> Iterator[tuple[Row, list[dict]]]:
+def finished(rows: Sequence[Row], store: Store, seeds: Sequence[int] = SEEDS) -> Iterator[tuple[Row, list[dict]]]:
     """The rows that are tuned, with the results of their winner; rows without any are left out."""
     for row in rows:
-        if any(store.get(cell) is None for cell in to_tune(row, **short)):
+        if any(store.get(cell) is None for cell in to_tune(row)):
             continue
-        if runs := [r for cell in finals(row, store, seeds, **short) if (r := store.get(cell)) is not None]:
+        if runs := [r for cell in finals(row, store, seeds) if (r := store.get(cell)) is not None]:
             yield row, runs
 
 
-def grouped_tables(
-    groups: Mapping[str, Sequence[Row]], store: Store, threads: int, lines_of: Callable[[Finished], list[str]]
-) -> str:
+def grouped_tables(groups: Mapping[str, Sequence[Row]], store: Store, lines_of: Callable[[Finished], list[str]]) -> str:
     """For every group with finished rows its title as a heading, then `lines_of` these rows, as markdown."""
     lines = []
     for title, rows in groups.items():
-        if found := list(finished(rows, store, threads=threads)):
+        if found := list(finished(rows, store)):
             lines += ["", f"### {title}", "", *lines_of(found)]
     return "\n".join(lines).strip() or NOTHING_YET
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.plots import Panel
 from experiments.plots import draw as draw_panels
-from experiments.rows import NOTHING_YET, QUICK, Row, make_row, markdown, settings, tuning_table
+from experiments.rows import NOTHING_YET, QUICK, Row, each, make_row, markdown, settings, tuning_table
 from experiments.sweep import Store, best_of, run_cells
 
 __all__ = ["tuning_table"]  # for the report
@@ -48,34 +48,32 @@ def row(width: int, method: str) -> Row:
     steps = round(TOKENS_PER_WEIGHT * weights(width) / (BATCH * CONTEXT))
     shape = {"d_model": width, "n_head": width // 32, "steps": steps, "eval_every": steps}
     common, key = METHODS[method]
-    return make_row(f"{method}, {width}", "shakespeare_char_small", COMMON | shape | common,
-                    *({key: value} for value in CHOICES[width][method]))  # fmt: skip
+    choices = each(key, *CHOICES[width][method])
+    return make_row(f"{method}, {width}", "shakespeare_char_small", COMMON | shape | common, *choices)
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Run every cell, the small nets first; `quick` a few steps of one cell a method, on the usual text."""
     if quick:
         few = [row(64, method).cells[0].with_(**QUICK, data="tinyshakespeare") for method in METHODS]
-        run_cells([cell.with_(**common) for cell in few], store, jobs)
+        run_cells(few, store, jobs)
         return
-    run_cells([cell.with_(**common) for width in CHOICES for name in METHODS for cell in row(width, name).cells],
-              store, jobs)  # fmt: skip
+    run_cells([cell for width in CHOICES for name in METHODS for cell in row(width, name).cells], store, jobs)
 
 
-def points(store: Store, threads: int) -> dict[str, dict[int, dict]]:
+def points(store: Store) -> dict[str, dict[int, dict]]:
     """The best finished run by method and width."""
     found: dict[str, dict[int, dict]] = {}
     for method in METHODS:
         for width in CHOICES:
-            done = [cell for c in row(width, method).cells if store.get(cell := c.with_(threads=threads))]
-            if done:
+            if done := [cell for cell in row(width, method).cells if store.get(cell)]:
                 found.setdefault(method, {})[width] = store.get(best_of(done, store))
     return found
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """Loss by width and method, and what was chosen, as markdown."""
-    found = points(store, threads)
+    found = points(store)
     if not found:
         return NOTHING_YET
     lines = []
@@ -97,11 +95,11 @@ def _shown(record: dict | None, base: dict | None, key: str) -> str:
     return f"{record['val_loss']:.4f} ({against}{chosen})"
 
 
-def draw(store: Store, folder: Path, threads: int = 1) -> None:
+def draw(store: Store, folder: Path) -> None:
     """scaling.png in `folder`: held-out loss against weights."""
     lines = {
         method: [(f"{weights(width) / 1e6:.2f}", [record["val_loss"]]) for width, record in by.items()]
-        for method, by in points(store, threads).items()
+        for method, by in points(store).items()
     }
     if lines:
         draw_panels(folder / "scaling.png", [Panel("Half a token a weight", "weights, millions",

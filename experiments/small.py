@@ -16,7 +16,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
-from experiments.rows import SEEDS, Row, finals, finished, make_row, markdown, settings, tune_and_train, tuning_table
+from experiments.rows import (
+    SEEDS,
+    Row,
+    each,
+    finals,
+    finished,
+    make_row,
+    markdown,
+    settings,
+    tune_and_train,
+    tuning_table,
+)
 from experiments.sweep import Store, exact, run_cells, show_quality, steps_to
 
 __all__ = ["tuning_table"]  # for the report
@@ -27,11 +38,6 @@ PAPER = {"delta": "sign", "rule": "contribution", "embedding_rule": "contributio
 def row(name: str, common: dict, *choices: dict, variant: str = "") -> Row:
     """A row of the small transformer, 500 steps unless a choice says otherwise."""
     return make_row(name, "shakespeare_char_small", {"steps": 500} | common, *choices, variant=variant)
-
-
-def each(key: str, *values: float, **more: float) -> list[dict]:
-    """A choice for each value of a key."""
-    return [more | {key: value} for value in values]
 
 
 TWELVE, HALF = {"batch_size": 12, "steps": 2000}, {"batch_size": 24, "steps": 1000}
@@ -97,14 +103,14 @@ MORE_SEEDS = (4, 5)
 CLOSE = (BASELINE, "SWAN", "Muon, fp32", "Muon, int8", "GFT, 6 bits, momentum", "GFT, 4 bits, momentum")
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Tune every row, then train its winner with each seed, rows that are close with two more."""
     short = {"steps": 12, "warmup": 0, "eval_windows": 20, "compile": "false"} if quick else {}
     rows = [replace(row, cells=row.cells[:2]) for row in ROWS] if quick else ROWS
-    tune_and_train(rows, store, jobs, SEEDS[:1] if quick else SEEDS, **short, **common)
+    tune_and_train(rows, store, jobs, SEEDS[:1] if quick else SEEDS, **short)
     if not quick:
         close = [row for row in rows if row.name in CLOSE]
-        run_cells([cell for row in close for cell in finals(row, store, MORE_SEEDS, **common)], store, jobs)
+        run_cells([cell for row in close for cell in finals(row, store, MORE_SEEDS)], store, jobs)
 
 
 def updates_until(runs: Sequence[dict], target: float) -> str:
@@ -119,12 +125,12 @@ def updates_until(runs: Sequence[dict], target: float) -> str:
     return f"{moves * (1 - (1 - step / steps) ** 2) if runs[0]['method'] == 'gft' else step:.0f}"
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """The table as markdown: the rows whose grid and finals are in the store."""
     heads = ("row", "bits read / kept", "val loss, last step", "seeds", "against AdamW",
              "bytes per weight: weight + state", "moves of a weight per step", "updates until AdamW's loss",
              "chosen on the held-out part")  # fmt: skip
-    found = list(finished(ROWS, store, (*SEEDS, *MORE_SEEDS), threads=threads))
+    found = list(finished(ROWS, store, (*SEEDS, *MORE_SEEDS)))
     base = mean(r["val_loss"] for r in found[0][1]) if found and found[0][0] is ROWS[0] else None
     lines = []
     for row, runs in found:

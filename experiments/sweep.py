@@ -42,12 +42,13 @@ def exact(bits: int) -> dict[str, int]:
 class Cell:
     """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it.
 
-    `variant` names a change of the code (experiments/variants.py), "" none.
+    It has one thread unless an override says otherwise. `variant` names a change of the code (experiments/variants.py),
+    "" none.
     """
 
     label: str
     config: str
-    overrides: tuple[tuple[str, Any], ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = (("threads", 1),)
     variant: str = ""
 
     def with_(self, **more: Any) -> "Cell":

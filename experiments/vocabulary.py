@@ -26,24 +26,24 @@ ROWS = (
 )  # fmt: skip
 
 
-def cells(**common) -> list[Cell]:
+def cells() -> list[Cell]:
     """A run for every row."""
-    return [Cell(name, "shakespeare_char_small", variant=variant).with_(**COMMON | own | common)
+    return [Cell(name, "shakespeare_char_small", variant=variant).with_(**COMMON | own)
             for name, own, variant in ROWS]  # fmt: skip
 
 
-def run(store: Store, jobs: int, quick: bool, common: dict) -> None:
+def run(store: Store, jobs: int, quick: bool) -> None:
     """Run every row; `quick` a few steps of three, on another text."""
     if quick:
-        few = [cell.with_(**QUICK, data="stdlib", vocab_size=300, **common) for cell in cells()]
+        few = [cell.with_(**QUICK, data="stdlib", vocab_size=300) for cell in cells()]
         run_cells([few[2], few[3], few[-1]], store, jobs)
     else:
-        run_cells(cells(**common), store, jobs)
+        run_cells(cells(), store, jobs)
 
 
-def table(store: Store, threads: int = 1) -> str:
+def table(store: Store) -> str:
     """Loss and weights of the rows that are in the store, as markdown."""
-    found = [r for cell in cells(threads=threads) if (r := store.get(cell))]
+    found = [r for cell in cells() if (r := store.get(cell))]
     heads = ("row", "held-out loss, nats a token", "bits a byte")
     return "\n".join(markdown(heads, [
         (r["label"], f"{r['val_loss']:.4f}", f"{r['bits_per_byte']:.4f}") for r in found

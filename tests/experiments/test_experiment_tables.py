@@ -49,7 +49,7 @@ def ran(monkeypatch):
 @pytest.fixture
 def run_quietly(capsys):
     def run(module, store, quick=False):
-        module.run(store, 2, quick, {"threads": 1})
+        module.run(store, 2, quick)
         capsys.readouterr()
         return module.table(store)
 
@@ -91,10 +91,10 @@ def test_images_are_chosen_by_accuracy_and_an_unfinished_row_is_left_out(tmp_pat
     store = Store(tmp_path / "r.jsonl")
     row = images.MNIST[0]
     assert images.table(store) == "Nothing is finished yet."
-    for number, cell in enumerate(to_tune(row, threads=1)):
+    for number, cell in enumerate(to_tune(row)):
         assert images.table(store) == "Nothing is finished yet."
         store.add(cell, result(cell) | {"accuracy": 0.1 * number, "val_loss": number})
-    chosen = [c.resolved().lr for c in finals(row, store, (1,), threads=1)]
+    chosen = [c.resolved().lr for c in finals(row, store, (1,))]
     assert chosen == [row.cells[-1].resolved().lr], "the highest accuracy, although its loss is highest too"
 
 
@@ -156,7 +156,7 @@ def test_ablations_are_run_drawn_and_tabled(ran, run_quietly, tmp_path):
     for a in ablations.ABLATIONS:
         assert f"![{a.title}](docs/figures/{a.name}.png)" in text
         assert (tmp_path / "figures" / f"{a.name}.png").read_bytes().startswith(b"\x89PNG")
-        assert all(store.get(c) for place in a.places() for c in a.cells(*place, threads=1))
+        assert all(store.get(c) for place in a.places() for c in a.cells(*place))
     assert text.count("###") == len(ablations.ABLATIONS) == len({a.name for a in ablations.ABLATIONS})
     assert "| 0.1 | 0.0300 ± 0.0100 | 0.0300 ± 0.0100 | 97.00 ± 1.00 % | 97.00 ± 1.00 % |" in text
     bits = next(a for a in ablations.ABLATIONS if a.name == "bits")
@@ -168,10 +168,10 @@ def test_a_figure_has_what_there_is(ran, tmp_path):
     store, first = Store(tmp_path / "r.jsonl"), ablations.ABLATIONS[0]
     assert ablations.table(store) == "Nothing is finished yet."
     place = first.places()[0]
-    cells = first.cells(*place, threads=1)
+    cells = first.cells(*place)
     store.add(cells[0], result(cells[0]))
     store.add(cells[1], sweep.diverged(cells[1].resolved()))
-    (panel,) = ablations.panels(first, store, threads=1)
+    (panel,) = ablations.panels(first, store)
     assert panel.title == place[0] and panel.lines == {place[1]: [(place[2], [pytest.approx(0.012)])]}
     ablations.draw(store, tmp_path)
     assert [p.name for p in tmp_path.glob("*.png")] == ["k.png"]
@@ -203,7 +203,7 @@ def test_points_of_the_scaling_figure_are_the_best_of_their_grid(ran, run_quietl
     text = run_quietly(scaling, store)
     assert "| 64 | 262,144 | 17,100 | 0.0108 (lr 0.008) |" in text, "least lr, k: least loss of these made-up runs"
     assert "0.0300 (+0.019; k 0.2) |" in text
-    points = scaling.points(store, 1)
+    points = scaling.points(store)
     assert {method: list(by) for method, by in points.items()} == dict.fromkeys(scaling.METHODS, list(scaling.CHOICES))
     tokens = {c.resolved().d_model: c.resolved().steps * 12 * 64 for c in ran}
     assert all(abs(t / scaling.weights(width) - 0.5) < 0.002 for width, t in tokens.items())

@@ -116,7 +116,7 @@ def test_a_real_cell_and_one_that_fails(tmp_path, monkeypatch):
 
 def test_small_tunes_on_the_held_out_part_and_reports_on_the_other(tmp_path, made_up):
     store = Store(tmp_path / "small.jsonl")
-    small.run(store, 2, False, {"threads": 1})
+    small.run(store, 2, False)
     tuned = [c for c in made_up if c.resolved().eval_on == "tune"]
     finals = [c for c in made_up if c.resolved().eval_on == "val"]
     assert len(tuned) == sum(len(row.cells) for row in small.ROWS)
@@ -141,7 +141,8 @@ def test_updates_until_adamws_loss():
 
 def test_speed_takes_each_method_at_its_fastest(tmp_path, made_up):
     store = Store(tmp_path / "speed.jsonl")
-    speed.run(store, 2, False, {})
+    speed.run(store, 2, False)
+    assert {c.resolved().threads for c in made_up} == {0}, "as many as torch takes"
     text = speed.table(store)
     assert "| AdamW, fp32 | 100.0 | 200.0 | 1.00x | 1 |" in text and text.count("\n") == 1 + len(speed.METHODS)
 
