@@ -14,6 +14,7 @@ from data import cache, tokenizers
 from data.bpe import PATTERN, train_bpe
 from data.tokenizers import BpeTokenizer, CharTokenizer, Gpt2Tokenizer, check_request, tokenizer_from_json
 from run.errors import UserError
+from tests.data.inputs import error_of
 
 TEXT = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n"
@@ -195,10 +196,8 @@ def test_damaged_json_is_refused(stored):
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("bpe", 256), ("bpe", 0), ("bpe", -5), ("words", 512), ("", 512)])
 def test_impossible_requests_are_configuration_errors(kind, vocab_size):
-    with pytest.raises(UserError) as caught:
-        check_request(kind, vocab_size)
-    assert caught.value.code == 2
-    assert ("257" if kind == "bpe" else "char, bpe, gpt2") in str(caught.value)
+    message = error_of(check_request, kind, vocab_size, code=2)
+    assert ("257" if kind == "bpe" else "char, bpe, gpt2") in message
 
 
 def test_possible_requests_pass():
@@ -210,8 +209,6 @@ def test_possible_requests_pass():
 def no_kept_gpt2(monkeypatch, tmp_path):
     """tiktoken as on a machine that has never fetched GPT-2's vocabulary."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
-    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
 
 
@@ -262,7 +259,7 @@ def test_gpt2_is_found_in_a_folder_of_data_sets(no_kept_gpt2, monkeypatch, tmp_p
         "vocab.bpe": "#version: 0.2\na b\n",
         "encoder.json": json.dumps({letter: rank for rank, letter in enumerate([*letters, "ab", "<|endoftext|>"])}),
     }
-    folder = tmp_path if setting == "shared" else tmp_path / "mine"
+    folder = cache.SHARED_DIR if setting == "shared" else tmp_path / "mine"
     (folder / "gpt2_bpe").mkdir(parents=True)
     for name, content in files.items():
         (folder / "gpt2_bpe" / name).write_text(content)
