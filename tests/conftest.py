@@ -56,6 +56,16 @@ def on_triton():
 
 
 @pytest.fixture
+def handlers():
+    """Handlers of signals are put back as the test found them."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """torch.empty gives memory full of the worst values, so that an element a kernel forgot to write is seen."""
     real = torch.empty

@@ -18,11 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_train import arguments
-from test_train_images import VIT, data
+from test_train_images import VIT
 from torch import multiprocessing
 
 import train
 from run import distributed, log
+from tests.data.inputs import image_data
 
 WEIGHTS = {
     "momentum": (2, {"momentum": 0.9}),
@@ -94,7 +95,7 @@ def work(rank: int, ports: list[int], folder: str) -> None:
             check_weights(ranks, name, size, settings, *found)
         elif found is not None:
             assert found[:3] == (0, {}, ""), found  # rank 0 alone speaks
-    sys.modules["data.image_task"].load_images = lambda *_: data(60)
+    sys.modules["data.image_task"].load_images = lambda *_: image_data(60)
     found = ranks.run([*IMAGES.split(), "--out_dir", f"{folder}/images"])
     if rank == 0:
         one = ranks.alone([*IMAGES.split(), "--out_dir", f"{folder}/images alone"])

@@ -53,16 +53,14 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 
 
 @pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch, request):
+def clean(tmp_path, monkeypatch, request, handlers):
     """A cache of the test's own; no curves, which take half of a short run, but for tests that ask for `curve`; signal
     handlers, the backend and fusing as the test found them."""
     monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
     if "curve" not in request.fixturenames:
         monkeypatch.setattr(log, "draw", lambda *_: None)
-    before, fusing, chosen = {n: signal.getsignal(n) for n in SIGNALS}, fuse.enabled(), backend.chosen()
+    fusing, chosen = fuse.enabled(), backend.chosen()
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     fuse.enable(fusing)
     backend.use(chosen)
 

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import shutil
-import signal
 
-import numpy as np
 import pytest
 import torch
 from no_reads import NothingIsRead
@@ -14,42 +12,16 @@ from PIL import Image
 import predict
 import train
 from data import image_task
-from data.images import ImageData
 from kernels import backend
 from run import device as machine
 from run.config import load
 from run.progress import Metrics
 from run.stop import Stop
+from tests.data.inputs import CLASSES, image_data, images
 
 VIT = ("shakespeare_char_small --data imagenette --image_side 16 --patch 4 --n_layer 2 --n_head 2 --d_model 16 "
        "--batch_size 12")  # fmt: skip
-CLASSES = tuple("abc")
-
-
-def images(n: int, side: int = 16, channels: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright third: above, in the middle or below, which is the class."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, n)
-    pixels = random.integers(0, 100, (n, side, side, channels))
-    for image, label in zip(pixels, labels, strict=True):
-        image[label * side // 3 : (label + 1) * side // 3] += 120
-    return pixels.astype(np.uint8), labels.astype(np.int64)
-
-
-def data(n: int = 60, side: int = 16, channels: int = 3) -> ImageData:
-    mean, std = (0.3,) * channels, (0.3,) * channels
-    training, held_out = images(n, side, channels), images(30, side, channels, 1)
-    return ImageData("made", *training, *held_out, CLASSES, mean, std, {}, "0", "here")
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The signal handlers that the test found."""
-    numbers = [getattr(signal, name) for name in Stop.NAMES if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.mark.parametrize("line", ["", "--int_layers attention,mlp --lr 3e-3 --dropout 0.05",
@@ -57,7 +29,7 @@ def handlers():
                          ids=["all integer", "hybrid, dropout", "mlp", "adamw"])  # fmt: skip
 def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypatch):
     """From a third right to nearly all, and half of the way in another process' place gives the same weights."""
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: data(240))
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: image_data(240))
     argv = (f"{VIT} --ortho_tile 16 --topk_tile 16 --k 0.4 --steps 60 --eval_every 30 --save_every 30 "
             f"--compile false {line}").split()  # fmt: skip
     assert train.main([*argv, "--out_dir", str(tmp_path / "whole")]) == 0
@@ -82,9 +54,10 @@ def test_images_are_learnt_and_resumed_exactly(line, tmp_path, capsys, monkeypat
 def test_images_that_are_read_otherwise_are_not_gone_on_with(tmp_path, capsys, monkeypatch):
     """The same file through another version of a decoder: other pixels, another mean."""
     argv = [*VIT.split(), "--steps", "2", "--compile", "false", "--out_dir", str(tmp_path / "o")]
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: data())
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: image_data())
     assert train.main(argv) == 0 and train.main([*argv, "--resume"]) == 0
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: dataclasses.replace(data(), mean=(0.3, 0.3, 0.31)))
+    other = dataclasses.replace(image_data(), mean=(0.3, 0.3, 0.31))
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: other)
     assert train.main([*argv, "--resume"]) == 1
     error = capsys.readouterr().err
     assert "was trained on the same file, but" in error and "(mean)" in error
@@ -92,7 +65,7 @@ def test_images_that_are_read_otherwise_are_not_gone_on_with(tmp_path, capsys, m
 
 def test_a_hybrid_net_counts_its_floats(tmp_path, capsys, monkeypatch):
     """Patches and head in fp32: their weights, AdamW's two moments of them, and one number of steps for each matrix."""
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: data())
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: image_data())
     argv = f"{VIT} --int_layers attention,mlp --steps 2 --compile false --out_dir {tmp_path / 'o'}".split()
     assert train.main(argv) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -104,7 +77,7 @@ def test_a_hybrid_net_counts_its_floats(tmp_path, capsys, monkeypatch):
 
 def test_a_step_of_images_reads_nothing_on_the_host(tmp_path, monkeypatch):
     """Mixed, cropped and mirrored on the device; with kernels as on a GPU."""
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: data())
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: image_data())
     cfg = load(f"{VIT} --n_layer 1 --batch_size 4 --backend triton --device cpu --steps 2 --hflip 0.5 --crop_min 0.5 "
                f"--mix both --ortho_tile 32 --topk_tile 32 --out_dir {tmp_path}".split(), notes=False)  # fmt: skip
     chosen = backend.chosen()
@@ -163,9 +136,9 @@ def test_other_images_start_from_a_run(tmp_path, capsys, monkeypatch):
         assert train.main(argv.split()) == 0
         return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
 
-    monkeypatch.setattr("data.image_task.load_images", lambda *_: data(240))
+    monkeypatch.setattr("data.image_task.load_images", lambda *_: image_data(240))
     first = trained("first", "--k 0.4 --steps 60 --eval_every 30")
-    more = dataclasses.replace(data(240), classes=("new", *CLASSES), sha256="1")
+    more = dataclasses.replace(image_data(240), classes=("new", *CLASSES), sha256="1")
     more = dataclasses.replace(more, train_labels=more.train_labels + 1, val_labels=more.val_labels + 1)
     monkeypatch.setattr("data.image_task.load_images", lambda *_: more)
     assert first[-1]["accuracy"] > 0.8 and trained("scratch", "--k 0.02 --steps 2")[0]["accuracy"] < 0.6

@@ -16,17 +16,14 @@ from data.cache import cache_root
 from data.text import find_text, load_text
 from data.textfile import SEPARATOR, separated
 from data.tokenizers import END, BpeTokenizer, CharTokenizer
-from run.errors import UserError
+from tests.data.inputs import error_of
 
 PLAY = [f"Speaker {n % 7}: the {n}th line of a play that nobody wrote, été comprised.\n" for n in range(300)]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
 @pytest.fixture(autouse=True)
-def own_places(monkeypatch, tmp_path):
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
-    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path / "shared")
+def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
@@ -40,13 +37,6 @@ def put(path, content):
 
 def whole(name, **settings) -> str:
     return "".join(find_text(name, **settings).chunks("reading"))
-
-
-def error_of(call, *args, code=1, **settings):
-    with pytest.raises(UserError) as caught:
-        call(*args, **settings)
-    assert caught.value.code == code
-    return str(caught.value)
 
 
 # What names mean

@@ -18,14 +18,12 @@ import pytest
 import data
 from data import cache, corpus, download, mnist, textfile, tinyshakespeare
 from data.cache import NotFound, OfficialFile, cache_root
-from data.text import find_text, load_text
+from data.text import find_text
 from data.text_task import check_length
 from run.config import Config
-from run.errors import UserError
+from tests.data.inputs import CONTENT, all_files, error_of, load, put
 
 ROOT = Path(__file__).resolve().parents[2]
-LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
-CONTENT = "".join(LINES).encode("utf-8")
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -70,44 +68,14 @@ def server():
 
 
 @pytest.fixture(autouse=True)
-def own_places(monkeypatch, tmp_path):
-    """Every place of the search is an empty one of this test, and the official file is CONTENT at a dead address."""
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    for variable in ("NANOGFT_DATA", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path / "shared" / "data")
+def dead_address(monkeypatch):
+    """The official file is CONTENT, at an address where nobody answers."""
     use_address(monkeypatch, "http://127.0.0.1:9/input.txt")
-
-
-@pytest.fixture
-def play(tmp_path):
-    return str(put(tmp_path / "play.txt"))
 
 
 def use_address(monkeypatch, url):
     official = OfficialFile("tinyshakespeare/input.txt", url, len(CONTENT), SHA256)
     monkeypatch.setattr(tinyshakespeare, "FILE", official)
-
-
-def put(path, content=CONTENT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def load(name="tinyshakespeare", tokenizer="char", vocab_size=300, **settings):
-    return load_text(name, tokenizer, vocab_size, **settings)
-
-
-def error_of(*args, code, **settings):
-    with pytest.raises(UserError) as caught:
-        load(*args, **settings)
-    assert caught.value.code == code
-    return str(caught.value)
-
-
-def all_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 # The search order
@@ -159,7 +127,7 @@ def test_shared_folder_is_the_one_beside_the_checkout():
 def test_data_dir_without_the_file_is_an_error(tmp_path):
     put(cache_root() / "tinyshakespeare/input.txt")
     (tmp_path / "mine").mkdir()
-    message = error_of(data_dir=str(tmp_path / "mine"), code=2)
+    message = error_of(load, data_dir=str(tmp_path / "mine"), code=2)
     assert str(tmp_path / "mine/tinyshakespeare/input.txt") in message
     assert str(tmp_path / "mine/input.txt") in message
 
@@ -203,7 +171,7 @@ def test_truncated_download_is_named_and_not_used(monkeypatch, server, announced
     use_address(monkeypatch, server.url)
     server.body = CONTENT[:5000]
     server.announced = len(server.body) if announced == "honest" else len(CONTENT)
-    message = error_of(code=1)
+    message = error_of(load)
     assert server.url in message
     assert "truncated: 5,000 bytes" in message or "IncompleteRead" in message
     assert all_files(cache_root()) == []
@@ -213,7 +181,7 @@ def test_download_stops_one_byte_past_the_official_size(monkeypatch, server):
     use_address(monkeypatch, server.url)
     server.body = CONTENT * 1000  # more than the buffers in between can swallow
     server.announced = len(server.body)
-    assert f"altered: {len(CONTENT) + 1:,} bytes" in error_of(code=1)
+    assert f"altered: {len(CONTENT) + 1:,} bytes" in error_of(load)
     assert server.cut_off.wait(10)
 
 
@@ -222,7 +190,7 @@ def test_a_server_that_stops_sending_is_given_up(monkeypatch, server):
     monkeypatch.setattr(download, "SILENCE_SECONDS", 0.2)
     server.pause = 5.0  # after its headers
     start = time.perf_counter()
-    assert "timed out" in error_of(code=1)
+    assert "timed out" in error_of(load)
     assert time.perf_counter() - start < 4
 
 
@@ -241,7 +209,7 @@ def test_no_answer_is_told_soon(monkeypatch, capsys, where):
         if where == "name":
             monkeypatch.setattr(socket, "getaddrinfo", slow_names)
         start = time.perf_counter()
-        assert "not downloaded (no answer in 0.3 s)" in error_of(code=1)
+        assert "not downloaded (no answer in 0.3 s)" in error_of(load)
         assert time.perf_counter() - start < 2
     assert "an answer is waited for 0.3 s" in capsys.readouterr().err
 
@@ -249,7 +217,7 @@ def test_no_answer_is_told_soon(monkeypatch, capsys, where):
 def test_slow_download_is_given_up(monkeypatch, server):
     use_address(monkeypatch, server.url)
     monkeypatch.setattr(download, "TOTAL_SECONDS", -1)
-    assert "too slow" in error_of(code=1)
+    assert "too slow" in error_of(load)
 
 
 def test_damaged_cache_is_mended_by_the_download(monkeypatch, server):
@@ -262,7 +230,7 @@ def test_damaged_cache_is_mended_by_the_download(monkeypatch, server):
 def test_found_nowhere_lists_every_place_and_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGFT_DATA", str(tmp_path / "mine"))
     shared = put(cache.SHARED_DIR / "tinyshakespeare/input.txt", b"short")
-    message = error_of(code=1)
+    message = error_of(load)
     for part in (
         f"{tmp_path / 'mine/tinyshakespeare/input.txt'}: No such file",
         f"{tmp_path / 'mine/input.txt'}: No such file",
@@ -326,9 +294,7 @@ def test_no_other_data_is_used_where_these_were_asked_for(settings, named, monke
 
 
 def test_a_folder_given_without_the_text_stays_an_error(tmp_path):
-    with pytest.raises(UserError) as caught:
-        data.load(Config(data_dir=str(tmp_path)))
-    assert caught.value.code == 2 and "does not hold tinyshakespeare" in str(caught.value)
+    assert "does not hold tinyshakespeare" in error_of(data.load, Config(data_dir=str(tmp_path)), code=2)
 
 
 def test_a_text_needs_only_what_it_uses(play):
@@ -359,9 +325,8 @@ def test_a_text_shorter_than_a_window_is_refused(n_train, n_val, parts):
     if not parts:
         check_length(cfg, n_train, n_val)
         return
-    with pytest.raises(UserError) as caught:
-        check_length(cfg, n_train, n_val)
-    assert caught.value.code == 2 and all(part in str(caught.value) for part in parts)
+    message = error_of(check_length, cfg, n_train, n_val, code=2)
+    assert all(part in message for part in parts)
 
 
 # Text files and stdlib
@@ -397,17 +362,17 @@ def test_relative_file_is_found_here_and_in_data_dir(tmp_path, monkeypatch):
 )
 def test_unusable_file_is_named(tmp_path, content, parts):
     path = put(tmp_path / "bad.txt", content)
-    message = error_of(str(path), code=1)
+    message = error_of(load, str(path))
     for part in [str(path), *parts]:
         assert part in message
 
 
 def test_missing_names_point_to_the_closest(tmp_path, play, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "Did you mean tinyshakespeare?" in error_of("tiny_shakespear", code=2)
-    assert f"Did you mean {play}?" in error_of(str(tmp_path / "pley.txt"), code=2)
-    assert "Did you mean play.txt?" in error_of("play.text", code=2)
-    message = error_of("nothing_like_it/at_all", code=2)
+    assert "Did you mean tinyshakespeare?" in error_of(load, "tiny_shakespear", code=2)
+    assert f"Did you mean {play}?" in error_of(load, str(tmp_path / "pley.txt"), code=2)
+    assert "Did you mean play.txt?" in error_of(load, "play.text", code=2)
+    message = error_of(load, "nothing_like_it/at_all", code=2)
     assert "Did you mean" not in message and "stdlib, tinyshakespeare" in message
 
 
@@ -415,7 +380,7 @@ def test_missing_names_point_to_the_closest(tmp_path, play, monkeypatch):
 def test_pipe_and_device_are_refused_unopened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in (tmp_path / "pipe", os.devnull):
-        assert "is a pipe or a device" in error_of(str(name), code=2)
+        assert "is a pipe or a device" in error_of(load, str(name), code=2)
 
 
 def test_a_file_that_cannot_be_opened_is_named(play, monkeypatch):
@@ -423,12 +388,12 @@ def test_a_file_that_cannot_be_opened_is_named(play, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr(corpus, "open", locked, raising=False)
-    assert error_of(play, code=1) == f"{play} cannot be read: Permission denied."
+    assert error_of(load, play) == f"{play} cannot be read: Permission denied."
 
 
 @pytest.mark.parametrize("bad", ["a\0b", "x" * 5000], ids=["null", "long"])
 def test_impossible_file_names_are_user_errors(bad):
-    error_of(bad, code=1)
+    error_of(load, bad)
 
 
 def test_stdlib_needs_nothing_and_is_always_the_same():

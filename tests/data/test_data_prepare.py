@@ -20,40 +20,11 @@ from data.bpe import PATTERN, train_bpe
 from data.cache import cache_root, sha256, write_atomic
 from data.notice import with_bar
 from data.prepare import parts_of
-from data.text import load_text
 from data.tokenizers import CharTokenizer
 from run.errors import UserError
+from tests.data.inputs import CONTENT, all_files, load, put
 
 ROOT = Path(__file__).resolve().parents[2]
-LINES = [f"Speaker {n % 7}:\nThe {n}th line of a play that nobody wrote, été comprised.\n\n" for n in range(400)]
-CONTENT = "".join(LINES).encode("utf-8")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
-
-
-def put(path, content=CONTENT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def load(name, tokenizer="char", vocab_size=300, **settings):
-    return load_text(name, tokenizer, vocab_size, **settings)
-
-
-def all_files(folder):
-    """But for locks, which are empty and stay."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return sorted(str(path.relative_to(folder)) for path in files)
-
-
-@pytest.fixture
-def play(tmp_path):
-    return str(put(tmp_path / "play.txt"))
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])

@@ -13,11 +13,7 @@ from data import image_folder, notice
 from data.cache import cache_root
 from data.images import load_images
 from run.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
+from tests.data.inputs import error_of
 
 
 def picture(path, value, kind="PNG", size=(12, 9)):
@@ -48,10 +44,9 @@ def greys(images):
 
 
 def refused(folder):
-    with pytest.raises(UserError) as caught:
-        load(folder)
-    assert caught.value.code == 2 and not (cache_root() / "prepared").exists()
-    return str(caught.value)
+    message = error_of(load, folder, code=2)
+    assert not (cache_root() / "prepared").exists()
+    return message
 
 
 def test_train_and_val_become_arrays_labels_and_names(tmp_path):
@@ -103,10 +98,9 @@ def test_the_cache_is_used_and_a_change_is_noticed(tmp_path, monkeypatch):
     top = fill(tmp_path / "pets")
     first = load(top)
     shutil.copytree(top, tmp_path / "moved")
-    monkeypatch.setattr(decoder, "decode", None)
-    assert load(tmp_path / "moved").sha256 == first.sha256, "content counts, and not where it is"
-    monkeypatch.undo()
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "decode", None)
+        assert load(tmp_path / "moved").sha256 == first.sha256, "content counts, and not where it is"
     for change in (lambda: picture(top / "cats" / "0", 77), lambda: (top / "dogs").rename(top / "wolves"),
                    lambda: picture(top / "cats" / "new", 9)):  # fmt: skip
         before = load(top).sha256

@@ -7,32 +7,15 @@ import pytest
 import torch
 
 from data.image_task import Epochs, ImageTask
-from data.images import ImageData
 from run.config import Config
+from tests.data.inputs import image_data
 
 CPU = torch.device("cpu")
-CLASSES = tuple("abc")
 VIT = Config(data="imagenette", image_side=16, patch=4, n_layer=2, n_head=2, d_model=16, batch_size=12)
 
 
-def images(n: int, side: int = 16, channels: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright third: above, in the middle or below, which is the class."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, n)
-    pixels = random.integers(0, 100, (n, side, side, channels))
-    for image, label in zip(pixels, labels, strict=True):
-        image[label * side // 3 : (label + 1) * side // 3] += 120
-    return pixels.astype(np.uint8), labels.astype(np.int64)
-
-
-def data(n: int = 60, side: int = 16, channels: int = 3) -> ImageData:
-    mean, std = (0.3,) * channels, (0.3,) * channels
-    training, held_out = images(n, side, channels), images(30, side, channels, 1)
-    return ImageData("made", *training, *held_out, CLASSES, mean, std, {}, "0", "here")
-
-
 def task(n: int = 60, **settings) -> ImageTask:
-    return ImageTask(dataclasses.replace(VIT, **settings), data(n))
+    return ImageTask(dataclasses.replace(VIT, **settings), image_data(n))
 
 
 def chosen(epochs: Epochs, step: int) -> torch.Tensor:
@@ -79,7 +62,7 @@ def test_micro_batches_are_parts_of_the_batch(settings):
 
 
 def test_a_batch_without_changes_is_the_images():
-    made, given = task(), data()
+    made, given = task(), image_data()
     ((x, y),) = made.batches(2, CPU)
     order = chosen(Epochs(60, 12, 1, CPU), 2)
     expected = (torch.from_numpy(given.train)[order].permute(0, 3, 1, 2) / 255 - 0.3) / 0.3

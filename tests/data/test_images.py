@@ -18,7 +18,7 @@ from data import cache, imagenette
 from data import decode as decoder
 from data.cache import OfficialFile, cache_root, sha256
 from data.images import load_images
-from run.errors import UserError
+from tests.data.inputs import all_files, error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TENCH, CHURCH = "n01440764", "n03028079"
@@ -26,12 +26,8 @@ INSIDE = f"imagenette2-160/train/{TENCH}"
 
 
 @pytest.fixture(autouse=True)
-def own_places(monkeypatch, tmp_path):
-    """Every place of the search is an empty one of this test; the official address is dead."""
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    for variable in ("NANOGFT_DATA", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path / "shared" / "data")
+def dead_address(monkeypatch):
+    """At the official address nobody answers."""
     official = OfficialFile(imagenette.FILE.path, "http://127.0.0.1:9/file", 1000, "0" * 64)
     monkeypatch.setattr(imagenette, "FILE", official)
 
@@ -74,17 +70,6 @@ def load_archive(folder, members, **settings):
     return load(folder, **settings)
 
 
-def error_of(code, function, *args, **settings):
-    with pytest.raises(UserError) as caught:
-        function(*args, **settings)
-    assert caught.value.code == code
-    return str(caught.value)
-
-
-def all_files(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
 # Imagenette: what is read
 
 
@@ -112,7 +97,7 @@ def test_tuning_holds_out_every_tenth_training_image_of_a_class(tmp_path):
     assert tune.val[0, 0, 0, 0] == 9 and isinstance(tune.val, np.memmap)
     assert tune.mean == full.mean and len(all_files(cache_root())) == 3
     few = {name: content for name, content in usual_members().items() if CHURCH in name}
-    message = error_of(2, load_archive, tmp_path / "few", few, eval_on="tune")
+    message = error_of(load_archive, tmp_path / "few", few, eval_on="tune", code=2)
     assert "every 10th" in message and "--eval_on val" in message
 
 
@@ -236,7 +221,7 @@ def link(kind, target):
          "disk", "hidden device", "up from a Mac's folder", "hidden at the root", "class"],
 )
 def test_hostile_member_condemns_the_archive_by_name(tmp_path, name, content, reason):
-    message = error_of(1, load_archive, tmp_path / "mine", usual_members() | {name: content})
+    message = error_of(load_archive, tmp_path / "mine", usual_members() | {name: content})
     assert repr(name) in message and reason in message and str(tmp_path / "mine/imagenette2-160.tgz") in message
     assert all_files(cache_root()) == []
 
@@ -253,7 +238,7 @@ def test_damaged_archive_is_named(tmp_path, damage):
         "empty": b"",
     }[damage]
     path.write_bytes(cut)
-    message = error_of(1, load, tmp_path)
+    message = error_of(load, tmp_path)
     assert f"{path} is damaged" in message and f"{len(cut)} bytes" in message and sha256(cut) in message
     assert all_files(cache_root()) == []
 
@@ -267,7 +252,7 @@ def test_a_damaged_header_in_a_whole_gzip_is_not_the_end(tmp_path, damage):
     if damage == "a bit":
         content[header + 150] ^= 1
     path.write_bytes(gzip.compress(content[: {"a bit": None, "cut between members": header}.get(damage, header + 99)]))
-    message = error_of(1, load, tmp_path)
+    message = error_of(load, tmp_path)
     assert f"{path} is damaged after its member" in message and "header of the next one" in message
     assert all_files(cache_root()) == []
 
@@ -277,7 +262,7 @@ def test_a_damaged_header_in_a_whole_gzip_is_not_the_end(tmp_path, damage):
 def test_a_member_of_impossible_size_condemns_the_archive(tmp_path, headers):
     info = tarfile.TarInfo()
     info.pax_headers = headers
-    message = error_of(1, load_archive, tmp_path / "mine", usual_members() | {f"{INSIDE}/bad.JPEG": info})
+    message = error_of(load_archive, tmp_path / "mine", usual_members() | {f"{INSIDE}/bad.JPEG": info})
     assert "claims to have -" in message or "is damaged after its member" in message
     assert all_files(cache_root()) == []
 
@@ -292,7 +277,7 @@ def test_a_header_that_claims_a_huge_size_is_damage(tmp_path, kind, size):
     content = gzip.decompress(path.read_bytes()).rstrip(b"\0")
     content += bytes(-len(content) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(512)
     path.write_bytes(gzip.compress(content))
-    assert f"{path} is damaged after its member" in error_of(1, load, tmp_path)
+    assert f"{path} is damaged after its member" in error_of(load, tmp_path)
     assert all_files(cache_root()) == []
 
 
@@ -307,13 +292,13 @@ def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, p
         content = content.rstrip(b"\0")
         content += bytes(-len(content) % 512) + info.tobuf(tarfile.GNU_FORMAT)
     path.write_bytes(gzip.compress(content) + zeros)
-    assert "it unpacks to more than 16,777,216 bytes" in error_of(1, load, tmp_path)
+    assert "it unpacks to more than 16,777,216 bytes" in error_of(load, tmp_path)
     assert all_files(cache_root()) == []
 
 
 def test_archive_with_nothing_to_evaluate_on_is_refused(tmp_path):
     members = {name: content for name, content in usual_members().items() if "/train/" in name}
-    assert "no image to evaluate on (14 for training" in error_of(1, load_archive, tmp_path, members)
+    assert "no image to evaluate on (14 for training" in error_of(load_archive, tmp_path, members)
     assert all_files(cache_root()) == []
 
 
@@ -324,7 +309,7 @@ def test_truncated_copy_beside_the_checkout_is_not_used(monkeypatch, tmp_path, c
     monkeypatch.setattr(imagenette, "FILE", official)
     assert load_images("imagenette", 8).source.startswith(f"{path}, because it is in the shared/data folder")
     path.write_bytes(content[:-1])
-    message = error_of(1, load_images, "imagenette", 8)
+    message = error_of(load_images, "imagenette", 8)
     for part in (f"{path}: truncated", "not downloaded (Connection refused)", "--data_dir FOLDER"):
         assert part in message
     assert "--data stdlib" not in message

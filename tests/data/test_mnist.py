@@ -10,22 +10,11 @@ import pytest
 from data import cache, mnist
 from data.cache import cache_root, sha256
 from data.images import load_images
-from run.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def own_places(monkeypatch, tmp_path):
-    """The cache is an empty one of this test."""
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
+from tests.data.inputs import all_files, error_of
 
 
 def load(folder, side, **settings):
     return load_images("mnist", side, data_dir=str(folder), **settings)
-
-
-def all_files(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
 def idx(array):
@@ -89,11 +78,9 @@ def test_damaged_idx_files_are_named(tmp_path, name, change, parts):
     contents = digits(tmp_path / "mine")
     file = next(key for key in contents if key.startswith(name))
     (tmp_path / "mine" / file).write_bytes(change(contents[file]))
-    with pytest.raises(UserError) as caught:
-        load(tmp_path / "mine", 28)
-    assert caught.value.code == 1
+    message = error_of(load, tmp_path / "mine", 28)
     for part in [str(tmp_path / "mine" / file), *parts]:
-        assert part in str(caught.value)
+        assert part in message
     assert all_files(cache_root()) == []
 
 
@@ -106,8 +93,9 @@ def test_mnist_hash_is_that_of_the_contents():
     assert "truncated or not gzip" in file.fault(gzip.compress(content)[:-9])
 
 
-def test_official_constants_match_the_files_beside_the_checkout():
+def test_official_constants_match_the_files_beside_the_checkout(monkeypatch):
     """Without that folder the constants can only be compared with themselves: their form is checked."""
+    monkeypatch.undo()
     for file in (file for pair in mnist.FILES.values() for file in pair):
         assert len(file.sha256) == 64 and file.url.startswith("https://") and file.size > 4000
         path = cache.SHARED_DIR / file.path

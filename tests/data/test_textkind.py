@@ -14,7 +14,7 @@ from safetensors.torch import save
 from data import textfile
 from data.text import load_text
 from data.textkind import likely_encoding, other_format
-from run.errors import UserError
+from tests.data.inputs import error_of
 
 ENGLISH = "It was a dark night, and the wind cried. He had walked for hours and hoped to find shelter soon.\n" * 40
 FRENCH = "Été, où êtes-vous ? L’élève a mangé un gâteau à la crème près de l’hôtel – c’était « délicieux ».\n" * 40
@@ -23,20 +23,11 @@ CHINESE = "人人生而自由,在尊严和权利上一律平等。他们赋有�
 JAPANESE = "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。\n" * 40
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("NANOGFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
-
-
 def refusal(tmp_path, content: bytes) -> str:
     """What is said of a file of `content`, which is named FILE in it."""
     path = tmp_path / "a text"
     path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_text(str(path), "char", 0)
-    assert caught.value.code == 1
-    return str(caught.value).replace(f"'{path}'", "FILE").replace(str(path), "FILE")
+    return error_of(load_text, str(path), "char", 0).replace(f"'{path}'", "FILE").replace(str(path), "FILE")
 
 
 def zipped(*names: str) -> bytes:

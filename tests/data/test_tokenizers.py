@@ -197,8 +197,6 @@ def test_damaged_json_is_refused(stored):
 def no_kept_gpt2(monkeypatch, tmp_path):
     """tiktoken as on a machine that has never fetched GPT-2's vocabulary."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("NANOGFT_DATA", raising=False)
-    monkeypatch.setattr(cache, "SHARED_DIR", tmp_path)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
 
 
@@ -249,7 +247,7 @@ def test_gpt2_is_found_in_a_folder_of_data_sets(no_kept_gpt2, monkeypatch, tmp_p
         "vocab.bpe": "#version: 0.2\na b\n",
         "encoder.json": json.dumps({letter: rank for rank, letter in enumerate([*letters, "ab", "<|endoftext|>"])}),
     }
-    folder = tmp_path if setting == "shared" else tmp_path / "mine"
+    folder = cache.SHARED_DIR if setting == "shared" else tmp_path / "mine"
     (folder / "gpt2_bpe").mkdir(parents=True)
     for name, content in files.items():
         (folder / "gpt2_bpe" / name).write_text(content)

@@ -10,14 +10,12 @@ from torch import nn
 from gft import layers
 from gft.layers import Delta, IntEmbedding, IntLinear, int_layers, owner_of
 from gft.optimizer import FlipOptimizer
-from gft.weight_grid import initial_weight
 from kernels import fuse
-from kernels.limits import weight_limit
 from kernels.philox import Stream, words
+from tests.kernels.update_inputs import BITS
 
 needs_compiler = pytest.mark.skipif(fuse.compiler() is None, reason="torch.compile needs a C++ compiler")
 A = 6.0
-Q = {1: 1, 2: 1, 3: 3, 4: 7, 5: 15, 6: 31, 7: 63, 8: 127}
 WORD = 2**23
 
 
@@ -348,38 +346,6 @@ def test_init_std_too_small_to_tell_weights_apart():
         IntLinear(8, 4, bits=4, init_std=1e-6)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_initial_weights(bits):
-    q, w = Q[bits], initial_weight((200, 300), bits, 0.33, 5, 2)
-    assert weight_limit(bits)[0] == q and w.dtype == torch.int8 and w.shape == (200, 300)
-    assert w.abs().max() <= q and abs(w.double().mean()) < 0.02 * q
-    if bits == 1:
-        assert set(w.unique().tolist()) == {-1, 1}
-    else:
-        z = torch.distributions.Normal(0.0, 0.33 * q)
-        share = z.cdf(torch.tensor(0.5)) - z.cdf(torch.tensor(-0.5))
-        assert (w == 0).double().mean().item() == pytest.approx(share.item(), abs=0.01)
-    if bits >= 4:
-        assert w.double().std().item() == pytest.approx(0.33 * q, rel=0.05)
-
-
-@pytest.mark.parametrize("bits", [1, 6])
-def test_initial_weights_in_parts(bits, monkeypatch):
-    """They are drawn a part at a time, and are those drawn at once."""
-    whole = initial_weight((13, 37), bits, 0.33, 5, 2)
-    monkeypatch.setattr("gft.weight_grid.PART", 100)
-    assert torch.equal(initial_weight((13, 37), bits, 0.33, 5, 2), whole)
-
-
-def test_initial_weights_are_a_function_of_seed_and_index():
-    first = initial_weight((13, 7), 6, 0.33, 5, 2)
-    assert torch.equal(first, initial_weight((13, 7), 6, 0.33, 5, 2))
-    assert torch.equal(first, IntLinear(7, 13, seed=5, index=2).weight)
-    for seed, index in ((6, 2), (5, 3), (5, 0)):
-        assert (first != initial_weight((13, 7), 6, 0.33, seed, index)).double().mean() > 0.8
-    assert (IntLinear(7, 13).weight != IntLinear(7, 13).weight).any(), "made one after another, layers differ"
-
-
 @pytest.mark.parametrize("bits", [1, 2, 6, 8])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 3)], ids=str)
 def test_embedding_is_the_formula(bits, shape, seen):
@@ -601,7 +567,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(wrong, error, assign):
 
 
 def test_the_edges_of_the_grid_can_be_loaded():
-    for bits, q in Q.items():
+    for bits, (q, _) in BITS.items():
         layer = IntLinear(8, 4, bits, keep_bits=bits)
         for value in (-q, q):
             layer.load_state_dict({"weight": torch.full_like(layer.weight, value), "scale": layer.scale})

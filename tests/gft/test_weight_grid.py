@@ -1,4 +1,4 @@
-"""What is read of a weight that keeps more bits: the grids, and layers and optimizers on them.
+"""First weights, and what is read of one that keeps more bits: the grids, and layers and optimizers on them.
 
     python -m pytest -q tests/gft/test_weight_grid.py
 """
@@ -8,14 +8,47 @@ import torch
 from torch import nn
 
 from gft import FlipOptimizer, IntEmbedding, IntLinear
-from gft.weight_grid import read_weight
+from gft.weight_grid import initial_weight, read_weight
 from kernels.limits import kept_bits, threshold_of, weight_limit
+from tests.kernels.update_inputs import BITS
 
 
 def every(keep_bits: int) -> torch.Tensor:
     """All weights of so many bits."""
     q, _ = weight_limit(keep_bits)
     return torch.tensor([w for w in range(-q, q + 1) if keep_bits > 1 or w], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_initial_weights(bits):
+    q, w = BITS[bits][0], initial_weight((200, 300), bits, 0.33, 5, 2)
+    assert weight_limit(bits)[0] == q and w.dtype == torch.int8 and w.shape == (200, 300)
+    assert w.abs().max() <= q and abs(w.double().mean()) < 0.02 * q
+    if bits == 1:
+        assert set(w.unique().tolist()) == {-1, 1}
+    else:
+        z = torch.distributions.Normal(0.0, 0.33 * q)
+        share = z.cdf(torch.tensor(0.5)) - z.cdf(torch.tensor(-0.5))
+        assert (w == 0).double().mean().item() == pytest.approx(share.item(), abs=0.01)
+    if bits >= 4:
+        assert w.double().std().item() == pytest.approx(0.33 * q, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [1, 6])
+def test_initial_weights_in_parts(bits, monkeypatch):
+    """They are drawn a part at a time, and are those drawn at once."""
+    whole = initial_weight((13, 37), bits, 0.33, 5, 2)
+    monkeypatch.setattr("gft.weight_grid.PART", 100)
+    assert torch.equal(initial_weight((13, 37), bits, 0.33, 5, 2), whole)
+
+
+def test_initial_weights_are_a_function_of_seed_and_index():
+    first = initial_weight((13, 7), 6, 0.33, 5, 2)
+    assert torch.equal(first, initial_weight((13, 7), 6, 0.33, 5, 2))
+    assert torch.equal(first, IntLinear(7, 13, seed=5, index=2).weight)
+    for seed, index in ((6, 2), (5, 3), (5, 0)):
+        assert (first != initial_weight((13, 7), 6, 0.33, seed, index)).double().mean() > 0.8
+    assert (IntLinear(7, 13).weight != IntLinear(7, 13).weight).any(), "made one after another, layers differ"
 
 
 @pytest.mark.parametrize("keep_bits", range(1, 9))

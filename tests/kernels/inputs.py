@@ -1,4 +1,4 @@
-"""What the kernels' tests share: operands, their layouts in memory, and how results are compared.
+"""What the kernels' tests share: operands, shapes, layouts in memory, and how results are compared.
 
 Triton's interpreter cuts fp32 to bfloat16 where a GPU rounds it. There, results of that type are compared with a cut
 reference (`narrowed`), or may differ in the last bit (`equal`).
@@ -53,6 +53,19 @@ def floats(
     if rows > 2:
         x[1] = 0
     return x.to(device, dtype)
+
+
+# Ragged shapes, and a few for what need not be tried with all of them.
+SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
+SHORT = [(1, 1), (13, 37), (63, 123)]
+
+# Every shape in float32, a few in the others: the type changes the loads, not what is masked.
+typed_shapes = pytest.mark.parametrize(
+    "shape, dtype",
+    [*((shape, torch.float32) for shape in SHAPES), *((shape, dtype) for dtype in FLOATS[1:] for shape in SHORT)],
+    ids=readable,
+)
+squared = pytest.mark.parametrize("squared_relu", [False, True], ids=["plain", "squared_relu"])
 
 
 # Layouts: a tensor equal to the one given. Whatever lies between its elements is the worst value there is.

@@ -12,7 +12,8 @@ from kernels.measure_delta import absmax, absmax_torch
 from kernels.philox import DITHER_BITS, Stream, noise_from, noise_torch, words
 from kernels.quantize_delta import largest_of_bits, quantize_delta, quantize_delta_torch, quantize_delta_twice
 from tests.kernels.inputs import (
-    FLOATS,
+    SHAPES,
+    SHORT,
     floats,
     generator,
     guard,
@@ -21,16 +22,10 @@ from tests.kernels.inputs import (
     layouts,
     opaque,
     readable,
+    typed_shapes,
     untouched,
 )
 
-SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
-SHORT = [(1, 1), (13, 37), (63, 123)]
-typed_shapes = pytest.mark.parametrize(
-    "shape, dtype",
-    [*((shape, torch.float32) for shape in SHAPES), *((shape, dtype) for dtype in FLOATS[1:] for shape in SHORT)],
-    ids=readable,
-)
 per_row = pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "rows"])
 SEED, STEP, ROWS_SEEN, FIRST_COLUMN = 2**40 + 7, 6, 2**33 + 5, 1001
 

@@ -11,6 +11,7 @@ from kernels.rmsnorm_backward import rmsnorm_backward, rmsnorm_backward_torch
 from kernels.rmsnorm_quantize import MAX_COLUMNS, rmsnorm_quantize, rmsnorm_quantize_torch
 from tests.kernels.inputs import (
     FLOATS,
+    SHORT,
     equal,
     floats,
     generator,
@@ -22,18 +23,10 @@ from tests.kernels.inputs import (
     layouts,
     opaque,
     readable,
+    squared,
+    typed_shapes,
     untouched,
 )
-
-SHAPES = [(1, 1), (1, 300), (7, 1), (13, 37), (37, 7), (63, 123), (123, 64), (300, 13)]
-SHORT = [(1, 1), (13, 37), (63, 123)]
-typed_shapes = pytest.mark.parametrize(
-    "shape, dtype",
-    [*((shape, torch.float32) for shape in SHAPES), *((shape, dtype) for dtype in FLOATS[1:] for shape in SHORT)],
-    ids=readable,
-)
-squared = pytest.mark.parametrize("squared_relu", [False, True], ids=["plain", "squared_relu"])
-
 
 # The torch reference
 

@@ -10,15 +10,7 @@ import pytest
 from run.stop import Stop
 
 SIGNALS = [getattr(signal, name) for name in Stop.NAMES if hasattr(signal, name)]
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The handlers that the test found."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
