@@ -15,7 +15,6 @@ same as in torch.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import sys
@@ -39,9 +38,9 @@ from gft.baselines import fake_quantize
 from gft.layers import IntEmbedding, IntLayer, IntLinear
 from kernels.limits import weight_limit
 from model import ATTENTION_SCALE, ROPE_BASE, image_rope_table, load_net
+from run.command import Parser, exit_status, find_folder
 from run.errors import UserError
 from run.packed import pack, packed_bytes
-from sample import CHECKPOINTS, find_folder, with_dashes
 
 OPSET = 18
 INT64_END = 2**63 - 1
@@ -274,13 +273,11 @@ def notes(net: nn.Module, graph: bool) -> list[str]:
 
 def run(argv: list[str]) -> None:
     """Everything main does, errors aside."""
-    parser = argparse.ArgumentParser(prog="export.py", description="Write a trained checkpoint as ONNX or packed.")
-    parser.add_argument("folder", help="the run's folder, e.g. out/shakespeare_char_small")
+    parser = Parser("export.py", "Write a trained checkpoint as ONNX or packed.", "out/shakespeare_char_small")
     parser.add_argument("file", type=Path, help="NAME.onnx, or NAME.safetensors (packed, for sample.py and predict.py)")
     parser.add_argument("--packed", action="store_true", help="ONNX with weights on disk in as many bits as they have")
     parser.add_argument("--no-cache", action="store_true", help="ONNX of text without a KV cache: tokens to logits")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
-    args = parser.parse_args([with_dashes(word) for word in argv])
+    args = parser.read(argv)
     kind = args.file.suffix
     if kind not in (".onnx", ".safetensors"):
         raise UserError(f"{args.file}: the name must end in .onnx or .safetensors, which says what to write", code=2)
@@ -316,13 +313,8 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a wrong option, 1 for another error."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    return 0
+    """The exit status: 0, 2 for a wrong option, 1 for another error, 130 after Ctrl-C."""
+    return exit_status(run, argv, "free some")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from run.command import Parser, choose_device, emit, exit_status, find_folder
 from run.errors import UserError
-from run.keys import closest
-from sample import CHECKPOINTS, choose_device, emit, find_folder, out_of_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,31 +169,15 @@ def classify(
         ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; python predict.py --help lists the options", code=2)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description="Print what a trained checkpoint sees in image files. Transparency is composited "
-                     "on white.")  # fmt: skip
-    parser.add_argument("folder", help="the run's folder, e.g. out/imagenette_small")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The checked options. Raises UserError with code 2 for a wrong one."""
+    about = "Print what a trained checkpoint sees in image files. Transparency is composited on white."
+    parser = Parser("predict.py", about, "out/imagenette_small")
     parser.add_argument("images", nargs="+", metavar="image", help="an image file, or a folder to search for them")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
     parser.add_argument("--top", type=int, default=5, help="classes to print for each file (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each file")
-    return parser
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The checked options; UserError with code 2 says which one is wrong, the rule, and the closest name."""
-    parser = _parser()
-    args, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        names = [name for action in parser._actions for name in action.option_strings]
-        hint = closest(unknown[0].split("=")[0], names, "; did you mean {}?")
-        raise UserError(f"unknown argument {unknown[0]!r}{hint}; python predict.py --help lists the options", code=2)
+    args = parser.read(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: it must be at least 1", code=2)
     return args
@@ -228,25 +211,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a wrong option, 1 for another error or a file skipped, 130 after Ctrl-C."""
-    if sys.stdout is None:
-        print("error: standard output is closed; give the results a place to go", file=sys.stderr)
-        return 1
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever reads the results has enough of them
-        return 0
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error) or "none is left"
-        print(f"error: out of memory ({reason}); free some, or use --device cpu", file=sys.stderr)
-        return 1
+    return exit_status(run, argv, "free some, or use --device cpu")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from kernels.limits import MAX_REDUCTION
 from model import ModelConfig, compiled_whole, load_net, make_net
 from run import checkpoint, distributed, finite
 from run import device as machine
+from run.command import find_folder
 from run.distributed import synchronised
 from run.folder import choose_folder, sign, take_up
 from run.graph import StepGraph
@@ -63,8 +64,6 @@ def make_run(cfg: Config, task: Task, on: machine.Runtime, out: Path) -> Run:
 
 def start_from(run: Run, given: str) -> list[str]:
     """Give a run the weights of another, whose folder or checkpoint's JSON is `given`. Returns lines that say so."""
-    from sample import find_folder
-
     path = Path(given)
     one = path.suffix == ".json" and path.stem in checkpoint.LOADED
     folder, name = (path.parent, path.stem) if one else (find_folder(given), "")

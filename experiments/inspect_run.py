@@ -20,10 +20,10 @@ from data.cache import open_atomic
 from gft.layers import IntLayer, int_layers
 from model import load_net, make_net
 from run import checkpoint
+from run.command import find_folder
 from run.config import Config
 from run.curve import read_metrics
 from run.errors import UserError
-from sample import find_folder
 
 MEASURES = {"flips": "share of weights moved, by layer", "undone": "share of moves that are undoings, by layer"}
 

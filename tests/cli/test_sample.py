@@ -22,7 +22,7 @@ from data.tokenizers import BpeTokenizer, CharTokenizer
 from decoder import CHUNK
 from kernels.philox import Stream, uniform
 from model import ModelConfig, Transformer
-from run import checkpoint
+from run import checkpoint, command
 from run.config import Config, to_dict
 from run.errors import UserError
 from sample import NetSource
@@ -278,7 +278,7 @@ def test_text_of_an_integer_net_needs_no_torch(run):
 
 
 def test_checkpoints_are_those_that_can_be_loaded():
-    assert sorted(sample.CHECKPOINTS) == sorted(checkpoint.LOADED)
+    assert sorted(command.CHECKPOINTS) == sorted(checkpoint.LOADED)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
