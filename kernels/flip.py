@@ -113,6 +113,27 @@ def _select_and_move(
 
 
 @jit
+def move_block(
+    v, weight, momentum, momentum_scale, flips, inside, row, column, out, inner, k, rng, layer, beta, step_size,
+    RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """A block's votes v become moves of its weights: momentum, scores, top-k, and the count of moves added to `flips`.
+
+    `weight` and `momentum` point to the block's elements, `momentum_scale` to the matrix's first scale.
+    """
+    if MOMENTUM:
+        v = momentum_block(
+            v, momentum, momentum_scale, inside, row, column, out, inner, rng, layer, beta, SIDE
+        )  # fmt: skip
+    s = score_block(v, weight, inside, RULE)
+    w = tl.load(weight, mask=inside, other=0)  # not before: scores need the registers
+    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT)
+    moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
+    tl.store(weight, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
+    tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
+
+
+@jit
 def _flip_kernel(
     votes, weight, momentum, momentum_scale, flips, k, rng, layers, stop, out, inner, beta, step_size,
     RULE: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, MOMENTUM: tl.constexpr, SIDE: tl.constexpr,
@@ -129,18 +150,12 @@ def _flip_kernel(
     offsets = down * inner + right
     layer = tl.load(layers + place)
     v = tl.load(votes + corner + offsets, mask=inside, other=0)
-    if MOMENTUM:
-        scales = place * (tl.cdiv(out, SIDE) * across)
-        v = momentum_block(
-            v, momentum + corner + offsets, momentum_scale + scales, inside, row, column, out, inner, rng,
-            layer, beta, SIDE,
-        )  # fmt: skip
-    s = score_block(v, weight + corner + offsets, inside, RULE)
-    w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT)
-    moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
-    tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
-    tl.atomic_add(flips + place, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
+    scales = place * (tl.cdiv(out, SIDE) * across)
+    move_block(
+        v, weight + corner + offsets, momentum + corner + offsets if MOMENTUM else None,
+        momentum_scale + scales if MOMENTUM else None, flips + place, inside, row, column, out, inner, k, rng, layer,
+        beta, step_size, RULE, Q, UNIT, MOMENTUM, SIDE,
+    )  # fmt: skip
 
 
 def flip(

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from kernels.backend import LaunchConfig, capability_of, jit, on_triton, opaque_operator, tl, triton
 from kernels.embedding import accumulate_embedding_votes
-from kernels.flip import flip, flip_torch, learning_configs
+from kernels.flip import flip, flip_torch, learning_configs, move_block
 from kernels.limits import MAX_REDUCTION, weight_limit
-from kernels.momentum import momentum_block
-from kernels.scores import score_block
-from kernels.topk import topk_block
 from kernels.transpose import by_columns
 from kernels.update_rule import (
     UpdateRule,
@@ -66,17 +63,10 @@ def _learn_kernel(
     corner = row.to(tl.int64) * inner + column  # 32 bits do inside a block
     offsets = down * inner + right
     layer = tl.load(layers)
-    if MOMENTUM:
-        v = momentum_block(
-            v, momentum + corner + offsets, momentum_scale, inside, row, column, out, inner, rng,
-            layer, beta, SIDE,
-        )  # fmt: skip
-    s = score_block(v, weight + corner + offsets, inside, RULE)
-    w = tl.load(weight + corner + offsets, mask=inside, other=0)  # not before: scores need the registers
-    moves = topk_block(s, w, row, column, out, inner, k, rng, layer, Q, UNIT)
-    moved = w.to(tl.int32) + moves.to(tl.int32) * (UNIT * step_size)
-    tl.store(weight + corner + offsets, tl.minimum(tl.maximum(moved, -Q), Q).to(tl.int8), mask=inside)
-    tl.atomic_add(flips, tl.sum(tl.abs(moves.to(tl.int32))).to(tl.int64))
+    move_block(
+        v, weight + corner + offsets, momentum + corner + offsets if MOMENTUM else None, momentum_scale, flips, inside,
+        row, column, out, inner, k, rng, layer, beta, step_size, RULE, Q, UNIT, MOMENTUM, SIDE,
+    )  # fmt: skip
 
 
 def learn(
