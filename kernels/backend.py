@@ -213,7 +213,8 @@ else:
 class LaunchConfig:
     """How a kernel is launched on a GPU, for `kernels.check` to compile it where there is none.
 
-    signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `instructions`
+    signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `constants` has
+    the others, and num_warps and num_stages where they are not Triton's, as the launch has; `instructions`
     are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
     launched on. `exact` says that the kernel equals its reference bit for bit, so that no product may share a rounding
     with a sum. `spills` are the bytes a thread may spill: 0, or a few where that happens once a block.
@@ -223,8 +224,6 @@ class LaunchConfig:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
     instructions: tuple[str, ...] = ()
     architectures: tuple[int, ...] = (80, 90, 100)
     exact: bool = False

@@ -161,17 +161,15 @@ def balanced(votes: Tensor) -> Tensor:
 
 def launch_configs() -> list[LaunchConfig]:
     """Votes of every type, and rows of several lengths."""
-    sums = {name: size for name, size in SUMS.items() if name != "num_warps"} | {"FIRST": False}
     signature = {"squares": "*fp32", "c": "*fp32", "strips": "i32:1", "inner": "i32"}
-    found = [LaunchConfig("columns", _columns_kernel, signature, sums, SUMS["num_warps"])]
+    found = [LaunchConfig("columns", _columns_kernel, signature, SUMS | {"FIRST": False})]
     for type_, columns in (("i32", 33), ("i32", 768), ("i64", 768), ("fp32", 4096), ("i32", MAX_COLUMNS)):
         name, blocks = f"{type_} {columns}", _blocks(columns)
-        warps = blocks.pop("num_warps")
         numbers = {"out": "i32:1", "inner": "i32:1" if columns % 16 else "i32"}
         shared = {"votes": f"*{type_}", "r": "*fp32", "c": "*fp32"} | numbers
-        found.append(LaunchConfig(f"scale {name}", _scale_kernel, shared | {"scores": "*fp32"}, blocks, warps))
+        found.append(LaunchConfig(f"scale {name}", _scale_kernel, shared | {"scores": "*fp32"}, blocks))
         signature = shared | {"squares": "*fp32", "strip": "i32:1"}
         for first in (True, False):
             label, constants = f"rows {name}{' first' * first}", blocks | {"FIRST": first}
-            found.append(LaunchConfig(label, _rows_kernel, signature, constants, warps))
+            found.append(LaunchConfig(label, _rows_kernel, signature, constants))
     return found

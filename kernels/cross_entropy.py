@@ -256,10 +256,10 @@ def launch_configs() -> list[LaunchConfig]:
         ("bf16", (4, 1024, 50257), "i32:1"), ("bf16", (4096, 50257), "i32:1"), ("fp32", (64, 256, 65), "i32:1"),
         ("fp32", (64, 10), "i32:1"), ("fp16", (1024, 1008), "i32"),
     ):  # fmt: skip
-        blocks = {name: number for name, number in _blocks(shape).items() if name != "num_warps"}
+        blocks = _blocks(shape)
         shared = {"logits": f"*{float_}", "targets": "*i64", "norms": "*fp32", "rows": "i32", "V": size}
         forward, backward = shared | {"losses": "*fp32"}, shared | {"grad": "*fp32", "largest": "*fp32"}
         name = f"{float_} {shape[-1]} by {blocks['GROUP']}"
-        found.append(LaunchConfig(f"forward {name}", _cross_entropy_kernel, forward, blocks, WARPS))
-        found.append(LaunchConfig(f"backward {name}", _cross_entropy_backward_kernel, backward, blocks, WARPS))
+        found.append(LaunchConfig(f"forward {name}", _cross_entropy_kernel, forward, blocks))
+        found.append(LaunchConfig(f"backward {name}", _cross_entropy_backward_kernel, backward, blocks))
     return found

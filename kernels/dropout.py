@@ -131,13 +131,11 @@ def dropout(x: Tensor, p: float, rng: Tensor, first_column: int = 0, group: int 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check dropout` compiles."""
     constants = {"x_column": 1, "GROUP": 1, "ROW_STREAM": Stream.DROPOUT_ROWS, "COLUMN_STREAM": Stream.DROPOUT_COLUMNS}
-    constants |= {"ROWS": BLOCK["ROWS"], "COLUMNS": BLOCK["COLUMNS"]}
+    constants |= BLOCK
     found = []
     for float_ in FLOATS.values():
         signature = {"x": f"*{float_}", "out": f"*{float_}", "largest": "*fp32", "rng": "*i64"}
         signature |= dict.fromkeys(("rows", "columns", "x_row", "first_column"), "i32")
         signature |= {"p": "fp32", "factor": "fp32"}
-        found.append(LaunchConfig(
-            f"dropout {float_}", _dropout_kernel, signature, constants, BLOCK["num_warps"], exact=True
-        ))  # fmt: skip
+        found.append(LaunchConfig(f"dropout {float_}", _dropout_kernel, signature, constants, exact=True))
     return found

@@ -212,7 +212,7 @@ def flip(
 
 
 def learning_configs(
-    name: str, kernel, operands: dict[str, str], constants: dict, launch: dict[str, int] | None = None
+    name: str, kernel, operands: dict[str, str], constants: dict
 ) -> list[LaunchConfig]:
     """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, in tiles of 64."""
     pointers = operands | {
@@ -226,7 +226,8 @@ def learning_configs(
     side = 64
     for rule, decay in (("gain", 0.0), ("gain", 0.9), ("contribution", 0.9), ("spectral", 0.0), ("spectral", 0.9)):
         given = pointers | numbers
-        fixed = constants | {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "SIDE": side}
+        fixed = {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "SIDE": side}
+        fixed |= {"num_warps": warps_of(side), "num_stages": 1} | constants
         if not decay:
             for absent in ("momentum", "momentum_scale"):
                 del given[absent]
@@ -234,8 +235,7 @@ def learning_configs(
         products = (("int8",) if "d" in operands else ()) + (("fp16",) if rule == "spectral" else ())
         label = f"{name} {rule} {side}x{side}{' momentum' if decay else ''}"
         options = {"enable_fp_fusion": False}
-        warps, stages = (launch["num_warps"], launch["num_stages"]) if launch else (warps_of(side), 1)
-        found.append(LaunchConfig(label, kernel, given, fixed, warps, stages, products, options=options))
+        found.append(LaunchConfig(label, kernel, given, fixed, products, options=options))
     return found
 
 

@@ -269,14 +269,12 @@ def launch_configs() -> list[LaunchConfig]:
     found = []
     for float_, heads, head_dim in (("fp32", 6, 64), ("bf16", 6, 64), ("fp16", 5, 20), ("bf16", 4, 256)):
         blocks = _blocks(head_dim)
-        warps = blocks.pop("num_warps")
         pointers = dict.fromkeys(("q", "k"), f"*{float_}") | {"inv_rms": "*fp32", "table": "*fp32"}
         shape, constants = {"rows": "i32", "tokens": "i32"}, {"HEADS": heads} | blocks
         name = f"{float_} {heads} x {head_dim}"
         signature = {"qkv": f"*{float_}", "v": f"*{float_}"} | pointers | shape
-        found.append(LaunchConfig(
-            f"heads_forward {name}", _heads_forward_kernel, signature, constants | {"EPSILON": EPSILON}, warps
-        ))  # fmt: skip
+        forward = constants | {"EPSILON": EPSILON}
+        found.append(LaunchConfig(f"heads_forward {name}", _heads_forward_kernel, signature, forward))
         signature = dict.fromkeys(("dq", "dk", "dv", "dqkv"), f"*{float_}") | {"largest": "*fp32"} | pointers | shape
-        found.append(LaunchConfig(f"heads_backward {name}", _heads_backward_kernel, signature, constants, warps))
+        found.append(LaunchConfig(f"heads_backward {name}", _heads_backward_kernel, signature, constants))
     return found

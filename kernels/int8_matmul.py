@@ -334,36 +334,32 @@ def _launch_config(
 ) -> LaunchConfig:  # fmt: skip
     """A product whose result has Triton's type `out`, scaled if that is a float. `sizes` is the type of M and N."""
     whole, scaled = "i32:1" if blocks is RAGGED else "i32", out != "i32"
-    block = {name: size for name, size in blocks.items() if not name.startswith("num_")}
     signature = {"a": "*i8", "b": "*i8", "out": f"*{out}", "M": sizes, "N": sizes, "factor": "fp32"}
     signature |= dict.fromkeys(("K", "a_row", "b_column"), whole)
-    constants = {"a_k": 1, "b_k": 1, "scale_row": 0} | block
+    constants = {"a_k": 1, "b_k": 1, "scale_row": 0} | blocks
     signature |= {"scale": "*fp32"} if scaled else {}
     signature |= {"inv_rms": "*fp32"} if residual else {}
     constants |= ({} if scaled else {"scale": None}) | ({} if residual else {"inv_rms": None})
     signature |= {"residual": f"*{out}", "residual_row": whole} if residual else {}
     constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
-    name = f"{'x'.join(str(size) for size in list(block.values())[:3])} {out}"
+    name = f"{'x'.join(str(size) for size in list(blocks.values())[:3])} {out}"
     name += " + residual" * residual + " ragged" * (sizes != "i32")
-    warps, stages = blocks["num_warps"], blocks["num_stages"]
-    return LaunchConfig(name, _int8_matmul_kernel, signature, constants, warps, stages, ("int8",), exact=True)
+    return LaunchConfig(name, _int8_matmul_kernel, signature, constants, ("int8",), exact=True)
 
 
 def _described_config(out: str, residual: bool) -> LaunchConfig:
     """A product by descriptors whose result has Triton's type `out`."""
-    block = {name: size for name, size in DESCRIBED.items() if not name.startswith("num_")}
-    m, n, k = list(block.values())[:3]
+    m, n, k = list(DESCRIBED.values())[:3]
     signature = {"a": f"tensordesc<i8[{m}, {k}]>", "b": f"tensordesc<i8[{n}, {k}]>", "factor": "fp32"}
     signature |= {"out": f"tensordesc<{out}[{m}, {n}]>"} | dict.fromkeys(("M", "N", "K"), "i32") | {"programs": "i32:1"}
-    constants = {"scale": None, "inv_rms": None, "residual": None, "scale_row": 0} | block
-    constants |= {"residual_row": 0, "residual_column": 1}
+    constants = {"scale": None, "inv_rms": None, "residual": None, "scale_row": 0, "residual_row": 0}
+    constants |= {"residual_column": 1} | DESCRIBED | {"num_stages": _stages(2 if out == "bf16" else 4, residual)}
     given = {} if out == "i32" else {"scale": "*fp32"}
     given |= {"inv_rms": "*fp32", "residual": f"*{out}", "residual_row": "i32"} if residual else {}
     constants = {name: value for name, value in constants.items() if name not in given}
-    name, stages = f"by descriptor {out}{' + residual' * residual}", _stages(2 if out == "bf16" else 4, residual)
     return LaunchConfig(
-        name, _int8_matmul_by_descriptor_kernel, signature | given, constants, DESCRIBED["num_warps"], stages,
-        ("int8",), (90, 100), exact=True,
+        f"by descriptor {out}{' + residual' * residual}", _int8_matmul_by_descriptor_kernel, signature | given,
+        constants, ("int8",), (90, 100), exact=True,
     )  # fmt: skip
 
 

@@ -161,5 +161,5 @@ def learn_in_backward(
 
 def launch_configs() -> list[LaunchConfig]:
     """What `python -m kernels.check learn` compiles: the rules, with and without momentum."""
-    constants = {"TOKENS": launch_of(64)["TOKENS"], "d_row": 1, "x_row": 1}
-    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants, launch_of(64))
+    constants = launch_of(64) | {"d_row": 1, "x_row": 1}
+    return learning_configs("learn", _learn_kernel, {"d": "*i8", "x": "*i8"}, constants)

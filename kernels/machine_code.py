@@ -25,6 +25,7 @@ from kernels.backend import LaunchConfig, triton
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have, CUDA's programming guide
 TENSOR_MEMORY = 512  # columns, sm_100
+LAUNCH = {"num_warps": 4, "num_stages": 3}  # Triton's defaults
 
 # What a tensor-core product is called in machine code (Ampere, Hopper, Blackwell) and in PTX.
 ANY_PRODUCT = r"\b(?:UTC)?[A-Z]G?MMA(?:\.\w+)*"
@@ -64,13 +65,14 @@ def ast_source(config: LaunchConfig) -> Any:
     if unknown := [name for name in config.instructions if name not in PRODUCTS]:
         raise ValueError(f"got instructions {unknown}; known are {', '.join(PRODUCTS)}")
     kernel = config.kernel
-    given = config.signature.keys() | config.constants.keys()
+    constants = {name: value for name, value in config.constants.items() if name not in LAUNCH}
+    given = config.signature.keys() | constants.keys()
     defaults = {p.name: p.default for p in kernel.params if p.has_default and p.name not in given}
     if missing := [name for name in kernel.arg_names if name not in given | defaults.keys()]:
         raise ValueError(f"no type or constant for {', '.join(missing)}; give each argument one")
     if unknown := sorted(given - set(kernel.arg_names)):
         raise ValueError(f"{', '.join(unknown)}: not an argument; known are {', '.join(kernel.arg_names)}")
-    constants = defaults | config.constants
+    constants |= defaults
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         kind, _, multiple = config.signature.get(name, "constexpr").partition(":")
@@ -190,7 +192,7 @@ def compile_config(kernel: str, config: LaunchConfig, architecture: int) -> Comp
     if backend.INTERPRETED:
         raise RuntimeError("compile_config: kernels of this process are for the interpreter; unset TRITON_INTERPRET")
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {name: config.constants.get(name, default) for name, default in LAUNCH.items()}
     try:
         binary = triton.compile(ast_source(config), target=target, options=options | config.options)
     except (triton.errors.TritonError, RuntimeError, ValueError) as error:  # RuntimeError: a pass that gave up

@@ -254,11 +254,10 @@ def launch_configs() -> list[LaunchConfig]:
     noise = {"noise": "*i32", "rng": "*i64"} | dict.fromkeys(("noise_rows", "noise_columns", "first_column"), "i32")
     for name, float_, block in (("fp32", "fp32", BLOCK), ("bf16", "bf16", BLOCK), ("note", "fp32", _row_of(16384))):
         constants = {"delta_column": 1, "LEVELS": 127, "TINY": TINY, "ALONE": name == "note", "PART": NOISE_PART}
-        warps, signature = block["num_warps"], {"delta": f"*{float_}"} | pointers | shape
-        constants |= {key: value for key, value in block.items() if key != "num_warps"}
+        constants |= block
+        signature = {"delta": f"*{float_}"} | pointers | shape
         for about, given, left in (("", {}, noise), (" and noise", noise, {})):
             found.append(LaunchConfig(
-                name + about, _measure_delta_kernel, signature | given, constants | dict.fromkeys(left), warps,
-                exact=True,
+                name + about, _measure_delta_kernel, signature | given, constants | dict.fromkeys(left), exact=True
             ))  # fmt: skip
     return found

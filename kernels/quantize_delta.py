@@ -184,10 +184,7 @@ def launch_configs() -> list[LaunchConfig]:
         signature = {"delta": f"*{float_}", "sigma": "*fp32", "noise": "*i32", "d_int8": "*i8"} | shape
         for name, block, bits in (("8 bits", BLOCK, 8), ("4 bits", BLOCK, 4), ("8 bits twice", SQUARE, 8)):
             constants = {"delta_column": 1, "sigma_row": 0, "BITS": bits, "GROUP": GROUP, "d_turned": None} | block
-            warps = constants.pop("num_warps")
             given = signature | ({"d_turned": "*i8"} if block is SQUARE else {})
             constants = {key: value for key, value in constants.items() if key not in given}
-            found.append(LaunchConfig(
-                f"{float_} {name}", _quantize_delta_kernel, given, constants, warps, exact=True
-            ))  # fmt: skip
+            found.append(LaunchConfig(f"{float_} {name}", _quantize_delta_kernel, given, constants, exact=True))
     return found

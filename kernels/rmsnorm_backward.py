@@ -147,7 +147,7 @@ def launch_configs() -> list[LaunchConfig]:
         (torch.float32, torch.int32, 3072, True, False), (torch.bfloat16, torch.int32, MAX_COLUMNS, False, True),
     ):  # fmt: skip
         blocks = row_blocks(columns)
-        warps, float_ = blocks.pop("num_warps"), "*" + FLOATS[dtype]
+        float_ = "*" + FLOATS[dtype]
         signature = {
             "product": "*" + PRODUCTS[product], "scale": "*fp32", "x": float_, "inv_rms": "*fp32", "out": float_,
             "largest": "*fp32",
@@ -160,5 +160,5 @@ def launch_configs() -> list[LaunchConfig]:
             constants["scale"] = None
         constants |= {"residual_column": 1} if residual else {"residual": None, "residual_row": 0, "residual_column": 0}
         name = f"rmsnorm_backward {FLOATS[dtype]} {columns}{' squared_relu' * squared_relu}{' residual' * residual}"
-        found.append(LaunchConfig(name, _rmsnorm_backward_kernel, signature, constants | blocks, warps, exact=True))
+        found.append(LaunchConfig(name, _rmsnorm_backward_kernel, signature, constants | blocks, exact=True))
     return found

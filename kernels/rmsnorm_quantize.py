@@ -252,6 +252,5 @@ def launch_configs() -> list[LaunchConfig]:
             (_rmsnorm_quantize_twice_kernel, twice_blocks(columns), {"x_turned": "*i8"}, " twice"),
         ):
             constants = {"x_column": 1, "SQUARED_RELU": squared_relu} | blocks
-            warps = constants.pop("num_warps")
-            found.append(LaunchConfig(name + times, kernel, signature | also, constants, warps, exact=True))
+            found.append(LaunchConfig(name + times, kernel, signature | also, constants, exact=True))
     return found

@@ -49,5 +49,4 @@ def by_columns(x: Tensor) -> Tensor:
 def launch_configs() -> list[LaunchConfig]:
     """A matrix by rows."""
     signature = {"x": "*i8", "out": "*i8", "rows": "i32", "columns": "i32", "x_row": "i32"}
-    constants = {"x_column": 1, "ROWS": BLOCK["ROWS"], "COLUMNS": BLOCK["COLUMNS"]}
-    return [LaunchConfig("transpose", _transpose_kernel, signature, constants, BLOCK["num_warps"], exact=True)]
+    return [LaunchConfig("transpose", _transpose_kernel, signature, {"x_column": 1} | BLOCK, exact=True)]

@@ -305,8 +305,7 @@ def launch_configs() -> list[LaunchConfig]:
         constants |= {name: None for name in ("old_ratio", "new_ratio", "v_tiles") if name not in signature}
         name = f"votes {side}x{side}{' rescaled' * rescale}{' ragged' * ragged}{' by descriptor' * described}"
         found.append(LaunchConfig(
-            name, _votes_kernel, signature, constants, constants.pop("num_warps"), 3, ("int8",),
-            (90, 100) if described else (80, 90, 100),
+            name, _votes_kernel, signature, constants, ("int8",), (90, 100) if described else (80, 90, 100),
         ))  # fmt: skip
     numbers = {"votes": "*i32", "new": "*i32", "old_ratio": "*fp32", "new_ratio": "*fp32", "size": "i32"}
     return [*found, LaunchConfig("rescale", _rescale_kernel, numbers, {"BLOCK": RESCALED})]

@@ -67,6 +67,7 @@ def _product_kernel(a, b, out, K, stride, M: tl.constexpr, N: tl.constexpr, BLOC
 ADD = {"a": "*i32", "b": "*i32", "out": "*i32", "n": "i32"}
 INT8 = {"a": "*i8", "b": "*i8", "out": "*i32", "K": "i32"}
 SUM = dict.fromkeys(("a", "b", "c", "out"), "*fp32")
+ONE_WARP = {"ROUNDED": True, "num_warps": 1}
 FP16 = {"a": "*fp16", "b": "*fp16", "out": "*fp32", "K": "i32"}
 
 
@@ -79,8 +80,8 @@ GOOD = """
 def launch_configs():
     return [
         LaunchConfig("add", _add_kernel, ADD, {}),
-        LaunchConfig("sum", _sum_kernel, SUM, {"ROUNDED": True}, num_warps=1, exact=True),
-        LaunchConfig("wide_sum", _sum_kernel, dict.fromkeys(SUM, "*fp64"), {"ROUNDED": True}, num_warps=1, exact=True),
+        LaunchConfig("sum", _sum_kernel, SUM, ONE_WARP, exact=True),
+        LaunchConfig("wide_sum", _sum_kernel, dict.fromkeys(SUM, "*fp64"), ONE_WARP, exact=True),
         product("int8", INT8, instructions=("int8",), architectures=(80, 90, 100)),
         product("fp16", FP16, instructions=("fp16",), architectures=(80, 90, 100)),
     ]
@@ -90,12 +91,12 @@ BAD = """
 def launch_configs():
     row = {"x": "*fp32", "out": "*fp32"}
     return [
-        LaunchConfig("spills", _centre_kernel, row, {"BLOCK": 2048}, num_warps=1, options={"maxnreg": 24}),
+        LaunchConfig("spills", _centre_kernel, row, {"BLOCK": 2048, "num_warps": 1}, options={"maxnreg": 24}),
         LaunchConfig("has_no_dot", _add_kernel, ADD, {}, instructions=("int8",), architectures=(90,)),
         product("wrong_dot", FP16, instructions=("fp16", "int8")),
-        product("too_much_shared", INT8, 64, 64, 512, (80, 90), num_stages=8),
+        product("too_much_shared", INT8, 64, 64, 512, (80, 90), options={"num_stages": 8}),
         product("short_dot", INT8, block=16),
-        LaunchConfig("fused", _sum_kernel, SUM, {"ROUNDED": False}, num_warps=1, exact=True, architectures=(80, 90)),
+        LaunchConfig("fused", _sum_kernel, SUM, {"ROUNDED": False, "num_warps": 1}, exact=True, architectures=(80, 90)),
         LaunchConfig("no_type", _add_kernel, {"a": "*i32", "b": "*i32", "out": "*i32"}, {}, architectures=(90,)),
         LaunchConfig("no_argument", _add_kernel, ADD | {"m": "i32"}, {}, architectures=(90,)),
         LaunchConfig("no_product", _add_kernel, ADD, {}, instructions=("fp64",), architectures=(90,)),
