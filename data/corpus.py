@@ -33,7 +33,8 @@ BESIDE = re.compile(r"readme|licen[cs]e|notice|source|sha256sums", re.I)  # stem
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to read one after the other: to train on, to validate and to test. `where` and `why` as in a TextSource."""
+    """Texts to read one after the other: to train on, to validate and to test. `where` they are, and `why` these are
+    used, in words."""
 
     files: tuple[TextSource, ...]
     where: str
@@ -194,7 +195,7 @@ def _source(path: Path, name: str) -> TextSource:
     found = next(filter(None, map(SPLIT.match, Path(name).parts)), None)
     kind = TEXT_NAME.search(path.name)
     json_lines = bool(kind) and kind[1].lower() == "jsonl"
-    return TextSource(lambda: open(path, "rb"), str(path), "", found[1].lower() if found else "", json_lines)
+    return TextSource(lambda: open(path, "rb"), str(path), found[1].lower() if found else "", json_lines)
 
 
 def _missing(name: str, data_dir: str, known_names: Iterable[str]) -> None:

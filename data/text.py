@@ -92,7 +92,7 @@ def find_text(name: str, data_dir: str = "") -> Corpus:
     """The text `name`, to be read. Raises UserError when there is no such text."""
     if name in DATA_SETS:
         found = DATA_SETS[name](data_dir)
-        return Corpus((TextSource.of_bytes(found.content, found.where, found.why),), found.where, found.why)
+        return Corpus((TextSource.of_bytes(found.content, found.where),), found.where, found.why)
     return corpus.find(name, data_dir, (*DATA_SETS, *KNOWN))
 
 

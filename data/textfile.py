@@ -51,17 +51,16 @@ class Meter:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A file to read. `where` is a path or an address; `why` says in words why this one is used."""
+    """A file to read. `where` is a path or an address."""
 
     open: Callable[[], BinaryIO]
     where: str
-    why: str
     split: str = ""  # "train", "val" or "test", if its name says so
     json_lines: bool = False  # documents are values of "text"
 
     @classmethod
-    def of_bytes(cls, content: bytes, where: str, why: str) -> "TextSource":
-        return cls(lambda: io.BytesIO(content), where, why)
+    def of_bytes(cls, content: bytes, where: str) -> "TextSource":
+        return cls(lambda: io.BytesIO(content), where)
 
     def size(self) -> int:
         """Bytes, as stored. Raises UserError if the file cannot be opened."""

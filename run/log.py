@@ -31,7 +31,7 @@ class Log:
         self.progress = Progress(run.cfg.steps, run.step, run.task.per_step, run.task.unit, run.seconds)
         self.meter = Meter.on(run.device.type, run.device.index)
         self.meter.start()  # watches the idle device for two seconds, which are no part of the training
-        self.first = self.last = run.step  # the step that this process began with, and that of the last read
+        self.last = run.step  # that of the last read
         self.begun, self.flips = time.perf_counter(), 0
         self.loss = torch.zeros((), device=run.device)  # summed since the last read
         self.found: dict[str, float] = {}
@@ -49,7 +49,7 @@ class Log:
         run, cfg = self.run, self.run.cfg
         every = (cfg.log_every, cfg.eval_every, cfg.save_every, cfg.monitor_every, cfg.keep_every or cfg.save_every)
         ends = run.step == cfg.steps or self.stopping
-        return ends or run.step == self.first + 1 or any(run.step % n == 0 for n in every)
+        return ends or run.step == run.first_step + 1 or any(run.step % n == 0 for n in every)
 
     def write(self, measured: dict) -> None:
         """Read loss and flips; evaluate, show and save where it is time to. Raises UserError if the run diverged."""
@@ -151,8 +151,8 @@ class Log:
         if not self.found:  # resumed at the end
             self.found = run.task.evaluate(run.net, run.device)
         used = energy.summary(energy.count(run.cfg, run.task.outputs, run.task.image), run.step, self.meter.stop())
-        if self.first:
-            used["energy_note"] += f"; measured from step {self.first} on, where this process took the run up"
+        if run.first_step:
+            used["energy_note"] += f"; measured from step {run.first_step} on, where this process took the run up"
         return run.summary(self.found, self.progress.step_seconds) | used
 
 
