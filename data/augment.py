@@ -41,6 +41,7 @@ class Augment:
     mix: str = "none"  # one of MIXES; "both" chooses for each image
     mix_alpha: float = 1.0  # of the Beta distribution: 1 is uniform, less is nearer to one of the two images
 
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Images with mixed targets: the loss is weight * loss(labels) + (1 - weight) * loss(other_labels)."""

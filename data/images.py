@@ -44,7 +44,8 @@ def load_images(name: str, side: int, data_dir: str = "", eval_on: str = "val", 
                 "tune": of the training images every tenth of each class is evaluated on, the others are trained on;
                 the official validation images are not touched.
 
-    The first call decodes the images and keeps them in the cache. Raises UserError for whatever a person can mend.
+    The first call decodes the images and keeps them in the cache. Raises UserError for whatever a person can mend;
+    the settings are those of a Config, which has checked them.
     """
     source = image_folder.find(name, data_dir, channels) if name.endswith("/") else IMAGE_SETS[name](data_dir)
     prepared = load_prepared(source, side) or prepare(source, side)

@@ -46,7 +46,8 @@ def load_text(
                 "test": train as with "val", evaluate on the files to test with.
     threads     that encode; 0: one for each processor
 
-    The first call prepares the text and keeps it in the cache. Raises UserError for whatever a person can mend.
+    The first call prepares the text and keeps it in the cache. Raises UserError for whatever a person can mend;
+    the settings are those of a Config, which has checked them.
     """
     if folder := next((path for path in places(name, data_dir) if _has_tokens(path)), None):
         return _load_tokens(name, folder, tokenizer, data_dir, eval_on)

@@ -100,7 +100,8 @@ ROWS = (
 
 
 MORE_SEEDS = (4, 5)
-CLOSE = (BASELINE, "SWAN", "Muon, fp32", "Muon, int8", "GFT, 6 bits, momentum", "GFT, 4 bits, momentum")
+CLOSE = (BASELINE, "SWAN", "Muon, fp32", "Muon, int8", "GFT, 6 bits, momentum", "GFT, 4 bits, momentum",
+         "GFT, ternary, momentum", "STE, ternary, AdamW", "STE, ternary, Muon")  # fmt: skip
 
 
 def run(store: Store, jobs: int, quick: bool) -> None:

@@ -42,8 +42,8 @@ def exact(bits: int) -> dict[str, int]:
 class Cell:
     """One run: a config's name or path, overrides as (key, value) pairs, and what the row of a table calls it.
 
-    It has one thread unless an override says otherwise. `variant` names a change of the code (experiments/variants.py),
-    "" none.
+    Overrides are added by `with_`, and begin with one thread. `variant` names a change of the code
+    (experiments/variants.py), "" none.
     """
 
     label: str

@@ -74,7 +74,7 @@ class SignSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters that have a gradient."""
+        """Move the parameters that have a gradient. No closure is taken."""
         for group in self.param_groups:
             for p in [p for p in group["params"] if p.grad is not None]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
@@ -99,7 +99,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """As torch's; what is kept in int8 is float32 during a step."""
+        """As torch's; what is kept in int8 is float32 during a step. No closure is taken."""
         states = [(p, self.state[p]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, state in states:
             if self.keeps == "none":

@@ -21,7 +21,7 @@ as float64, where Triton's own launch passes float32: a kernel casts it (`tl.cas
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -214,10 +214,10 @@ class LaunchConfig:
     """How a kernel is launched on a GPU, for `kernels.check` to compile it where there is none.
 
     signature maps each argument that is not constexpr to its Triton type ("*i8", "*fp32", "i32", ...); `constants` has
-    the others, and num_warps and num_stages where they are not Triton's, as the launch has; `instructions`
-    are those its machine code must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is
-    launched on. `exact` says that the kernel equals its reference bit for bit, so that no product may share a rounding
-    with a sum. `spills` are the bytes a thread may spill: 0, or a few where that happens once a block.
+    the others, and what else the launch is given by name, such as num_warps. `instructions` are those its machine code
+    must contain: "int8" and "fp16" tensor-core products. `architectures` are those it is launched on. `exact` says that
+    the kernel equals its reference bit for bit, so that no product may share a rounding with a sum. `spills` are the
+    bytes a thread may spill: 0, or a few where that happens once a block.
     """
 
     name: str
@@ -228,4 +228,3 @@ class LaunchConfig:
     architectures: tuple[int, ...] = (80, 90, 100)
     exact: bool = False
     spills: int = 0
-    options: dict[str, Any] = field(default_factory=dict)

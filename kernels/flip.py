@@ -211,9 +211,7 @@ def flip(
     return flips
 
 
-def learning_configs(
-    name: str, kernel, operands: dict[str, str], constants: dict
-) -> list[LaunchConfig]:
+def learning_configs(name: str, kernel, operands: dict[str, str], constants: dict) -> list[LaunchConfig]:
     """Launch configurations of a kernel that ends in moves: every rule, with and without momentum, in tiles of 64."""
     pointers = operands | {
         "weight": "*i8", "momentum": "*i8", "momentum_scale": "*fp32", "flips": "*i64", "k": "*fp64", "rng": "*i64",
@@ -227,15 +225,14 @@ def learning_configs(
     for rule, decay in (("gain", 0.0), ("gain", 0.9), ("contribution", 0.9), ("spectral", 0.0), ("spectral", 0.9)):
         given = pointers | numbers
         fixed = {"RULE": rule, "Q": 31, "UNIT": 1, "MOMENTUM": decay > 0, "SIDE": side}
-        fixed |= {"num_warps": warps_of(side), "num_stages": 1} | constants
+        fixed |= {"num_warps": warps_of(side), "num_stages": 1, "enable_fp_fusion": False} | constants
         if not decay:
             for absent in ("momentum", "momentum_scale"):
                 del given[absent]
                 fixed[absent] = None
         products = (("int8",) if "d" in operands else ()) + (("fp16",) if rule == "spectral" else ())
         label = f"{name} {rule} {side}x{side}{' momentum' if decay else ''}"
-        options = {"enable_fp_fusion": False}
-        found.append(LaunchConfig(label, kernel, given, fixed, products, options=options))
+        found.append(LaunchConfig(label, kernel, given, fixed, products))
     return found
 
 

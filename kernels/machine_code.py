@@ -25,7 +25,7 @@ from kernels.backend import LaunchConfig, triton
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have, CUDA's programming guide
 TENSOR_MEMORY = 512  # columns, sm_100
-LAUNCH = {"num_warps": 4, "num_stages": 3}  # Triton's defaults
+LAUNCH = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True, "maxnreg": None}  # Triton's defaults
 
 # What a tensor-core product is called in machine code (Ampere, Hopper, Blackwell) and in PTX.
 ANY_PRODUCT = r"\b(?:UTC)?[A-Z]G?MMA(?:\.\w+)*"
@@ -194,7 +194,7 @@ def compile_config(kernel: str, config: LaunchConfig, architecture: int) -> Comp
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
     options = {name: config.constants.get(name, default) for name, default in LAUNCH.items()}
     try:
-        binary = triton.compile(ast_source(config), target=target, options=options | config.options)
+        binary = triton.compile(ast_source(config), target=target, options=options)
     except (triton.errors.TritonError, RuntimeError, ValueError) as error:  # RuntimeError: a pass that gave up
         return Compiled(kernel, config.name, architecture, problems=[f"does not compile: {error}"])
     found = _inspect(binary, architecture)

@@ -206,4 +206,5 @@ def launch_configs() -> list[LaunchConfig]:
     pointers = {"evidence": "*fp32", "momentum": "*i8", "scale": "*fp32", "votes": "*i32", "rng": "*i64",
                 "layers": "*i64", "stop": "*fp32"}  # fmt: skip
     numbers = {"out": "i32", "inner": "i32", "beta": "fp32"}
-    return [LaunchConfig("momentum", _momentum_kernel, pointers | numbers, {"SIDE": MOMENTUM_TILE, "num_warps": 8})]
+    constants = {"SIDE": MOMENTUM_TILE, "enable_fp_fusion": False, "num_warps": 8}
+    return [LaunchConfig("momentum", _momentum_kernel, pointers | numbers, constants)]

@@ -211,8 +211,8 @@ def launch_configs() -> list[LaunchConfig]:
     return [
         LaunchConfig(
             f"orthogonalise {type_} {side}x{side}", _orthogonalise_kernel, signature | {"votes": f"*{type_}"},
-            {"SIDE": side, "num_warps": 8, "num_stages": 1}, ("fp16",), (90,) if side == 128 else (80, 90, 100),
-            spills=8 * (side == 128), options={"enable_fp_fusion": False},
+            {"SIDE": side, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}, ("fp16",),
+            (90,) if side == 128 else (80, 90, 100), spills=8 * (side == 128),
         )
         for type_, side in (("i32", 64), ("fp32", 128), ("i32", 128))
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """What the programs that use a checkpoint share: their options, the run's folder, the device, output, exit statuses.
 
-numpy and torch are imported where they are used: --help and a mistyped option are answered without waiting for them.
+torch is imported where it is used, so that --help and a mistyped option need not wait for it.
 """
 
 import argparse
@@ -20,7 +20,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, folder: str):
         super().__init__(prog=prog, description=description)
         self.add_argument("folder", help=f"the run's folder, e.g. {folder}")
-        self.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
 
     def error(self, message: str) -> None:
         """As argparse's, for which the command line is at fault."""
@@ -28,7 +27,10 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: list[str]) -> argparse.Namespace:
         """The options; UserError with code 2 says which one is wrong, the rule, and the closest name."""
-        args, unknown = self.parse_known_intermixed_args([_with_dashes(word) for word in argv])
+        self.add_argument("--checkpoint", choices=CHECKPOINTS, help="default: best, or last where there is no best")
+        options = argv.index("--") if "--" in argv else len(argv)  # what follows it is none
+        argv = [_with_dashes(word) for word in argv[:options]] + argv[options:]
+        args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             names = [name for action in self._actions for name in action.option_strings]
             hint = closest(unknown[0].split("=")[0], names, "; did you mean {}?")
@@ -69,6 +71,8 @@ def choose_device(wanted: str) -> tuple[str, str]:
 
 def emit(text: str) -> None:
     """Write to standard output at once. Raises UserError where that is impossible, BrokenPipeError if nobody reads."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed; give the results a place to go")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -84,10 +88,8 @@ def exit_status(run: Callable[[list[str]], int | None], argv: list[str] | None, 
 
     argv is the command line, None that of the process; `less_memory` what to do where there was too little.
     """
-    if sys.stdout is None:
-        print("error: standard output is closed; give the results a place to go", file=sys.stderr)
-        return 1
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # not closed, and no notebook's
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

@@ -26,7 +26,7 @@ def unrecordable_reason(cfg: Config, device: torch.device, backend: str, ranks: 
     if cfg.method == "gft" and backend != "triton":
         return "the torch backend reads values on the host"
     if cfg.method == "gft" and unsupported_reason(UpdateRule(topk_tile=cfg.topk_tile, flip_prob=cfg.flip_prob)):
-        return "its moves are chosen on the host"
+        return "its moves are made in torch, which reads on the host whether to make them"
     if cfg.under_muon or cfg.method == "signsgd":
         return "this optimizer reads its learning rate on the host"
     return ""

@@ -9,7 +9,6 @@ The warnings are for what the paper reports as signs of failure: an early platea
 few, memory that grows.
 """
 
-
 import torch
 from torch import Tensor, nn
 

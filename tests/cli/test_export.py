@@ -224,6 +224,8 @@ def test_what_is_said_fits_the_file(tmp_path, onnx_session, capsys):
 
 def test_mistakes(tmp_path, capsys, monkeypatch):
     folder = text_run(tmp_path / "a")
+    assert export.main([str(folder), str(tmp_path / "a.onnx"), "--pakced"]) == 2
+    assert "did you mean --packed?" in capsys.readouterr().err
     assert export.main([str(folder), str(tmp_path / "a.pt")]) == 2
     assert "must end in .onnx or .safetensors" in capsys.readouterr().err
     monkeypatch.setattr(export, "onnx", None)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import decoder
-import predict
 import sample
 from data.bpe import PATTERN
 from data.tokenizers import BpeTokenizer, CharTokenizer
@@ -386,8 +385,8 @@ def test_text_streams_and_ctrl_c_ends_it_cleanly(run):
 
 def test_a_closed_output_is_told(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
-    assert sample.main([str(run)]) == predict.main([str(run)]) == 1
-    assert capsys.readouterr().err.count("standard output is closed") == 2
+    assert sample.main([str(run)]) == 1
+    assert "standard output is closed" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_ends_it_quietly(run):

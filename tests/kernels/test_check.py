@@ -71,8 +71,8 @@ ONE_WARP = {"ROUNDED": True, "num_warps": 1}
 FP16 = {"a": "*fp16", "b": "*fp16", "out": "*fp32", "K": "i32"}
 
 
-def product(name, signature, m=64, n=64, block=64, architectures=(90,), stride=1, **settings):
-    constants = {"M": m, "N": n, "BLOCK": block, "stride": stride}
+def product(name, signature, m=64, n=64, block=64, architectures=(90,), stride=1, num_stages=3, **settings):
+    constants = {"M": m, "N": n, "BLOCK": block, "stride": stride, "num_stages": num_stages}
     return LaunchConfig(name, _product_kernel, signature, constants, architectures=architectures, **settings)
 '''
 
@@ -91,10 +91,10 @@ BAD = """
 def launch_configs():
     row = {"x": "*fp32", "out": "*fp32"}
     return [
-        LaunchConfig("spills", _centre_kernel, row, {"BLOCK": 2048, "num_warps": 1}, options={"maxnreg": 24}),
+        LaunchConfig("spills", _centre_kernel, row, {"BLOCK": 2048, "num_warps": 1, "maxnreg": 24}),
         LaunchConfig("has_no_dot", _add_kernel, ADD, {}, instructions=("int8",), architectures=(90,)),
         product("wrong_dot", FP16, instructions=("fp16", "int8")),
-        product("too_much_shared", INT8, 64, 64, 512, (80, 90), options={"num_stages": 8}),
+        product("too_much_shared", INT8, 64, 64, 512, (80, 90), num_stages=8),
         product("short_dot", INT8, block=16),
         LaunchConfig("fused", _sum_kernel, SUM, {"ROUNDED": False, "num_warps": 1}, exact=True, architectures=(80, 90)),
         LaunchConfig("no_type", _add_kernel, {"a": "*i32", "b": "*i32", "out": "*i32"}, {}, architectures=(90,)),

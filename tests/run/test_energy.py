@@ -22,9 +22,9 @@ from run.workload import Attention, Layer, Net, mlp, transformer
 SMALL = Config(n_layer=2, n_head=2, d_model=32, context=16, batch_size=4)
 
 
-def only(layer: Layer, **recipe) -> Counts:
+def only(layer: Layer, **settings) -> Counts:
     """A net of one layer and no loss."""
-    return count_net(Net((layer,), (), samples=0, loss_rows=0, classes=0), Config(**recipe))
+    return count_net(Net((layer,), (), samples=0, loss_rows=0, classes=0), Config(**settings))
 
 
 def described(module: nn.Module, rows: Mapping[str, int]) -> tuple[Layer, ...]:
@@ -221,9 +221,9 @@ def test_orthogonalisation():
 
 
 def test_what_stays_on_the_chip(monkeypatch):
-    def traffic(limit: int, part: str, **recipe) -> int:
+    def traffic(limit: int, part: str, **settings) -> int:
         monkeypatch.setattr(energy, "ON_CHIP_BYTES", limit)
-        return only(LINEAR, **recipe).of("bytes", part)
+        return only(LINEAR, **settings).of("bytes", part)
 
     # 2 x 3: 6 numbers of 2 bytes and two squares of 4. Keys and balanced scores: 6 numbers of 4 bytes.
     assert traffic(28, "orthogonalisation", ortho_tile=0) == 48 < traffic(27, "orthogonalisation", ortho_tile=0)
