@@ -2,7 +2,7 @@
 
 Transformers of four blocks on English Wikipedia in 512 tokens learned from it, half a token for each weight in batches
 of 12 windows of 64: equal tokens for every method. Each point is the best of what was tried on the part held out of the
-training text, four values or fewer of the learning rate (of k), at a width of 384 one; one seed.
+training text, four values or fewer of the learning rate (of k), at a width of 384 one or two; one seed.
 """
 
 from pathlib import Path
@@ -29,9 +29,9 @@ CHOICES = {
          "GFT, momentum": (0.2, 0.4, 0.6, 0.8), "GFT, 8 bits, momentum": (0.4, 0.6, 0.8)},
     128: {"AdamW": (4e-3, 8e-3, 16e-3, 32e-3), "Muon": (24e-3, 48e-3, 96e-3), "GFT": (0.3, 0.5, 0.7),
           "GFT, momentum": (0.2, 0.4, 0.6), "GFT, 8 bits, momentum": (0.2, 0.4)},
-    256: {"AdamW": (4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5),
-          "GFT, momentum": (0.05, 0.1, 0.2, 0.4), "GFT, 8 bits, momentum": (0.1, 0.2, 0.3)},
-    384: {"AdamW": (4e-3,), "Muon": (36e-3,), "GFT": (0.4,), "GFT, momentum": (0.1,),
+    256: {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5),
+          "GFT, momentum": (0.05, 0.1, 0.2, 0.4), "GFT, 8 bits, momentum": (0.1, 0.2)},
+    384: {"AdamW": (2e-3, 4e-3), "Muon": (36e-3,), "GFT": (0.4,), "GFT, momentum": (0.1,),
           "GFT, 8 bits, momentum": (0.2,)},
 }
 METHODS = {"AdamW": (ADAMW, "lr"), "Muon": (MUON, "muon_lr"), "GFT": (GFT, "k"), "GFT, momentum": (MOMENTUM, "k"),
