@@ -31,7 +31,7 @@ CHOICES = {
           "GFT, momentum": (0.2, 0.4, 0.6), "GFT, 8 bits, momentum": (0.2, 0.4)},
     256: {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (24e-3, 48e-3), "GFT": (0.3, 0.5),
           "GFT, momentum": (0.05, 0.1, 0.2, 0.4), "GFT, 8 bits, momentum": (0.1, 0.2)},
-    384: {"AdamW": (2e-3, 4e-3), "Muon": (36e-3,), "GFT": (0.4,), "GFT, momentum": (0.1,),
+    384: {"AdamW": (1e-3, 2e-3, 4e-3), "Muon": (36e-3,), "GFT": (0.4,), "GFT, momentum": (0.1,),
           "GFT, 8 bits, momentum": (0.2,)},
 }
 METHODS = {"AdamW": (ADAMW, "lr"), "Muon": (MUON, "muon_lr"), "GFT": (GFT, "k"), "GFT, momentum": (MOMENTUM, "k"),
